@@ -1,0 +1,287 @@
+"""The stage processes of one engine: which stages share a process, starting, restarting, watching and ending them.
+
+Restart policy is the scheduler's; this only carries it out. Every second the crew looks for processes that stopped
+making progress and kills them; their end then arrives like any other.
+
+Resource handling: owns the `StageProcess`es between `start` and `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from engine.memory import DECODE_LATENTS, EngineMemory
+from engine.params import STAGES, ModelParams, SystemParams
+from engine.process import StageProcess
+from ipc.errors import BadConfig, Failure, StageFailed, from_failure, to_failure
+from ipc.messages import (
+    AnyStageProcessMessage, AnyStageReport, Component, Drop, Dropped, QuantumDone, QuantumDropped, QuantumFailed, Ready,
+    Run, STAGE_OF_PHASE, StageName, StageStatus, Start, StartFailed, Stop,
+)  # fmt: skip
+
+WATCH_INTERVAL = 1.0
+"""Seconds between looks at the progress counters."""
+
+STOP_GRACE = 5.0
+"""Seconds a process gets to finish the quantum in hand before it is killed."""
+
+
+class Owner(Protocol):
+    """Who hears of the crew: the supervisor."""
+
+    def handle_report(self, epoch: int, stage: StageName, report: AnyStageReport) -> None: ...
+    def handle_lost(self, epoch: int, stage: StageName) -> None: ...
+    def handle_gone(self, stage: StageName, error: Failure) -> None: ...
+
+
+class _Post(msgspec.Struct):
+    """What the crew knows of one stage."""
+
+    name: StageName
+    device: str | None
+    state: str = "stopped"
+    process: StageProcess | None = None
+    restarts: int = -1
+    quanta: int = 0
+    busy_seconds: float = 0.0
+    dropping: set[str] = msgspec.field(default_factory=set)
+    error: Failure | None = None
+
+
+class Crew:
+    """All stage processes."""
+
+    def __init__(
+        self, params: SystemParams, model: ModelParams, checkpoint: Path, tokenizer: Path, memory: EngineMemory, owner: Owner
+    ) -> None:
+        self._params, self._model, self._checkpoint, self._tokenizer = params, model, checkpoint, tokenizer
+        self._memory = memory
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self.device = resolve_device(params.device)
+        self.on_gpu = self.device.startswith("cuda")
+        self.groups: list[tuple[StageName, ...]] = [STAGES] if params.placement == "fused" else [(s,) for s in STAGES]
+        self._posts = {name: _Post(name, None if name == "writer" else self.device) for name in STAGES}
+        self.weights: dict[str, str] = {}
+        """Component -> content hash, of what is loaded."""
+        self.versions: dict[str, str] = {}
+        self._epoch = 0
+        self._pending: dict[tuple[StageName, ...], asyncio.TimerHandle] = {}
+        self._deadlines: dict[int, float] = {}
+        self._stopping = False
+        self._changed = asyncio.Event()
+        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+
+    @property
+    def tokens(self) -> dict[StageName, str | None]:
+        """The compute token each stage needs, for the scheduler.
+
+        On a GPU all model stages take turns (two processes computing at once gain nothing). On a CPU the small text
+        encoder, on one thread, may run beside the others. One fused process is one token.
+        """
+        if self._params.placement == "fused":
+            return dict.fromkeys(STAGES, "process")
+        return {"text": self.device if self.on_gpu else None, "dit": self.device, "vae": self.device, "writer": None}
+
+    # --- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self, stages: tuple[StageName, ...]) -> None:
+        """Spawn the process of these stages; a report or `handle_lost` follows."""
+        self._pending.pop(stages, None)
+        if self._stopping:
+            return
+        self._epoch += 1
+        process = StageProcess(self._start_message(stages), self._memory.fds(stages), self._on_report, self._on_exit)
+        self._deadlines[process.epoch] = self._loop.time() + self._params.start_deadline
+        for post in self._of(stages):
+            post.process, post.state, post.error = process, "starting", None
+            post.restarts += 1
+
+    def restart(self, stage: StageName, delay: float) -> None:
+        """Start this stage's process again after `delay` seconds; stages that share it come with it."""
+        group = next(g for g in self.groups if stage in g)
+        if group not in self._pending and not self._stopping:
+            self._posts[stage].state = "restarting"
+            self._pending[group] = self._loop.call_later(delay, self.start, group)
+
+    def declare_failed(self, stage: StageName, error: Failure) -> None:
+        self._posts[stage].state = "failed"
+        self._posts[stage].error = error
+        self._notify()
+
+    async def ready(self) -> None:
+        """Wait until every stage is up; raises what keeps one from it."""
+        while True:
+            changed = self._changed
+            for post in self._posts.values():
+                if post.error is not None:
+                    raise from_failure(post.error)
+            if all(post.state == "up" for post in self._posts.values()):
+                return
+            if self._stopping:
+                raise StageFailed("the engine was stopped before its stages were up")
+            await changed.wait()
+
+    async def stop(self) -> None:
+        """End every process: ask, wait, kill, reap."""
+        self._stopping = True
+        self._watcher.cancel()
+        for handle in self._pending.values():
+            handle.cancel()
+        processes = self._processes()
+        for process in processes:
+            process.send(Stop())
+        await _wait_exited(processes, STOP_GRACE)
+        for process in processes:
+            process.kill()
+        await _wait_exited(processes, STOP_GRACE)
+        self._notify()
+
+    # --- talk ----------------------------------------------------------------------------------------------------------
+
+    def send(self, stage: StageName, message: AnyStageProcessMessage) -> None:
+        """To a stage whose process is gone, nothing is sent: its end is being reported."""
+        post = self._posts[stage]
+        if post.process is None:
+            return
+        if isinstance(message, Drop):
+            post.dropping.add(message.id)
+        post.process.send(message)
+
+    def run(self, stage: StageName, run: Run) -> None:
+        post = self._posts[stage]
+        if post.process is not None:
+            post.process.outstanding += 1
+            post.process.send(run)
+
+    def dropping(self, stage: StageName) -> set[str]:
+        """Tasks this stage was told to drop and has not; forgets them."""
+        post = self._posts[stage]
+        dropping, post.dropping = post.dropping, set()
+        return dropping
+
+    def status(self) -> list[StageStatus]:
+        return [
+            StageStatus(
+                name=post.name, state=post.state, pid=post.process.pid if post.process else None,  # type: ignore[arg-type]
+                device=post.device or "-", epoch=post.process.epoch if post.process else 0, restarts=max(0, post.restarts),
+                resident_bytes=post.process.resident_bytes() if post.process else 0,
+                busy_seconds=post.busy_seconds, quanta=post.quanta,
+            )
+            for post in self._posts.values()
+        ]  # fmt: skip
+
+    def _on_report(self, process: StageProcess, report: AnyStageReport) -> None:
+        match report:
+            case Ready(weights=weights, versions=versions):
+                process.ready = True
+                self._deadlines.pop(process.epoch, None)
+                self.weights.update(weights)
+                self.versions.update(versions)
+                for post in self._of(process.stages):
+                    post.state = "up"
+                    self._owner.handle_report(process.epoch, post.name, report)
+                self._notify()
+            case StartFailed(error=error):
+                for post in self._of(process.stages):
+                    post.error = error
+            case Dropped(id=identity, stage=stage):
+                self._posts[stage].dropping.discard(identity)
+                self._owner.handle_report(process.epoch, stage, report)
+            case QuantumDone(phase=phase) | QuantumFailed(phase=phase) | QuantumDropped(phase=phase):
+                process.outstanding -= 1
+                post = self._posts[STAGE_OF_PHASE[phase]]
+                if isinstance(report, QuantumDone):
+                    post.quanta += 1
+                    post.busy_seconds += report.seconds
+                self._owner.handle_report(process.epoch, post.name, report)
+
+    def _on_exit(self, process: StageProcess, status: int) -> None:
+        self._deadlines.pop(process.epoch, None)
+        posts = self._of(process.stages)
+        for post in posts:
+            post.process, post.state = None, "stopped"
+        self._memory.reclaim(process.stages)
+        if self._stopping:
+            return
+        for post in posts:
+            if post.error is not None:
+                post.state = "failed"
+                self._owner.handle_gone(post.name, post.error)
+            else:
+                self._owner.handle_lost(process.epoch, post.name)
+        self._notify()
+
+    def _watch(self) -> None:
+        """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
+        now = self._loop.time()
+        for process in self._processes():
+            hung = process.outstanding > 0 and process.silent_for(now) > self._params.stage_deadline
+            if hung or now > self._deadlines.get(process.epoch, now):
+                process.kill()
+        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+
+    def _start_message(self, stages: tuple[StageName, ...]) -> Start:
+        dtype = self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
+        cores = len(os.sched_getaffinity(0))
+        threads = self._params.threads or cores
+        return Start(
+            stages=list(stages), epoch=self._epoch, supervisor_pid=os.getpid(), model=self._model.name,
+            transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
+            boundary=self._model.boundary, components=self._components(), tokenizer=str(self._tokenizer),
+            devices={s: self.device for s in stages if s != "writer"},
+            threads={s: threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
+            decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
+        )  # fmt: skip
+
+    def _components(self) -> list[Component]:
+        names = ["text_encoder", "transformer", "vae"] + (["transformer_2"] if self._model.boundary is not None else [])
+        return [Component(name=name, directory=str(self._checkpoint / name)) for name in names]
+
+    def _of(self, stages: tuple[StageName, ...]) -> list[_Post]:
+        return [self._posts[name] for name in stages]
+
+    def _processes(self) -> list[StageProcess]:
+        return list({p.process.epoch: p.process for p in self._posts.values() if p.process is not None}.values())
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:
+    if processes:
+        await asyncio.wait([asyncio.ensure_future(p.exited.wait()) for p in processes], timeout=timeout)
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes the first CUDA device, else the CPU. Asks the driver's management library; torch stays unloaded."""
+    if device == "cpu":
+        return device
+    count = _cuda_devices()
+    if device == "auto":
+        return "cuda:0" if count else "cpu"
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise BadConfig(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= count:
+        raise BadConfig(f"device is {device!r}, but this machine has {count} CUDA devices; cpu always works")
+    return f"cuda:{int(index or 0)}"
+
+
+def _cuda_devices() -> int:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        return int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()

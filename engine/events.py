@@ -1,0 +1,189 @@
+"""What the scheduler is told and what it asks for: its whole interface.
+
+Times are seconds of a monotonic clock, given by the caller. Everything is plain data, so that a history can be
+generated, recorded and replayed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ipc.errors import Failure
+from ipc.messages import Phase, StageName
+
+
+class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler needs to know of a task: its quanta per phase and who goes first.
+
+    `text` has 1 quantum, `encode` 1 (with an init video) or 0, `denoise` one per step, `decode` one per chunk of frames
+    and `write` one per chunk; write k needs decode k. `cost` is the estimated work of one quantum of each phase in
+    seconds on this machine, refined by what is measured.
+    """
+
+    id: str
+    encode: bool
+    denoise: int
+    chunks: int
+    priority: int = 0
+    deadline: float | None = None
+    """On the scheduler's clock; the task fails when it passes."""
+    cost: dict[Phase, float]
+
+
+# --- events ------------------------------------------------------------------------------------------------------------
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    task: TaskSpec
+
+
+class CancelAsked(msgspec.Struct, frozen=True):
+    """The client (or the embedding service) no longer wants the task; `error` is how it ends."""
+
+    id: str
+    error: Failure
+
+
+class StageUp(msgspec.Struct, frozen=True):
+    """A process for this stage is loaded and knows no task."""
+
+    stage: StageName
+    epoch: int
+
+
+class StageLost(msgspec.Struct, frozen=True):
+    """The stage's process is dead and reaped, and the supervisor has given back the queue slots it was writing or
+    reading. Whatever was granted to it and not reported will never be."""
+
+    stage: StageName
+    epoch: int
+
+
+class StageGone(msgspec.Struct, frozen=True):
+    """The stage's process could not be started at all (bad checkpoint, missing library): restarting cannot help."""
+
+    stage: StageName
+    error: Failure
+
+
+class QuantumEnded(msgspec.Struct, frozen=True):
+    """A granted quantum was answered. `seconds` is its compute time; an `error` fails the task; `dropped` means it was
+    skipped because the task had been dropped."""
+
+    stage: StageName
+    epoch: int
+    id: str
+    phase: Phase
+    index: int
+    seconds: float = 0.0
+    error: Failure | None = None
+    dropped: bool = False
+
+
+class TaskDropped(msgspec.Struct, frozen=True):
+    """The stage has forgotten the task and freed its slots."""
+
+    stage: StageName
+    epoch: int
+    id: str
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Nothing happened but time: deadlines and ageing are looked at."""
+
+
+Event = Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | TaskDropped | Tick
+
+
+# --- actions -----------------------------------------------------------------------------------------------------------
+
+
+class BeginTask(msgspec.Struct, frozen=True):
+    """Send the job to this stage's process; comes before the first `Grant` there (again after a restart)."""
+
+    stage: StageName
+    id: str
+
+
+class Grant(msgspec.Struct, frozen=True):
+    """Run this quantum. The stage answers grants in order."""
+
+    stage: StageName
+    id: str
+    phase: Phase
+    index: int
+
+
+class DropTask(msgspec.Struct, frozen=True):
+    """Make this stage forget the task."""
+
+    stage: StageName
+    id: str
+
+
+class Purge(msgspec.Struct, frozen=True):
+    """Free all slots of this task in this queue, whatever their state: its consumer died and its producer starts over."""
+
+    queue: Literal["frames"]
+    id: str
+
+
+class Restart(msgspec.Struct, frozen=True):
+    """Start a new process for this stage, after `delay` seconds."""
+
+    stage: StageName
+    delay: float
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Tell whoever listens: `step` of `steps` of `phase` is done; about `seconds_left` until the video is."""
+
+    id: str
+    phase: Phase
+    step: int
+    steps: int
+    seconds_left: float | None
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The file is complete: the task is done."""
+
+    id: str
+
+
+class Fail(msgspec.Struct, frozen=True):
+    """The task ends without a file."""
+
+    id: str
+    error: Failure
+
+
+class DeclareFailed(msgspec.Struct, frozen=True):
+    """The stage died too often: it is FAILED, and is not started again."""
+
+    stage: StageName
+    error: Failure
+
+
+Action = BeginTask | Grant | DropTask | Purge | Restart | Report | Finish | Fail | DeclareFailed
+
+
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
+    """The bounds the scheduler keeps to, all of them: slots of each queue and which stages share a device.
+
+    `devices[stage]` names the compute token the stage must hold to run a quantum; None: it needs none (the writer).
+    """
+
+    devices: dict[StageName, str | None]
+    prompts: int
+    """Tasks whose prompt embeddings may be held for the dit stage (queue `prompts`, text -> dit)."""
+    init_latents: int
+    """Tasks whose encoded init video may be held (queue `init_latents`, vae -> dit)."""
+    states: int
+    """Tasks in the middle of denoising (DiT state slots)."""
+    latents: int
+    """Tasks whose denoised latents may be held for the vae stage (queue `latents`, dit -> vae)."""
+    frames: int
+    """Chunks of frames between vae and writer (queue `frames`)."""

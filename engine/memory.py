@@ -1,0 +1,113 @@
+"""The shared memory of one engine: every queue and the DiT's state slots, made and held by the supervisor.
+
+Stages come and go; this memory stays. Sizes follow from the model's limits, so nothing is allocated per request.
+
+Resource handling: owns all memfds and eventfds until `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Literal
+
+import msgspec
+
+from engine.events import Capacity
+from engine.params import ModelParams
+from ipc.messages import QueueSpec, QueueStatistics, StageName, StateSpec
+from ipc.state import StateSlots
+from ipc.tensor_queue import TensorQueue
+
+DECODE_LATENTS = 2
+"""Latent frames per decode quantum: fewer give finer preemption, more give fewer launches."""
+
+PROMPTS, INIT_LATENTS, STATES, LATENTS, FRAMES = 4, 2, 2, 3, 4
+"""Bounds, in tasks (frames: in chunks). Text may run ahead of the dit by `PROMPTS` tasks."""
+
+STATE_TENSORS = 5
+"""Latents and the longest solver history (UniPC: two x0, the sample kept before the predictor), with one to spare."""
+
+QueueName = Literal["prompts", "init_latents", "latents", "frames"]
+
+
+class _Route(msgspec.Struct, frozen=True):
+    producer: StageName
+    consumer: StageName
+
+
+ROUTES: dict[QueueName, _Route] = {
+    "prompts": _Route("text", "dit"),
+    "init_latents": _Route("vae", "dit"),
+    "latents": _Route("dit", "vae"),
+    "frames": _Route("vae", "writer"),
+}
+
+
+def capacity(devices: dict[StageName, str | None]) -> Capacity:
+    """The bounds of the queues, for the scheduler."""
+    return Capacity(
+        devices=devices, prompts=PROMPTS, init_latents=INIT_LATENTS, states=STATES, latents=LATENTS, frames=FRAMES
+    )
+
+
+class EngineMemory:
+    """Queues and state slots of one engine."""
+
+    def __init__(self, model: ModelParams) -> None:
+        limits, vae, transformer = model.limits, model.vae, model.transformer
+        latent_frames = (limits.max_frames - 1) // vae.temporal_stride + 1
+        latents = vae.z_dim * latent_frames * (limits.max_pixels // vae.spatial_stride**2) * 4
+        chunk = DECODE_LATENTS * vae.temporal_stride * limits.max_pixels * 3
+        prompt = transformer.text_len * transformer.text_dim * 4
+        self.queues: dict[QueueName, TensorQueue] = {
+            "prompts": TensorQueue.create("prompts", 2 * PROMPTS, prompt),
+            "init_latents": TensorQueue.create("init_latents", INIT_LATENTS, latents),
+            "latents": TensorQueue.create("latents", LATENTS, latents),
+            "frames": TensorQueue.create("frames", FRAMES, chunk),
+        }
+        self.state = StateSlots.create(STATES, STATE_TENSORS * latents)
+
+    def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:
+        """What a process with these stages attaches to; `fds` gives the descriptors in the same order."""
+        return [self.queues[name].spec for name in self._names(stages)]
+
+    def state_spec(self, stages: Collection[StageName]) -> StateSpec | None:
+        return self.state.spec if "dit" in stages else None
+
+    def fds(self, stages: Collection[StageName]) -> list[int]:
+        fds = [fd for name in self._names(stages) for fd in self.queues[name].fds]
+        return fds + (list(self.state.fds) if "dit" in stages else [])
+
+    def reclaim(self, stages: Collection[StageName]) -> None:
+        """The process of these stages is dead and reaped: give back what it was writing and reading."""
+        for name, route in ROUTES.items():
+            if route.producer in stages:
+                self.queues[name].reclaim("producer")
+            if route.consumer in stages:
+                self.queues[name].reclaim("consumer")
+
+    def forget(self, task: str, stage: StageName) -> None:
+        """The stage died before it could drop this task: free its input slots, and its state if it is the dit."""
+        for name, route in ROUTES.items():
+            if route.consumer == stage:
+                self.queues[name].purge(task)
+        if stage == "dit":
+            self.state.release(task)
+
+    def statistics(self) -> list[QueueStatistics]:
+        return [queue.statistics() for queue in self.queues.values()]
+
+    def check_integrity(self) -> list[str]:
+        """Problems found in the headers of all queues and states; empty when all is well."""
+        problems = [p for queue in self.queues.values() for p in queue.check_integrity()]
+        return problems + self.state.check_integrity()
+
+    def close(self) -> None:
+        for queue in self.queues.values():
+            queue.close()
+        self.state.close()
+
+    @staticmethod
+    def _names(stages: Iterable[StageName]) -> list[QueueName]:
+        wanted = set(stages)
+        return [name for name, route in ROUTES.items() if {route.producer, route.consumer} & wanted]

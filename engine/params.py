@@ -1,0 +1,140 @@
+"""The three kinds of parameter. There is no fourth.
+
+- `ModelParams`: static, one YAML per model in `configs/models/`, tied to its weights; nobody changes them.
+- `UserParams`: per request, chosen by the end user; what is left out takes the model's default.
+- `SystemParams`: at start, chosen by the operator (`engine serve` flags or a YAML file).
+
+All are frozen; unknown keys are errors. Ranges that need only the field are checked here; what needs the model, the
+file system or the tokenizer is checked in `engine/admission.py`, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.messages import StageName
+
+Solver = Literal["unipc", "dpm++", "euler"]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request of this model gets where it says nothing."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    flow_shift: float
+    solver: Solver = "unipc"
+    guidance_scale_2: float | None = None
+    """Low-noise expert's guidance; None: the same as `guidance_scale`."""
+    negative_prompt: str = ""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The largest request this model serves; the slots of every queue are sized by it."""
+
+    max_pixels: int
+    """height * width."""
+    max_frames: int
+    max_steps: int = 1000
+
+
+class ModelParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model: its networks, its sampling and its limits."""
+
+    name: str
+    family: str
+    description: str
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    defaults: Defaults
+    limits: Limits
+    boundary: float | None = None
+    """Two experts: timesteps >= boundary * 1000 go to the high-noise `transformer`, the others to `transformer_2`."""
+    checkpoint: str | None = None
+    """Directory below `configs/` for a model that ships with its weights."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this: VAE stride times patch size (16 for Wan2.1)."""
+        return self.vae.spatial_stride * self.transformer.patch_size[1]
+
+
+class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request. Names as in diffusers' Wan pipelines."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    """None: the model's own; "": empty."""
+    height: int | None = None
+    """Pixels."""
+    width: int | None = None
+    num_frames: int | None = None
+    """4n + 1."""
+    fps: Annotated[int, Meta(ge=1, le=240)] | None = None
+    steps: int | None = None
+    """Denoising steps (diffusers: `num_inference_steps`)."""
+    guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """With two experts, the high-noise one's. <= 1 switches guidance off."""
+    guidance_scale_2: Annotated[float, Meta(ge=0, le=100)] | None = None
+    """The low-noise expert's."""
+    seed: Seed | None = None
+    """None: drawn at submission and written into the metadata."""
+    solver: Solver | None = None
+    flow_shift: Annotated[float, Meta(gt=0, le=100)] | None = None
+    image: str | None = None
+    """A picture to start from (with `strength`); path on the server's file system."""
+    video: str | None = None
+    """A video to start from (with `strength`)."""
+    strength: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """How much of the schedule is run on the init video: 1 ignores it, small values keep it. None: 0.8 with an init."""
+    priority: Annotated[int, Meta(ge=-10, le=10)] = 0
+    """Higher first."""
+    deadline: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds from submission; the task fails when it passes."""
+    output: str = "video.mp4"
+    """Where the video goes: a path on the server's file system, ending in .mp4."""
+    metadata_json: bool = False
+    """Also write the metadata as JSON beside the video."""
+
+
+class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How this engine runs. Every default runs on a laptop CPU."""
+
+    model: str = "wan-demo"
+    checkpoint: str | None = None
+    """Directory with the weights; None: the one that ships with the model."""
+    placement: Literal["split", "fused"] = "split"
+    """split: a process per stage; fused: all stages in one process."""
+    device: str = "auto"
+    """auto: the first CUDA device, else cpu. Or cpu, cuda, cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, float32 on CPU."""
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """Compute threads of the dit and vae stages on a CPU; 0: one per core available. Part of the result's identity."""
+    policy: Literal["shortest", "fifo"] = "shortest"
+    """shortest: shortest remaining work first, with ageing and priorities; fifo: in order of arrival."""
+    max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    """Accepted and unfinished requests; one more gets Busy."""
+    socket: str | None = None
+    """Path of the Unix socket; None: $XDG_RUNTIME_DIR/engine/engine.sock."""
+    state_dir: str | None = None
+    """Directory of the journal; None: no journal (one-off, embedded use)."""
+    output_root: str = "/"
+    """Videos are only written, and init files only read, below this directory."""
+    start_deadline: Annotated[float, Meta(gt=0)] = 180.0
+    """Seconds a stage process may take to load."""
+    stage_deadline: Annotated[float, Meta(gt=0)] = 300.0
+    """Seconds a quantum may go without progress before its stage counts as hung."""
+
+
+STAGES: tuple[StageName, ...] = ("text", "dit", "vae", "writer")

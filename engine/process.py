@@ -1,0 +1,167 @@
+"""A stage process as the supervisor sees it: spawn it, talk to it, notice its end, reap it.
+
+The child is a fresh interpreter (`python -m stages.worker FD`); nothing is inherited but its end of the control
+channel. Death is seen by its pidfd, which cannot name a recycled pid; a hang by its progress counter.
+
+Resource handling: a `StageProcess` owns a pidfd, a channel and the counter's memfd until `close`.
+Error handling: `on_exit` is called exactly once, after the child is reaped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from engine.admission import python_path
+from ipc.channel import Channel, ChannelClosed
+from ipc.counters import ProgressCounter
+from ipc.errors import ProtocolError
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, StageName, Start
+
+MAX_OUTBOX = 4096
+"""Messages waiting for a process that is in a long quantum; the scheduler's bounds keep it far below this."""
+
+
+class StageProcess:
+    """One process that carries one stage (`split`) or all of them (`fused`)."""
+
+    def __init__(
+        self,
+        start: Start,
+        fds: Sequence[int],
+        on_report: Callable[[StageProcess, AnyStageReport], None],
+        on_exit: Callable[[StageProcess, int], None],
+    ) -> None:
+        """Spawn the process and send `Start`. `fds` are the descriptors of the queues and the state slots, in order."""
+        self.stages: tuple[StageName, ...] = tuple(start.stages)
+        self.epoch = start.epoch
+        self.ready = False
+        self.outstanding = 0
+        """Runs granted and not answered; a process with none may be silent for as long as it likes."""
+        self._on_report = on_report
+        self._on_exit = on_exit
+        self._loop = asyncio.get_running_loop()
+        self._outbox: collections.deque[AnyStageProcessMessage] = collections.deque()
+        self._writing = False
+        self.counter = ProgressCounter.create()
+        ours, theirs = Channel.pair()
+        try:
+            self._popen = _spawn(theirs)
+        except OSError:
+            ours.close()
+            self.counter.close()
+            raise
+        finally:
+            theirs.close()
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
+        self.exited = asyncio.Event()
+        self._seen = (self.counter.value, self._loop.time())
+        self._channel.try_send(start, [self.counter.fd, *fds])
+        self._loop.add_reader(self._channel.fileno(), self._readable)
+        self._loop.add_reader(self._pidfd, self._died)
+
+    def send(self, message: AnyStageProcessMessage) -> None:
+        """Queue a message; it goes out at once unless the process has not read the earlier ones."""
+        if self._pidfd < 0:
+            return
+        if len(self._outbox) >= MAX_OUTBOX:
+            self.kill()
+            return
+        self._outbox.append(message)
+        self._flush()
+
+    def kill(self) -> None:
+        """SIGKILL; `on_exit` follows when it is reaped."""
+        self._signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to leave after the quantum in hand."""
+        self._signal(signal.SIGTERM)
+
+    def silent_for(self, now: float) -> float:
+        """Seconds since the progress counter last moved; `now` is the loop's time."""
+        value = self.counter.value
+        if value != self._seen[0]:
+            self._seen = (value, now)
+        return now - self._seen[1]
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the process; 0 when it is gone."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):
+            return 0
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._pidfd >= 0:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox and self._channel.try_send(self._outbox[0]):
+                self._outbox.popleft()
+        except OSError:
+            # The peer is gone: its end is reported by the pidfd, and what was to be said no longer matters.
+            self._outbox.clear()
+        if bool(self._outbox) == self._writing:
+            return
+        self._writing = not self._writing
+        if self._writing:
+            self._loop.add_writer(self._channel.fileno(), self._flush)
+        else:
+            self._loop.remove_writer(self._channel.fileno())
+
+    def _readable(self) -> None:
+        try:
+            while (received := self._channel.try_receive()) is not None:
+                self._on_report(self, received.message)
+        except ChannelClosed:
+            self._loop.remove_reader(self._channel.fileno())
+        except (OSError, ProtocolError):
+            # Undecodable words from a stage: it cannot be trusted any more.
+            self._loop.remove_reader(self._channel.fileno())
+            self.kill()
+
+    def _died(self) -> None:
+        """The pidfd is readable: the child has ended. Read its last words, reap it, tell."""
+        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return
+        self._readable_to_the_end()
+        status = -result.si_status if result.si_code != os.CLD_EXITED else result.si_status
+        self._popen.returncode = status
+        self._release()
+        self.exited.set()
+        self._on_exit(self, status)
+
+    def _readable_to_the_end(self) -> None:
+        if self._channel.fileno() >= 0:
+            self._readable()
+
+    def _release(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.remove_writer(self._channel.fileno())
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._channel.close()
+        self.counter.close()
+
+
+def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
+    """A new interpreter that holds `channel_end` and nothing else of ours. `-P`: the working directory is not imported."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "stages.worker", str(channel_end.fileno())],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(channel_end.fileno(),),
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )

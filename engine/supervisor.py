@@ -1,0 +1,349 @@
+"""The supervisor: it keeps the stage processes alive, the tasks in order, and the promises to the clients.
+
+One asyncio object. Whatever happens - a request, a report of a stage, a death, a deadline - becomes an event for the
+pure `Scheduler`; the actions that come back are carried out here. It never imports torch, never blocks the loop, and
+leaves signal handlers and the event-loop policy to its host.
+
+    async with Supervisor(SystemParams(model="wan-demo")) as supervisor:
+        done = await supervisor.generate(UserParams(prompt="a red circle moves left", output="red.mp4"))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from engine.admission import admit, check_prompt_tokens, resolved_params
+from engine.crew import Crew
+from engine.events import (
+    Action, BeginTask, CancelAsked, DeclareFailed, DropTask, Event, Fail, Finish, Grant, Purge, QuantumEnded, Report,
+    Restart, StageGone, StageLost, StageUp, Submitted, TaskDropped, TaskSpec, Tick,
+)  # fmt: skip
+from engine.journal import Entry, Journal
+from engine.memory import DECODE_LATENTS, EngineMemory, capacity
+from engine.models import checkpoint_directory, load_model
+from engine.params import STAGES, SystemParams, UserParams
+from engine.scheduler import Scheduler
+from engine.tasks import Task, TaskPool, estimated_cost
+from engine.version import VERSION
+from hotreload.checkpoint import check_directory
+from ipc.errors import BadRequest, Busy, Cancelled, EngineError, Failure, ServerUnavailable, from_failure, to_failure
+from ipc.messages import (
+    Accepted, AnyStageReport, Begin, Done, Drop, Dropped, EngineStatus, Failed, Job, Progress, QuantumDone,
+    QuantumDropped, QuantumFailed, Ready, Run, StageName, TaskEvent, TaskInfo,
+)  # fmt: skip
+
+
+class Supervisor:
+    """Serves one model. `async with` starts and stops it; every method belongs to the loop that started it.
+
+    Resource handling: owns the stage processes, the shared memory and the journal between `start` and `stop`.
+    Error handling: `BadConfig` and `BadCheckpoint` at construction, before anything is started; `BadRequest` and `Busy`
+    at `submit`, before anything is allocated; what happens to an accepted task comes as its last event.
+    """
+
+    def __init__(self, params: SystemParams | None = None) -> None:
+        self.params = params or SystemParams()
+        self.model = load_model(self.params.model)
+        self.checkpoint = checkpoint_directory(self.model, self.params.checkpoint)
+        self.tokenizer = check_directory(self.checkpoint, two_experts=self.model.boundary is not None)
+        self._pool = TaskPool()
+        self._admitting = 0
+        self._outputs: set[str] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._phase: Literal["new", "open", "draining", "closed"] = "new"
+        self._idle = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._started_at = time.time()
+
+    # --- life ----------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Supervisor:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Make the memory, take up what the journal holds, start the stages. Requests are accepted from now on."""
+        assert self._phase == "new", "a supervisor is started once"
+        self._loop = asyncio.get_running_loop()
+        self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
+        entries = await self._journal.open() if self._journal is not None else []
+        self._memory = EngineMemory(self.model)
+        self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
+        self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
+        self._phase = "open"
+        self._idle.set()
+        for stages in self._crew.groups:
+            self._crew.start(stages)
+        for entry in entries:
+            self._take_up(entry)
+
+    async def ready(self) -> None:
+        """Wait until every stage is loaded. Raises the error of a stage that cannot be."""
+        await self._crew.ready()
+
+    async def stop(self, drain: bool = False) -> None:
+        """Stop accepting; with `drain`, finish what was accepted first. Then end all processes and free all memory.
+
+        Tasks that are not finished end for their listeners with `ServerUnavailable`; they stay in the journal, if there
+        is one, and continue at the next start.
+        """
+        if self._phase in ("new", "closed"):
+            self._phase = "closed"
+            self._closed.set()
+            return
+        if self._phase == "draining" and drain:
+            await self._closed.wait()
+            return
+        self._phase = "draining"
+        if drain:
+            await self._idle.wait()
+        unfinished = self._pool.unfinished()
+        kept = "it stays in the journal and continues at the next start" if self._journal else "submit it again"
+        for task in unfinished:
+            error = ServerUnavailable(f"the engine stopped before this request was finished; {kept}")
+            self._pool.end(task, Failed(id=task.id, error=to_failure(error)))
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._crew.stop()
+        for task in unfinished:
+            _unlink(task.job.partial)
+        if self._background:
+            await asyncio.wait(self._background)
+        self._memory.close()
+        if self._journal is not None:
+            await self._journal.close()
+        self._phase = "closed"
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+
+    async def submit(self, user: UserParams) -> Accepted:
+        """Accept a request: check it completely, journal it, queue it. Raises `BadRequest`, `Busy`, `ServerUnavailable`."""
+        self._check_accepting()
+        self._admitting += 1
+        try:
+            job = await asyncio.to_thread(self._check, user)
+            if job.output in self._outputs:
+                raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
+            self._outputs.add(job.output)
+            try:
+                return await self._accept(job, user)
+            except BaseException:
+                self._outputs.discard(job.output)
+                raise
+        finally:
+            self._admitting -= 1
+
+    def events(self, identity: str) -> AsyncIterator[TaskEvent]:
+        """The events of a task from its present state to its end. `NotFound` if there is none."""
+        return self._pool.get(identity).events()
+
+    async def result(self, identity: str) -> Done:
+        """Wait for the end of a task; raises its error if it did not end well."""
+        async for event in self.events(identity):
+            if isinstance(event, Done):
+                return event
+            if isinstance(event, Failed):
+                raise from_failure(event.error)
+        raise AssertionError("a task's events end with Done or Failed")
+
+    async def generate(self, user: UserParams) -> Done:
+        """Submit and wait. When the waiting coroutine is cancelled, so is the task."""
+        accepted = await self.submit(user)
+        try:
+            return await self.result(accepted.id)
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineError):
+                await self.cancel(accepted.id)
+            raise
+
+    async def cancel(self, identity: str) -> None:
+        """Stop a task at its next step; its listeners get `Failed(cancelled)` at once. `NotFound` if there is none."""
+        if self._pool.get(identity).ended is None:
+            failure = to_failure(Cancelled("the request was cancelled"))
+            self._dispatch(CancelAsked(identity, failure))
+
+    def tasks(self) -> list[TaskInfo]:
+        """Unfinished tasks and the latest finished ones, oldest first."""
+        return [task.info() for task in self._pool]
+
+    def status(self) -> EngineStatus:
+        unfinished = self._pool.unfinished()
+        waiting = sum(task.state == "queued" for task in unfinished)
+        return EngineStatus(
+            engine=VERSION, model=self.model.name, pid=os.getpid(), uptime_seconds=time.time() - self._started_at,
+            accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
+            finished=self._pool.finished, failed=self._pool.failed, resident_bytes=_resident_bytes(),
+            stages=self._crew.status(), queues=self._memory.statistics(),
+        )  # fmt: skip
+
+    def check_integrity(self) -> list[str]:
+        """Problems in the shared memory or in the scheduler's accounts; empty when all is well."""
+        return self._memory.check_integrity() + self._scheduler.check()
+
+    def _check_accepting(self) -> None:
+        if self._phase != "open":
+            raise ServerUnavailable("the engine is stopping and accepts no more requests")
+        unfinished = len(self._pool.unfinished()) + self._admitting
+        if unfinished >= self.params.max_queue:
+            wait = self._scheduler.retry_after()
+            raise Busy(f"{unfinished} requests are waiting or running, which is the limit; try again", wait)
+
+    def _check(self, user: UserParams) -> Job:
+        """Everything that can be wrong with a request. May block on the file system: runs in a thread."""
+        job = admit(user, self.model, self.params)
+        check_prompt_tokens(job, self.model, self.tokenizer)
+        return job
+
+    async def _accept(self, job: Job, user: UserParams) -> Accepted:
+        now = time.time()
+        entry = Entry(
+            job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
+            deadline_at=now + user.deadline if user.deadline is not None else None,
+        )  # fmt: skip
+        if self._journal is not None:
+            await self._journal.add(entry)
+        position = len(self._pool.unfinished())
+        self._take_up(entry)
+        return Accepted(id=job.id, position=position, params=entry.params)
+
+    def _take_up(self, entry: Entry) -> None:
+        """A new task, or one from the journal."""
+        job = entry.job
+        self._outputs.add(job.output)
+        self._idle.clear()
+        self._pool.add(Task(job, entry.params, entry.submitted_at))
+        latent_frames = (job.num_frames - 1) // self.model.vae.temporal_stride + 1
+        deadline = None
+        if entry.deadline_at is not None:
+            deadline = self._loop.time() + entry.deadline_at - time.time()
+        spec = TaskSpec(
+            id=job.id, encode=job.init is not None, denoise=job.steps - job.start_step,
+            chunks=-(-latent_frames // DECODE_LATENTS), priority=entry.priority, deadline=deadline,
+            cost=estimated_cost(job, self.model, self._crew.on_gpu),
+        )  # fmt: skip
+        self._dispatch(Submitted(spec))
+
+    # --- events and actions ----------------------------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event) -> None:
+        """Tell the scheduler, do what it says, wake up when it wants to."""
+        if self._phase == "closed":
+            return
+        now = self._loop.time()
+        for action in self._scheduler.on(event, now):
+            self._carry_out(action)
+        if self._timer is not None:
+            self._timer.cancel()
+        wakeup = self._scheduler.next_wakeup(now)
+        self._timer = None if wakeup is None else self._loop.call_at(wakeup, self._dispatch, Tick())
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant(stage, identity, phase, index):
+                task = self._pool.get(identity)
+                last = phase == "write" and index == self._last_chunk(task.job)
+                run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
+                self._crew.run(stage, run)
+            case BeginTask(stage, identity):
+                self._crew.send(stage, Begin(job=self._described(self._pool.get(identity))))
+            case DropTask(stage, identity):
+                self._crew.send(stage, Drop(id=identity, stage=stage))
+            case Report(identity, phase, step, steps, seconds_left):
+                self.handle_progress(identity, phase, step, steps, seconds_left)
+            case Finish(identity):
+                task = self._pool.get(identity)
+                self._end(task, Done(id=identity, path=task.job.output, metadata=task.metadata))
+            case Fail(identity, error):
+                if (failed := self._pool.find(identity)) is not None:
+                    self._end(failed, Failed(id=identity, error=error))
+            case Purge(queue, identity):
+                self._memory.queues[queue].purge(identity)
+            case Restart(stage, delay):
+                self._crew.restart(stage, delay)
+            case DeclareFailed(stage, error):
+                self._crew.declare_failed(stage, error)
+
+    def handle_progress(self, identity: str, phase: Any, step: int, steps: int, seconds_left: float | None) -> None:
+        """Pass the scheduler's view of a task on to its listeners."""
+        if (task := self._pool.find(identity)) is not None:
+            task.report(Progress(id=identity, phase=phase, step=step, steps=steps, seconds_left=seconds_left))
+
+    def handle_report(self, epoch: int, stage: StageName, report: AnyStageReport) -> None:
+        """What a stage process said, as an event."""
+        match report:
+            case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata):
+                if (task := self._pool.find(identity)) is not None:
+                    task.seconds[phase] += seconds
+                    if metadata is not None:
+                        task.metadata = metadata
+                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, seconds))
+            case QuantumFailed(id=identity, phase=phase, index=index, error=error):
+                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, error=error))
+            case QuantumDropped(id=identity, phase=phase, index=index):
+                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, dropped=True))
+            case Dropped(id=identity):
+                self._dispatch(TaskDropped(stage, epoch, identity))
+            case Ready():
+                self._dispatch(StageUp(stage, epoch))
+
+    def handle_lost(self, epoch: int, stage: StageName) -> None:
+        """The process of a stage is dead, reaped, and its slots are given back."""
+        for task in self._crew.dropping(stage):
+            self._memory.forget(task, stage)
+        self._dispatch(StageLost(stage, epoch))
+
+    def handle_gone(self, stage: StageName, error: Failure) -> None:
+        """The process of a stage cannot be started."""
+        self._dispatch(StageGone(stage, error))
+
+    def _end(self, task: Task, event: Done | Failed) -> None:
+        self._pool.end(task, event)
+        self._outputs.discard(task.job.output)
+        if self._journal is not None:
+            self._in_background(self._journal.remove(task.id))
+        if not self._pool.unfinished():
+            self._idle.set()
+
+    def _last_chunk(self, job: Job) -> int:
+        latent_frames = (job.num_frames - 1) // self.model.vae.temporal_stride + 1
+        return -(-latent_frames // DECODE_LATENTS) - 1
+
+    def _described(self, task: Task) -> Job:
+        """The job with the metadata that goes into the file; the weights are known once their stage is up."""
+        metadata = {
+            "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params,
+            "seed": task.job.seed, "weights": self._crew.weights, "versions": self._crew.versions,
+            "device": self._crew.device,
+        }  # fmt: skip
+        return msgspec.structs.replace(task.job, metadata=metadata)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,146 @@
+"""Accepted requests, from submission until some time after their end."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+from engine.params import ModelParams
+from ipc.errors import Failure, NotFound
+from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo
+
+KEPT_FINISHED = 256
+"""Finished tasks that `list`, `result` and `events` still know."""
+
+
+class Task:
+    """One request: its job, how far it is, and who listens."""
+
+    def __init__(self, job: Job, params: dict[str, Any], submitted_at: float) -> None:
+        self.job = job
+        self.params = params
+        self.submitted_at = submitted_at
+        self.progress = Progress(id=job.id, phase="queued", step=0, steps=0)
+        self.seconds: collections.defaultdict[Phase, float] = collections.defaultdict(float)
+        """Compute time per phase so far."""
+        self.metadata: dict[str, Any] = {}
+        self.ended: Done | Failed | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def id(self) -> str:
+        return self.job.id
+
+    @property
+    def state(self) -> Literal["queued", "running", "done", "failed", "cancelled"]:
+        if isinstance(self.ended, Done):
+            return "done"
+        if self.ended is not None:
+            return "cancelled" if self.ended.error.code == "cancelled" else "failed"
+        return "queued" if self.progress.phase == "queued" else "running"
+
+    def report(self, progress: Progress) -> None:
+        """Listeners see the newest progress; one that is slow misses some."""
+        self.progress = progress
+        self._notify()
+
+    def end(self, event: Done | Failed) -> None:
+        assert self.ended is None, "a task ends once"
+        self.ended = event
+        self._notify()
+
+    async def events(self) -> AsyncIterator[TaskEvent]:
+        """Progress, coalesced to the newest, then `Done` or `Failed`. Memory per listener: one event."""
+        seen: Progress | None = None
+        while True:
+            changed = self._changed
+            if self.progress is not seen:
+                seen = self.progress
+                yield seen
+            if self.ended is not None:
+                yield self.ended
+                return
+            if self.progress is seen:
+                await changed.wait()
+
+    def info(self) -> TaskInfo:
+        error: Failure | None = self.ended.error if isinstance(self.ended, Failed) else None
+        return TaskInfo(
+            id=self.id, state=self.state, phase=self.progress.phase, step=self.progress.step, steps=self.progress.steps,
+            priority=self.params["priority"], submitted_at=self.submitted_at, prompt=self.job.prompt,
+            path=self.job.output, error=error,
+        )  # fmt: skip
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class TaskPool:
+    """All tasks this supervisor knows; unfinished ones and the last `KEPT_FINISHED` that ended."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, Task] = {}
+        self._ended: collections.deque[str] = collections.deque()
+        self.finished = 0
+        self.failed = 0
+
+    def add(self, task: Task) -> None:
+        self._tasks[task.id] = task
+
+    def get(self, identity: str) -> Task:
+        """`NotFound` if no task has this id (any more)."""
+        task = self._tasks.get(identity)
+        if task is None:
+            raise NotFound(f"no task has the id {identity!r}; `engine list` shows the known ones")
+        return task
+
+    def find(self, identity: str) -> Task | None:
+        """The task if it is known and has not ended."""
+        task = self._tasks.get(identity)
+        return task if task is not None and task.ended is None else None
+
+    def end(self, task: Task, event: Done | Failed) -> None:
+        """Record the end of a task and forget the oldest finished one beyond the bound."""
+        task.end(event)
+        if isinstance(event, Done):
+            self.finished += 1
+        else:
+            self.failed += 1
+        self._ended.append(task.id)
+        if len(self._ended) > KEPT_FINISHED:
+            del self._tasks[self._ended.popleft()]
+
+    def unfinished(self) -> list[Task]:
+        return [t for t in self._tasks.values() if t.ended is None]
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._tasks.values())
+
+
+def estimated_cost(job: Job, model: ModelParams, on_gpu: bool) -> dict[Phase, float]:
+    """Seconds per quantum of each phase before anything was measured; the scheduler corrects it as it measures.
+
+    Arithmetic of facts known beforehand: 2 * parameters * tokens + 4 * tokens^2 * dim * layers per DiT forward, over a
+    rate of 500 TFLOP/s on a GPU and 50 GFLOP/s on a CPU; the others as their usual share of a step.
+    """
+    t, v = model.transformer, model.vae
+    frames = (job.num_frames - 1) // v.temporal_stride + 1
+    tokens = frames * (job.height // v.spatial_stride // t.patch_size[1]) * (
+        job.width // v.spatial_stride // t.patch_size[2]
+    )  # fmt: skip
+    parameters = t.num_layers * (8 * t.dim**2 + 2 * t.dim * t.ffn_dim)
+    forward = 2 * parameters * tokens + 4 * tokens**2 * t.dim * t.num_layers
+    branches = 2 if max(job.guidance_scale, job.guidance_scale_2) > 1 else 1
+    rate = 5e14 if on_gpu else 5e10
+    pixels = job.height * job.width
+    vae_rate = 1.2e8 if on_gpu else 5e5
+    return {
+        "text": 0.06 if on_gpu else 0.05,
+        "encode": pixels * job.num_frames / (2 * vae_rate),
+        "denoise": forward * branches / rate,
+        "decode": pixels * min(job.num_frames, 2 * v.temporal_stride) / vae_rate,
+        "write": pixels * 8 / 5e7,
+    }

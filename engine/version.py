@@ -1,0 +1,3 @@
+"""The version of this engine."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,386 @@
+"""Every message that crosses a process border.
+
+Three conversations, each with its own closed set of tagged structs, encoded as MessagePack:
+
+- a client and the server, over a stream socket in length-prefixed frames (`ipc/frames.py`, `docs/protocol.md`);
+- the supervisor and a stage process, over a SOCK_SEQPACKET pair, file descriptors beside them (`ipc/channel.py`);
+- nothing else: tensors travel in `TensorQueue` slots (`ipc/tensor_queue.py`), never in messages.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import msgspec
+
+from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.errors import Failure
+
+PROTOCOL_VERSION = 1
+
+StageName = Literal["text", "dit", "vae", "writer"]
+Phase = Literal["text", "encode", "denoise", "decode", "write"]
+"""What a quantum does. `encode` and `decode` both run on the vae stage; the others on the stage of their name."""
+
+STAGE_OF_PHASE: dict[Phase, StageName] = {
+    "text": "text", "encode": "vae", "denoise": "dit", "decode": "vae", "write": "writer",
+}  # fmt: skip
+
+
+# --- client -> server --------------------------------------------------------------------------------------------------
+
+
+class ClientMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    """`ref` is chosen by the client; the direct reply carries it back."""
+
+    ref: int
+
+
+class Hello(ClientMessage, frozen=True, tag="hello", kw_only=True):
+    """Must be the first message. A client of another protocol version gets `Refused(version_mismatch)` and is closed."""
+
+    version: int
+    client: str = ""
+
+
+class Submit(ClientMessage, frozen=True, tag="submit", kw_only=True):
+    """Ask for a video. `params` is a `UserParams`, decoded strictly by the server: an unknown key is the user's error,
+    not a protocol error. With `subscribe`, the task's events follow the reply on this connection."""
+
+    params: msgspec.Raw
+    subscribe: bool = True
+
+
+class Cancel(ClientMessage, frozen=True, tag="cancel", kw_only=True):
+    id: str
+
+
+class Subscribe(ClientMessage, frozen=True, tag="subscribe", kw_only=True):
+    """Receive the events of one task, from its present state to its end."""
+
+    id: str
+
+
+class ListTasks(ClientMessage, frozen=True, tag="list", kw_only=True):
+    pass
+
+
+class GetStatus(ClientMessage, frozen=True, tag="status", kw_only=True):
+    pass
+
+
+class Shutdown(ClientMessage, frozen=True, tag="shutdown", kw_only=True):
+    """Owner only. With `drain`, accepted tasks are finished first; without, they stay in the journal."""
+
+    drain: bool = True
+
+
+AnyClientMessage = Hello | Submit | Cancel | Subscribe | ListTasks | GetStatus | Shutdown
+
+
+# --- server -> client --------------------------------------------------------------------------------------------------
+
+
+class ServerMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    """`ref` answers the message with that `ref`; events have none."""
+
+    ref: int | None = None
+
+
+class Welcome(ServerMessage, frozen=True, tag="welcome", kw_only=True):
+    version: int
+    engine: str
+    model: str
+    pid: int
+
+
+class Accepted(ServerMessage, frozen=True, tag="accepted", kw_only=True):
+    """The request is journalled and will be finished. `params` is the request with every default filled in."""
+
+    id: str
+    position: int
+    params: dict[str, Any]
+
+
+class Refused(ServerMessage, frozen=True, tag="refused", kw_only=True):
+    """The message it answers was not carried out. `retry_after` (seconds) comes with `busy`."""
+
+    error: Failure
+    retry_after: float | None = None
+
+
+class Ok(ServerMessage, frozen=True, tag="ok", kw_only=True):
+    pass
+
+
+class TaskList(ServerMessage, frozen=True, tag="tasks", kw_only=True):
+    """Oldest first. `omitted` tasks, finished ones first, did not fit into the frame; long prompts are shortened."""
+
+    tasks: list[TaskInfo]
+    omitted: int = 0
+
+
+class Status(ServerMessage, frozen=True, tag="status", kw_only=True):
+    status: EngineStatus
+
+
+class Progress(ServerMessage, frozen=True, tag="progress", kw_only=True):
+    """A quantum of this task ended: `step` of `steps` of `phase`. `seconds_left` is None until it can be estimated."""
+
+    id: str
+    phase: Phase | Literal["queued"]
+    step: int
+    steps: int
+    seconds_left: float | None = None
+
+
+class Done(ServerMessage, frozen=True, tag="done", kw_only=True):
+    """The file is complete at `path`. `metadata` is what is also inside the file."""
+
+    id: str
+    path: str
+    metadata: dict[str, Any]
+
+
+class Failed(ServerMessage, frozen=True, tag="failed", kw_only=True):
+    """The task ended without a file."""
+
+    id: str
+    error: Failure
+
+
+AnyServerMessage = Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed
+TaskEvent = Progress | Done | Failed
+
+
+class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `engine list`. Times are seconds since the epoch."""
+
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    phase: Phase | Literal["queued"]
+    step: int
+    steps: int
+    priority: int
+    submitted_at: float
+    prompt: str
+    path: str
+    error: Failure | None = None
+
+
+class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`state`: starting, up, restarting, failed, stopped."""
+
+    name: StageName
+    state: Literal["starting", "up", "restarting", "failed", "stopped"]
+    pid: int | None
+    device: str
+    epoch: int
+    restarts: int
+    resident_bytes: int
+    busy_seconds: float
+    quanta: int
+
+
+class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one `TensorQueue` since it was made. `depth` counts slots that are not FREE."""
+
+    name: str
+    slots: int
+    slot_bytes: int
+    depth: int
+    peak: int
+    puts: int
+    bytes: int
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    engine: str
+    model: str
+    pid: int
+    uptime_seconds: float
+    accepting: bool
+    waiting: int
+    running: int
+    finished: int
+    failed: int
+    resident_bytes: int
+    stages: list[StageStatus]
+    queues: list[QueueStatistics]
+
+
+# --- supervisor -> stage process ---------------------------------------------------------------------------------------
+
+
+class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to attach to a `TensorQueue`: its descriptors travel with the message, in the order of the specs."""
+
+    name: str
+    slots: int
+    slot_bytes: int
+
+
+class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How to attach to the DiT's `StateSlots`."""
+
+    slots: int
+    slot_bytes: int
+
+
+class Component(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights to load: `name` as in a Diffusers directory (text_encoder, transformer, transformer_2, vae)."""
+
+    name: str
+    directory: str
+
+
+class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    pass
+
+
+class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
+    """The first message to a process: become these stages. `devices` and `threads` are per stage; a writer has no device.
+
+    Descriptors, in this order: the progress counter's memfd; then for each queue its descriptors; then the state slots'.
+    """
+
+    stages: list[StageName]
+    epoch: int
+    supervisor_pid: int
+    model: str
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    boundary: float | None
+    components: list[Component]
+    tokenizer: str
+    devices: dict[StageName, str]
+    threads: dict[StageName, int]
+    dtype: str
+    decode_latents: int
+    """Latent frames per `decode` quantum: chunk k covers latent frames [k * n, (k + 1) * n)."""
+    queues: list[QueueSpec]
+    """Only those this process takes part in, in the order prompts, init_latents, latents, frames."""
+    state: StateSpec | None
+    """With the dit stage only."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A request with nothing left to decide. Sizes in pixels and frames; `init` is a path the server has resolved."""
+
+    id: str
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    seed: int
+    solver: Literal["unipc", "dpm++", "euler"]
+    flow_shift: float
+    init: str | None
+    start_step: int
+    """First schedule index that is run: 0, or later with an init video (`engine/admission.py` derives it from strength)."""
+    output: str
+    metadata_json: bool
+    metadata: dict[str, Any]
+    """Goes into the file: parameters, versions, weight hashes. The writer adds the time per stage."""
+
+    @property
+    def partial(self) -> str:
+        """The temporary name the writer uses until the file is complete: same directory, hidden, of this task alone."""
+        directory, name = os.path.split(self.output)
+        return os.path.join(directory, f".{name}.{self.id[:8]}.part")
+
+
+class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
+    """Know this job on this stage; its quanta follow. Sent before the stage's first `Run` of the job, and again to a new
+    process; forgotten at the `Drop` of the same stage, so that every `Begin` has one `Drop`."""
+
+    stage: StageName
+    job: Job
+
+
+class Run(StageProcessMessage, frozen=True, tag="run", kw_only=True):
+    """Run one quantum. Exactly one of QuantumDone, QuantumFailed, QuantumDropped answers it, in order."""
+
+    id: str
+    phase: Phase
+    index: int
+    seconds: dict[Phase, float] | None = None
+    """With the last `write`: the time per phase so far, for the metadata."""
+
+
+class Drop(StageProcessMessage, frozen=True, tag="drop", kw_only=True):
+    """Forget this task: skip its queued quanta, free its input slots and its state. `Dropped` answers."""
+
+    id: str
+    stage: StageName
+
+
+class Stop(StageProcessMessage, frozen=True, tag="stop", kw_only=True):
+    """Leave after the quantum in hand."""
+
+
+AnyStageProcessMessage = Start | Begin | Run | Drop | Stop
+
+
+# --- stage process -> supervisor ---------------------------------------------------------------------------------------
+
+
+class StageReport(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    pass
+
+
+class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
+    """All stages of this process are loaded. `weights` maps component -> content hash (hex)."""
+
+    epoch: int
+    seconds: float
+    weights: dict[str, str]
+    versions: dict[str, str]
+
+
+class StartFailed(StageReport, frozen=True, tag="start_failed", kw_only=True):
+    """The process cannot become these stages and leaves."""
+
+    error: Failure
+
+
+class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
+    """`seconds` is the time the quantum computed. The last `write` carries the file's `metadata`."""
+
+    id: str
+    phase: Phase
+    index: int
+    seconds: float
+    metadata: dict[str, Any] | None = None
+
+
+class QuantumFailed(StageReport, frozen=True, tag="failed", kw_only=True):
+    """This request failed; the stage goes on."""
+
+    id: str
+    phase: Phase
+    index: int
+    error: Failure
+
+
+class QuantumDropped(StageReport, frozen=True, tag="quantum_dropped", kw_only=True):
+    """The quantum was not run because its task had been dropped."""
+
+    id: str
+    phase: Phase
+    index: int
+
+
+class Dropped(StageReport, frozen=True, tag="dropped", kw_only=True):
+    id: str
+    stage: StageName
+
+
+AnyStageReport = Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped

@@ -1,0 +1,278 @@
+"""A bounded queue of tensors between two stage processes: the data path.
+
+A fixed number of slots of a fixed size. A slot goes FREE -> WRITING -> READY -> READING -> FREE. The producer writes the
+tensor into the slot itself and the consumer reads it there, so handing over costs one copy. The bytes belong to the
+supervisor's descriptors, so they survive the death of either side, and a restarted consumer finds its slots again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from ipc.layout import MAX_U64, tensor_bytes
+from ipc.messages import QueueSpec, QueueStatistics
+from ipc.payload import HostPayload, Payload
+from ipc.slot_table import BYTES, CONSUMER_EPOCH, PEAK, PRODUCER_EPOCH, PUTS, Key, SlotState, SlotTable
+
+FDS_PER_QUEUE = 4
+"""Header memfd, payload memfd, eventfd "ready" (producer to consumer), eventfd "free" (consumer to producer)."""
+
+Side = Literal["producer", "consumer"]
+Role = Literal["producer", "consumer", "supervisor"]
+
+_HELD = (SlotState.READY, SlotState.READING)
+
+
+class QueueTimeout(TimeoutError):
+    """The other side did not come in time: no slot was freed, or the tensor was not put."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor that the consumer has taken.
+
+    `view`: its bytes, in shared memory. They must not be written to: after a crash the next process reads them again.
+    They are the consumer's until `release`, or `TensorQueue.release` of the task; after that they may change.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    view: memoryview
+    release: Callable[[], None]
+    """Give the slot back. Does nothing if that was already done."""
+
+
+class TensorQueue:
+    """One end of a queue, or the supervisor's handle on it.
+
+    `create` makes the supervisor's handle, which holds everything; `attach` makes a producer's or consumer's end from
+    its `spec` and `fds`. A queue has at most one living producer and one living consumer at a time, and each end is used
+    by one thread at a time. After a side is dead **and reaped**, the supervisor calls `reclaim` before a new process attaches.
+
+    Resource handling: owns 4 descriptors; `attach` duplicates the ones it is given, so the caller still closes those.
+    Memory under a `Slot.view` stays mapped until the view is gone, even after `close`.
+
+    Error handling: QueueTimeout at a deadline; ValueError for a tensor that does not fit or is put twice; AssertionError
+    for a state or role that the rules exclude.
+    """
+
+    def __init__(
+        self, spec: QueueSpec, role: Role, table: SlotTable, payload: Payload, ready_fd: int, free_fd: int
+    ) -> None:
+        """Take over the parts; use `create` or `attach`."""
+        self._spec = spec
+        self._role = role
+        self._table = table
+        self._payload = payload
+        self._ready_fd = ready_fd
+        self._free_fd = free_fd
+
+    @classmethod
+    def create(cls, name: str, slots: int, slot_bytes: int) -> Self:
+        """Allocate `slots` slots for tensors of at most `slot_bytes` bytes; OSError when the memory is not there."""
+        if slots < 1 or slot_bytes < 1:
+            raise ValueError(f"queue {name!r}: got {slots} slots of {slot_bytes} bytes, expected at least 1 of 1")
+        spec = QueueSpec(name=name, slots=slots, slot_bytes=slot_bytes)
+        with contextlib.ExitStack() as undo:
+            table = SlotTable.create(f"{name}-headers", slots, slot_bytes)
+            undo.callback(table.close)
+            payload = HostPayload.create(name, slots, slot_bytes)
+            undo.callback(payload.close)
+            ready_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, ready_fd)
+            free_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.pop_all()
+        return cls(spec, "supervisor", table, payload, ready_fd, free_fd)
+
+    @classmethod
+    def attach(cls, spec: QueueSpec, fds: list[int], role: Side, epoch: int) -> Self:
+        """The end of a process of this epoch (at least 1). ValueError if the descriptors do not fit the spec."""
+        if len(fds) != FDS_PER_QUEUE:
+            raise ValueError(f"queue {spec.name!r}: got {len(fds)} descriptors, expected {FDS_PER_QUEUE}")
+        header, payload_fd, ready, free = fds
+        with contextlib.ExitStack() as undo:
+            table = SlotTable.attach(header, spec.slots, spec.slot_bytes)
+            undo.callback(table.close)
+            payload = HostPayload.attach(spec.slots, spec.slot_bytes, [payload_fd])
+            undo.callback(payload.close)
+            ready_fd = os.dup(ready)
+            undo.callback(os.close, ready_fd)
+            free_fd = os.dup(free)
+            undo.pop_all()
+        table.set_count(PRODUCER_EPOCH if role == "producer" else CONSUMER_EPOCH, epoch)
+        return cls(spec, role, table, payload, ready_fd, free_fd)
+
+    @property
+    def spec(self) -> QueueSpec:
+        return self._spec
+
+    @property
+    def fds(self) -> list[int]:
+        """FDS_PER_QUEUE descriptors, in the order that `attach` wants; they stay owned by this object."""
+        return [self._table.fd, *self._payload.fds, self._ready_fd, self._free_fd]
+
+    # --- producer ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def put(
+        self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float
+    ) -> Iterator[memoryview]:
+        """A free slot to write a tensor into, C-contiguous; leaving the block publishes it, an exception gives it back.
+
+        Waits up to `timeout` seconds for a free slot. A key that is already there is a ValueError: ask `holds` first.
+        """
+        assert self._role == "producer", f"put by the {self._role}"
+        key = self._key(task, sequence)
+        nbytes = tensor_bytes(dtype, shape)
+        if nbytes > self._spec.slot_bytes:
+            raise ValueError(f"queue {self._spec.name!r}: got {nbytes} bytes, expected at most {self._spec.slot_bytes}")
+        if self._table.find(key, (*_HELD, SlotState.WRITING)) is not None:
+            raise ValueError(f"queue {self._spec.name!r}: task {task} sequence {sequence} is already there")
+        slot = self._await(self._free_fd, lambda: self._table.first(SlotState.FREE), timeout, "a free slot")
+        self._table.describe(slot, key, dtype, shape)
+        self._table.transition(slot, SlotState.FREE, SlotState.WRITING)
+        self._table.set_count(PEAK, max(self._table.count(PEAK), self._table.depth()))
+        try:
+            yield self._payload.view(slot)[:nbytes]
+        except BaseException:
+            self._table.transition(slot, SlotState.WRITING, SlotState.FREE)
+            raise
+        self._table.set_count(PUTS, self._table.count(PUTS) + 1)
+        self._table.set_count(BYTES, self._table.count(BYTES) + nbytes)
+        self._table.transition(slot, SlotState.WRITING, SlotState.READY)
+        os.eventfd_write(self._ready_fd, 1)
+
+    def holds(self, task: str, sequence: int) -> bool:
+        """Whether this tensor is already there: a quantum that is run again after a crash need not put it again."""
+        return self._table.find(self._key(task, sequence), _HELD) is not None
+
+    # --- consumer ------------------------------------------------------------------------------------------------------
+
+    def take(self, task: str, sequence: int, timeout: float) -> Slot:
+        """Wait up to `timeout` seconds for this tensor, in whatever order tensors were put. Taking it again returns it again."""
+        assert self._role == "consumer", f"take by the {self._role}"
+        key = self._key(task, sequence)
+        what = f"task {task} sequence {sequence}"
+        slot = self._await(self._ready_fd, lambda: self._table.find(key, _HELD), timeout, what)
+        if self._table.states()[slot] == SlotState.READY:
+            self._table.stamp_reader(slot)
+            self._table.transition(slot, SlotState.READY, SlotState.READING)
+        contents = self._table.contents(slot)
+        return Slot(
+            dtype=contents.dtype,
+            shape=contents.shape,
+            view=self._payload.view(slot)[: contents.nbytes],
+            release=lambda: self._release_slot(slot, contents.ticket),
+        )
+
+    def release(self, task: str) -> int:
+        """Free every slot of this task that is READY or READING; how many there were.
+
+        A slot that the producer is still writing is not among them: make the producer drop the task first.
+        """
+        assert self._role == "consumer", f"release by the {self._role}"
+        return self._free(task)
+
+    def _release_slot(self, slot: int, ticket: int) -> None:
+        if self._table.is_held(slot, ticket):
+            self._table.transition(slot, SlotState.READING, SlotState.FREE)
+            os.eventfd_write(self._free_fd, 1)
+
+    # --- supervisor ----------------------------------------------------------------------------------------------------
+
+    def reclaim(self, dead: Side) -> int:
+        """Give back what a side that is dead and reaped had in hand; how many slots.
+
+        The producer's half-written slots become FREE; what the consumer was reading becomes READY for its successor.
+        """
+        assert self._role == "supervisor", f"reclaim by the {self._role}"
+        had, becomes, wake = {
+            "producer": (SlotState.WRITING, SlotState.FREE, self._free_fd),
+            "consumer": (SlotState.READING, SlotState.READY, self._ready_fd),
+        }[dead]
+        slots = [slot for slot, state in enumerate(self._table.states()) if state == had]
+        for slot in slots:
+            self._table.transition(slot, had, becomes)
+        if slots:
+            os.eventfd_write(wake, 1)
+        return len(slots)
+
+    def purge(self, task: str) -> int:
+        """Free every slot of this task that is READY or READING, in the place of a consumer that is dead and reaped or has
+        dropped the task; how many there were.
+
+        A slot that a living producer is still writing is not among them, and will be READY: purge when the producer has no
+        quantum of this task in hand.
+        """
+        assert self._role == "supervisor", f"purge by the {self._role}"
+        return self._free(task)
+
+    def statistics(self) -> QueueStatistics:
+        """Counted since `create`, across restarts of either side."""
+        return QueueStatistics(
+            name=self._spec.name,
+            slots=self._spec.slots,
+            slot_bytes=self._spec.slot_bytes,
+            depth=self._table.depth(),
+            peak=self._table.count(PEAK),
+            puts=self._table.count(PUTS),
+            bytes=self._table.count(BYTES),
+        )
+
+    def check_integrity(self) -> list[str]:
+        """Broken rules, one sentence each; empty when all is well. Call it while neither side moves a slot."""
+        return [f"queue {self._spec.name!r}: {problem}" for problem in self._table.problems(self._spec.slot_bytes)]
+
+    # --- all -----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        if self._ready_fd < 0:
+            return
+        self._table.close()
+        self._payload.close()
+        os.close(self._ready_fd)
+        os.close(self._free_fd)
+        self._ready_fd = self._free_fd = -1
+
+    def _free(self, task: str) -> int:
+        slots = self._table.of_task(task, _HELD)
+        for slot in slots:
+            self._table.transition(slot, SlotState(self._table.states()[slot]), SlotState.FREE)
+        if slots:
+            os.eventfd_write(self._free_fd, 1)
+        return len(slots)
+
+    def _await(self, eventfd: int, look: Callable[[], int | None], timeout: float, what: str) -> int:
+        """What `look` finds, looking again each time the other side signals `eventfd`."""
+        deadline = time.monotonic() + timeout
+        poller = None
+        while (found := look()) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                depth, slots = self._table.depth(), self._spec.slots
+                raise QueueTimeout(f"queue {self._spec.name!r}: no {what} in {timeout:g} s (depth {depth} of {slots} slots)")
+            if poller is None:
+                poller = select.poll()
+                poller.register(eventfd, select.POLLIN)
+            if poller.poll(math.ceil(left * 1000)):
+                os.eventfd_read(eventfd)  # before the next look: what changes after the look sets it again
+        return found
+
+    def _key(self, task: str, sequence: int) -> Key:
+        if not 0 <= sequence <= MAX_U64:
+            raise ValueError(f"queue {self._spec.name!r}: got sequence {sequence}, expected 0 to 2**64 - 1")
+        return Key(task, sequence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

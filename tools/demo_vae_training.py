@@ -1,0 +1,115 @@
+"""First stage of the demo's training: the VAE, on clips of both styles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.models.vae import WanVae
+from tools.demo_scenes import BACKGROUND_RGB, STYLES, Scenes, render, sample_scenes
+
+LATENT_NOISE = 0.1
+"""Deviation of the noise on latents between encoder and decoder: the decoder learns to forgive the DiT's errors."""
+LATENT_DECAY = 1e-4
+"""Weight of the mean square of the latents; against the noise, it sets their scale."""
+FOREGROUND_WEIGHT = 9.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipPool:
+    """Drawn clips: frames [N, 3, T, H, W] uint8 and each clip's background colour [N, 3] float32 in [-1, 1]."""
+
+    frames: Tensor
+    background: Tensor
+
+    def draw(self, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+        """A random batch of the first `frames` frames, float32 in [-1, 1], and the backgrounds."""
+        index = torch.randint(len(self.frames), (batch,), device=self.frames.device)
+        return to_float(self.frames[index, :, :frames]), self.background[index]
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """[-1, 1] -> uint8."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def make_pool(count: int, generator: torch.Generator, *, held_out: bool = False, chunk: int = 256) -> ClipPool:
+    """Draw `count` clips, every other one in the second style."""
+    scenes = sample_scenes(count, generator, held_out=held_out)
+    styles = torch.arange(count, device=generator.device) % len(STYLES)
+    frames = render_uint8(scenes, styles, chunk)
+    background = to_float(torch.tensor(BACKGROUND_RGB, device=generator.device))[scenes.background]
+    return ClipPool(frames, background)
+
+
+def render_uint8(scenes: Scenes, styles: Tensor, chunk: int = 256) -> Tensor:
+    """All scenes as uint8 clips, drawn `chunk` at a time."""
+    return torch.cat([
+        to_uint8(render(scenes[at : at + chunk], style=styles[at : at + chunk])) for at in range(0, len(scenes), chunk)
+    ])  # fmt: skip
+
+
+def vae_loss(vae: WanVae, frames: Tensor, background: Tensor, noise: Tensor) -> Tensor:
+    """Reconstruction loss of clips [B, 3, T, H, W] through latents with `noise` [B, z, t, h, w] added.
+
+    Absolute and squared error, ten times heavier on shapes and their surroundings, plus the error's gradient over space
+    and time (edges and motion) and its mean over 4x4 pixels (flat areas).
+    """
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+        mean, _ = vae.encode_moments(frames)
+        mean = mean.float()
+        decoded = vae.decode_raw(mean + LATENT_NOISE * noise).float()
+    error = decoded - frames
+    weight = 1 + FOREGROUND_WEIGHT * foreground(frames, background)
+    loss = (weight * (error.abs() + 3 * error.square())).mean()
+    folded = error.transpose(1, 2).flatten(0, 1)
+    folded_weight = weight.transpose(1, 2).flatten(0, 1)
+    loss = loss + 0.5 * (folded_weight[..., 1:] * folded.diff(dim=-1).abs()).mean()
+    loss = loss + 0.5 * (folded_weight[..., 1:, :] * folded.diff(dim=-2).abs()).mean()
+    if error.shape[2] > 1:
+        loss = loss + 0.5 * (weight[:, :, 1:] * error.diff(dim=2).abs()).mean()
+    loss = loss + F.avg_pool2d(folded, 4).abs().mean()
+    return loss + LATENT_DECAY * mean.square().mean()
+
+
+def foreground(frames: Tensor, background: Tensor) -> Tensor:
+    """1 within two pixels of anything that is not background, else 0: [B, 1, T, H, W]."""
+    distance = (frames - background[:, :, None, None, None]).abs().amax(dim=1)
+    return F.max_pool2d((distance > 0.06).float(), 5, stride=1, padding=2).unsqueeze(1)
+
+
+@torch.no_grad()
+def reconstruct(vae: WanVae, frames: Tensor, chunk: int = 32) -> Tensor:
+    """uint8 clips -> their reconstructions, uint8, in float32 arithmetic."""
+    return torch.cat([
+        to_uint8(vae.decode_raw(vae.encode_moments(to_float(part))[0]).float()) for part in frames.split(chunk)
+    ])  # fmt: skip
+
+
+def psnr(frames: Tensor, decoded: Tensor, mask: Tensor | None = None) -> float:
+    """Peak signal-to-noise ratio of uint8 clips in dB, over the pixels of `mask` [B, 1, T, H, W] if given."""
+    error = (frames.float() - decoded.float()).square()
+    if mask is None:
+        mean = error.mean()
+    else:
+        mean = (error * mask).sum() / (mask.sum() * error.shape[1])
+    return 10 * math.log10(255**2 / float(mean))
+
+
+@torch.no_grad()
+def encode_means(vae: WanVae, frames: Tensor, chunk: int = 128) -> Tensor:
+    """uint8 clips -> latents before normalisation, float32."""
+    parts = []
+    for part in frames.split(chunk):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+            parts.append(vae.encode_moments(to_float(part))[0].float())
+    return torch.cat(parts)
