@@ -58,7 +58,7 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, identit
         solver=user.solver or defaults.solver,
         flow_shift=user.flow_shift if user.flow_shift is not None else defaults.flow_shift,
         init=init,
-        start_step=0 if strength is None else steps - max(1, min(steps, round(steps * strength))),
+        start_step=0 if strength is None else steps - max(1, int(steps * strength)),
         output=output,
         metadata_json=user.metadata_json,
         metadata={},
@@ -94,7 +94,7 @@ def _size(user: UserParams, model: ModelParams) -> tuple[int, int]:
             raise BadRequest(f"{name} is {value}; it must be a multiple of {multiple}, the nearest is {nearest}")
     if height * width > model.limits.max_pixels:
         raise BadRequest(
-            f"{width}x{height} is {height * width:,} pixels a frame; {model.name} goes up to {model.limits.max_pixels:,}"
+            f"{width}x{height} is {height * width:,} pixels; {model.name} takes up to {model.limits.max_pixels:,}"
             f" (its usual size is {model.defaults.width}x{model.defaults.height})"
         )
     return height, width

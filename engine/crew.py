@@ -11,17 +11,30 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.params import STAGES, ModelParams, SystemParams
 from engine.process import StageProcess
-from ipc.errors import BadConfig, Failure, StageFailed, from_failure, to_failure
+from ipc.errors import BadConfig, Failure, StageFailed, from_failure
 from ipc.messages import (
-    AnyStageProcessMessage, AnyStageReport, Component, Drop, Dropped, QuantumDone, QuantumDropped, QuantumFailed, Ready,
-    Run, STAGE_OF_PHASE, StageName, StageStatus, Start, StartFailed, Stop,
+    STAGE_OF_PHASE,
+    AnyStageProcessMessage,
+    AnyStageReport,
+    Component,
+    Dropped,
+    QuantumDone,
+    QuantumDropped,
+    QuantumFailed,
+    Ready,
+    Run,
+    StageName,
+    StageStatus,
+    Start,
+    StartFailed,
+    Stop,
 )  # fmt: skip
 
 WATCH_INTERVAL = 1.0
@@ -29,6 +42,9 @@ WATCH_INTERVAL = 1.0
 
 STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
+
+
+StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
 
 
 class Owner(Protocol):
@@ -44,12 +60,11 @@ class _Post(msgspec.Struct):
 
     name: StageName
     device: str | None
-    state: str = "stopped"
+    state: StageState = "stopped"
     process: StageProcess | None = None
     restarts: int = -1
     quanta: int = 0
     busy_seconds: float = 0.0
-    dropping: set[str] = msgspec.field(default_factory=set)
     error: Failure | None = None
 
 
@@ -57,7 +72,13 @@ class Crew:
     """All stage processes."""
 
     def __init__(
-        self, params: SystemParams, model: ModelParams, checkpoint: Path, tokenizer: Path, memory: EngineMemory, owner: Owner
+        self,
+        params: SystemParams,
+        model: ModelParams,
+        checkpoint: Path,
+        tokenizer: Path,
+        memory: EngineMemory,
+        owner: Owner,
     ) -> None:
         self._params, self._model, self._checkpoint, self._tokenizer = params, model, checkpoint, tokenizer
         self._memory = memory
@@ -88,7 +109,7 @@ class Crew:
             return dict.fromkeys(STAGES, "process")
         return {"text": self.device if self.on_gpu else None, "dit": self.device, "vae": self.device, "writer": None}
 
-    # --- life ----------------------------------------------------------------------------------------------------------
+    # Life.
 
     def start(self, stages: tuple[StageName, ...]) -> None:
         """Spawn the process of these stages; a report or `handle_lost` follows."""
@@ -135,23 +156,29 @@ class Crew:
             handle.cancel()
         processes = self._processes()
         for process in processes:
-            process.send(Stop())
+            if process.ready:
+                process.send(Stop())
+            else:
+                process.kill()  # it is loading, has no request in hand, and would read no message for seconds
         await _wait_exited(processes, STOP_GRACE)
         for process in processes:
             process.kill()
         await _wait_exited(processes, STOP_GRACE)
         self._notify()
 
-    # --- talk ----------------------------------------------------------------------------------------------------------
+    def kill(self) -> None:
+        """End every process now, whatever it is doing; `stop` then has only to reap."""
+        self._stopping = True
+        for process in self._processes():
+            process.kill()
+
+    # Talk.
 
     def send(self, stage: StageName, message: AnyStageProcessMessage) -> None:
         """To a stage whose process is gone, nothing is sent: its end is being reported."""
-        post = self._posts[stage]
-        if post.process is None:
-            return
-        if isinstance(message, Drop):
-            post.dropping.add(message.id)
-        post.process.send(message)
+        process = self._posts[stage].process
+        if process is not None:
+            process.send(message)
 
     def run(self, stage: StageName, run: Run) -> None:
         post = self._posts[stage]
@@ -159,17 +186,12 @@ class Crew:
             post.process.outstanding += 1
             post.process.send(run)
 
-    def dropping(self, stage: StageName) -> set[str]:
-        """Tasks this stage was told to drop and has not; forgets them."""
-        post = self._posts[stage]
-        dropping, post.dropping = post.dropping, set()
-        return dropping
-
     def status(self) -> list[StageStatus]:
         return [
             StageStatus(
-                name=post.name, state=post.state, pid=post.process.pid if post.process else None,  # type: ignore[arg-type]
-                device=post.device or "-", epoch=post.process.epoch if post.process else 0, restarts=max(0, post.restarts),
+                name=post.name, state=post.state, pid=post.process.pid if post.process else None,
+                device=post.device or "-", epoch=post.process.epoch if post.process else 0,
+                restarts=max(0, post.restarts),
                 resident_bytes=post.process.resident_bytes() if post.process else 0,
                 busy_seconds=post.busy_seconds, quanta=post.quanta,
             )
@@ -190,8 +212,7 @@ class Crew:
             case StartFailed(error=error):
                 for post in self._of(process.stages):
                     post.error = error
-            case Dropped(id=identity, stage=stage):
-                self._posts[stage].dropping.discard(identity)
+            case Dropped(stage=stage):
                 self._owner.handle_report(process.epoch, stage, report)
             case QuantumDone(phase=phase) | QuantumFailed(phase=phase) | QuantumDropped(phase=phase):
                 process.outstanding -= 1
@@ -260,7 +281,7 @@ async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes the first CUDA device, else the CPU. Asks the driver's management library; torch stays unloaded."""
+    """`auto` becomes the first CUDA device, else the CPU. Asks the driver's management library, not torch."""
     if device == "cpu":
         return device
     count = _cuda_devices()

@@ -30,7 +30,7 @@ def decode_strictly(type_: type[T], data: object, error: type[EngineError], what
             raise error(f"{what} has an unknown field {_show(key)}{_nearest(key, fields)}")
     for name, field in fields.items():
         if name in data:
-            _check_field(name, field.type, data[name], error)
+            _check_field(name, field.type, data[name], error, what)
         elif field.required:
             raise error(f"{what} lacks {name!r}")
     try:
@@ -39,7 +39,10 @@ def decode_strictly(type_: type[T], data: object, error: type[EngineError], what
         raise error(f"{what}: {cause}") from cause
 
 
-def _check_field(name: str, type_: Any, value: object, error: type[EngineError]) -> None:
+def _check_field(name: str, type_: Any, value: object, error: type[EngineError], what: str) -> None:
+    if isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        decode_strictly(type_, value, error, f"{what}, {name},")
+        return
     try:
         msgspec.convert(value, type_)
     except msgspec.ValidationError as cause:
@@ -47,9 +50,9 @@ def _check_field(name: str, type_: Any, value: object, error: type[EngineError])
         if choices:
             near = _nearest(value, choices)
             raise error(f"{name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
-        expected = str(cause).split(" - at `", 1)[0].split(", got `", 1)[0].removeprefix("Expected ").replace("`", "")
+        expected = str(cause).split(", got `", 1)[0].split(" - at `", 1)[0].removeprefix("Expected ").replace("`", "")
         expected = expected.replace(" | null", "")
-        raise error(f"{name} must be {expected}; got {_show(value)} ({type(value).__name__})") from cause
+        raise error(f"{what}: {name} must be {expected}; got {_show(value)} ({type(value).__name__})") from cause
 
 
 def _choices(type_: Any) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     cost: dict[Phase, float]
 
 
-# --- events ------------------------------------------------------------------------------------------------------------
+# Events.
 
 
 class Submitted(msgspec.Struct, frozen=True):
@@ -47,15 +47,18 @@ class CancelAsked(msgspec.Struct, frozen=True):
 
 
 class StageUp(msgspec.Struct, frozen=True):
-    """A process for this stage is loaded and knows no task."""
+    """A process for this stage is loaded and knows no task.
+
+    `epoch` names the process and grows: stages that share one have the same, no other process has it."""
 
     stage: StageName
     epoch: int
 
 
 class StageLost(msgspec.Struct, frozen=True):
-    """The stage's process is dead and reaped, and the supervisor has given back the queue slots it was writing or
-    reading. Whatever was granted to it and not reported will never be."""
+    """The stage's process is dead and reaped (also one that never came up), with all stages of the same epoch, and the
+    supervisor has given back the queue slots it was writing or reading. Whatever was granted to it and not reported
+    will never be."""
 
     stage: StageName
     epoch: int
@@ -97,7 +100,7 @@ class Tick(msgspec.Struct, frozen=True):
 Event = Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | TaskDropped | Tick
 
 
-# --- actions -----------------------------------------------------------------------------------------------------------
+# Actions.
 
 
 class BeginTask(msgspec.Struct, frozen=True):
@@ -124,9 +127,11 @@ class DropTask(msgspec.Struct, frozen=True):
 
 
 class Purge(msgspec.Struct, frozen=True):
-    """Free all slots of this task in this queue, whatever their state: its consumer died and its producer starts over."""
+    """Free all that is held of this task for this stage, whatever its state: the slots of the queues it consumes, and
+    the state slot if it is the dit. Its process died, or was never told of the task, so it cannot free them itself;
+    whoever fills those queues has nothing of the task in hand."""
 
-    queue: Literal["frames"]
+    stage: StageName
     id: str
 
 
@@ -141,7 +146,7 @@ class Report(msgspec.Struct, frozen=True):
     """Tell whoever listens: `step` of `steps` of `phase` is done; about `seconds_left` until the video is."""
 
     id: str
-    phase: Phase
+    phase: Phase | Literal["queued"]
     step: int
     steps: int
     seconds_left: float | None

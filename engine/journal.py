@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from ipc.errors import BadConfig, OutputError
 from ipc.messages import Job
+
+T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
@@ -73,7 +76,7 @@ class Journal:
             self._connection = None
         self._thread.shutdown(wait=False)
 
-    async def _on_thread(self, call: Any, *args: Any) -> Any:
+    async def _on_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
     def _open(self) -> list[Entry]:

@@ -86,8 +86,8 @@ class EngineMemory:
             if route.consumer in stages:
                 self.queues[name].reclaim("consumer")
 
-    def forget(self, task: str, stage: StageName) -> None:
-        """The stage died before it could drop this task: free its input slots, and its state if it is the dit."""
+    def purge(self, task: str, stage: StageName) -> None:
+        """Free what is held of this task for this stage: the slots it would take, and the state if it is the dit."""
         for name, route in ROUTES.items():
             if route.consumer == stage:
                 self.queues[name].purge(task)

@@ -1,7 +1,7 @@
 """Where the socket is, and who may have it.
 
-The socket has mode 0600 in a directory of mode 0700 that belongs to us. Which server owns a path is decided by a lock on
-`<socket>.lock`, never by the path itself: binding would silently take a live server's name away.
+The socket has mode 0600 in a directory of mode 0700 that belongs to us. Which server owns a path is decided by a lock
+on `<socket>.lock`, never by the path itself: binding would silently take a live server's name away.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def check_directory(directory: Path) -> None:
     mode = stat.S_IMODE(found.st_mode)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & 0o077:
         raise BadConfig(
-            f"the socket directory {directory} has mode {mode:04o} and owner {found.st_uid}; it must be a real directory "
-            f"of mode 0700 that belongs to user {os.geteuid()}: choose a directory of its own with --socket"
+            f"the socket directory {directory} has mode {mode:04o} and owner {found.st_uid}; it must be a real "
+            f"directory of mode 0700 that belongs to user {os.geteuid()}: choose a directory of its own with --socket"
         )
 
 

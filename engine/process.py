@@ -158,7 +158,7 @@ class StageProcess:
 
 
 def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
-    """A new interpreter that holds `channel_end` and nothing else of ours. `-P`: the working directory is not imported."""
+    """A new interpreter that holds `channel_end` and nothing else of ours. `-P`: nothing is imported from the cwd."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "stages.worker", str(channel_end.fileno())],
         stdin=subprocess.DEVNULL,

@@ -19,11 +19,36 @@ from engine.params import UserParams
 from engine.paths import SocketClaim, peer_ids
 from engine.supervisor import Supervisor
 from engine.version import VERSION
-from ipc.errors import BadRequest, Busy, EngineError, Failure, PermissionDenied, ProtocolError, VersionMismatch, to_failure
+from ipc.errors import (
+    BadRequest,
+    Busy,
+    EngineError,
+    Failure,
+    PermissionDenied,
+    ProtocolError,
+    VersionMismatch,
+    to_failure,
+)  # fmt: skip
 from ipc.frames import MAX_FRAME, FrameReader, encode_frame
 from ipc.messages import (
-    PROTOCOL_VERSION, Accepted, AnyClientMessage, AnyServerMessage, Cancel, Failed, GetStatus, Hello, ListTasks, Ok,
-    Refused, Shutdown, Status, Submit, Subscribe, TaskInfo, TaskList, Welcome,
+    PROTOCOL_VERSION,
+    Accepted,
+    AnyClientMessage,
+    AnyServerMessage,
+    Cancel,
+    Failed,
+    GetStatus,
+    Hello,
+    ListTasks,
+    Ok,
+    Refused,
+    Shutdown,
+    Status,
+    Submit,
+    Subscribe,
+    TaskInfo,
+    TaskList,
+    Welcome,
 )  # fmt: skip
 
 MAX_CLIENTS = 256
@@ -49,8 +74,7 @@ log = logging.getLogger(__name__)
 class Server:
     """Serves one supervisor at one socket.
 
-    Resource handling: between `start` and `stop` owns the listening socket and every connection. The claim on the path,
-    and with it the socket file, belongs to the caller.
+    Resource handling: owns the claim on the path; between `start` and `stop` the listening socket and every connection.
     Error handling: nothing a client does is raised here; it is answered with `Refused`, or the connection ends.
     """
 
@@ -69,10 +93,14 @@ class Server:
         self._listener = await asyncio.start_unix_server(self._connected, sock=self._claim.bind(), limit=READ_BYTES)
 
     async def stop(self) -> None:
-        """Stop listening, let the events of ended tasks reach their clients, and close every connection."""
+        """Give the path back, let the events of ended tasks reach their clients, and close every connection.
+
+        In this order: a client that sees its connection end can start another engine at once.
+        """
         if self._listener is None:
             return
         self._listener.close()
+        self._claim.close()
         following = [task for connection in self._connections.values() for task in connection.following.values()]
         if following:
             await asyncio.wait(following, timeout=CLOSE_DEADLINE)
@@ -160,9 +188,7 @@ class Connection:
             await self._send(_refused(hello.ref, error))
             return False
         model = self._supervisor.model.name
-        await self._send(
-            Welcome(ref=hello.ref, version=PROTOCOL_VERSION, engine=VERSION, model=model, pid=os.getpid())
-        )
+        await self._send(Welcome(ref=hello.ref, version=PROTOCOL_VERSION, engine=VERSION, model=model, pid=os.getpid()))
         return True
 
     async def _receive(self) -> AnyClientMessage | None:

@@ -23,21 +23,55 @@ import msgspec
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.crew import Crew
 from engine.events import (
-    Action, BeginTask, CancelAsked, DeclareFailed, DropTask, Event, Fail, Finish, Grant, Purge, QuantumEnded, Report,
-    Restart, StageGone, StageLost, StageUp, Submitted, TaskDropped, TaskSpec, Tick,
+    Action,
+    BeginTask,
+    CancelAsked,
+    DeclareFailed,
+    DropTask,
+    Event,
+    Fail,
+    Finish,
+    Grant,
+    Purge,
+    QuantumEnded,
+    Report,
+    Restart,
+    StageGone,
+    StageLost,
+    StageUp,
+    Submitted,
+    TaskDropped,
+    TaskSpec,
+    Tick,
 )  # fmt: skip
 from engine.journal import Entry, Journal
 from engine.memory import DECODE_LATENTS, EngineMemory, capacity
 from engine.models import checkpoint_directory, load_model
-from engine.params import STAGES, SystemParams, UserParams
+from engine.params import SystemParams, UserParams
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, estimated_cost
 from engine.version import VERSION
 from hotreload.checkpoint import check_directory
 from ipc.errors import BadRequest, Busy, Cancelled, EngineError, Failure, ServerUnavailable, from_failure, to_failure
 from ipc.messages import (
-    Accepted, AnyStageReport, Begin, Done, Drop, Dropped, EngineStatus, Failed, Job, Progress, QuantumDone,
-    QuantumDropped, QuantumFailed, Ready, Run, StageName, TaskEvent, TaskInfo,
+    Accepted,
+    AnyStageReport,
+    Begin,
+    Done,
+    Drop,
+    Dropped,
+    EngineStatus,
+    Failed,
+    Job,
+    Progress,
+    QuantumDone,
+    QuantumDropped,
+    QuantumFailed,
+    Ready,
+    Run,
+    StageName,
+    TaskEvent,
+    TaskInfo,
 )  # fmt: skip
 
 
@@ -64,7 +98,7 @@ class Supervisor:
         self._timer: asyncio.TimerHandle | None = None
         self._started_at = time.time()
 
-    # --- life ----------------------------------------------------------------------------------------------------------
+    # Life.
 
     async def __aenter__(self) -> Supervisor:
         await self.start()
@@ -117,7 +151,7 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
         await self._crew.stop()
-        for task in unfinished:
+        for task in self._pool:
             _unlink(task.job.partial)
         if self._background:
             await asyncio.wait(self._background)
@@ -127,13 +161,18 @@ class Supervisor:
         self._phase = "closed"
         self._closed.set()
 
+    def kill(self) -> None:
+        """Kill the stage processes now; `stop`, under way or to come, then returns at once. For a host in a hurry."""
+        if self._phase in ("open", "draining"):
+            self._crew.kill()
+
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
-    # --- requests ------------------------------------------------------------------------------------------------------
+    # Requests.
 
     async def submit(self, user: UserParams) -> Accepted:
-        """Accept a request: check it completely, journal it, queue it. Raises `BadRequest`, `Busy`, `ServerUnavailable`."""
+        """Check a request completely, journal it, queue it. Raises `BadRequest`, `Busy` or `ServerUnavailable`."""
         self._check_accepting()
         self._admitting += 1
         try:
@@ -239,7 +278,7 @@ class Supervisor:
         )  # fmt: skip
         self._dispatch(Submitted(spec))
 
-    # --- events and actions ----------------------------------------------------------------------------------------------
+    # Events and actions.
 
     def _dispatch(self, event: Event) -> None:
         """Tell the scheduler, do what it says, wake up when it wants to."""
@@ -261,7 +300,7 @@ class Supervisor:
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
                 self._crew.run(stage, run)
             case BeginTask(stage, identity):
-                self._crew.send(stage, Begin(job=self._described(self._pool.get(identity))))
+                self._crew.send(stage, Begin(stage=stage, job=self._described(self._pool.get(identity))))
             case DropTask(stage, identity):
                 self._crew.send(stage, Drop(id=identity, stage=stage))
             case Report(identity, phase, step, steps, seconds_left):
@@ -272,8 +311,8 @@ class Supervisor:
             case Fail(identity, error):
                 if (failed := self._pool.find(identity)) is not None:
                     self._end(failed, Failed(id=identity, error=error))
-            case Purge(queue, identity):
-                self._memory.queues[queue].purge(identity)
+            case Purge(stage, identity):
+                self._memory.purge(identity, stage)
             case Restart(stage, delay):
                 self._crew.restart(stage, delay)
             case DeclareFailed(stage, error):
@@ -304,8 +343,6 @@ class Supervisor:
 
     def handle_lost(self, epoch: int, stage: StageName) -> None:
         """The process of a stage is dead, reaped, and its slots are given back."""
-        for task in self._crew.dropping(stage):
-            self._memory.forget(task, stage)
         self._dispatch(StageLost(stage, epoch))
 
     def handle_gone(self, stage: StageName, error: Failure) -> None:

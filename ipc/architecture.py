@@ -1,7 +1,7 @@
 """The numbers that define a model's networks, as plain data.
 
-Each struct mirrors the `config.json` of the component in a Diffusers checkpoint directory, with the same field names, so
-that a YAML in `configs/models/` can be compared with a checkpoint before a byte of weights is read. The supervisor
+Each struct mirrors the `config.json` of the component in a Diffusers checkpoint directory, with the same field names,
+so that a YAML in `configs/models/` can be compared with a checkpoint before a byte of weights is read. The supervisor
 passes them to stage processes, which build the modules from them; that is why they live beside the messages.
 
 Source of the numbers: the Wan2.1 and Wan2.2 repositories.

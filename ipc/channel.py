@@ -103,13 +103,9 @@ class Channel(Generic[T]):
     def try_receive(self) -> Received[T] | None:
         """The next message if there is one now; ChannelClosed once the peer is gone and all it sent has been read."""
         try:
-            packet, ancillary, flags, _ = self._sock.recvmsg(
-                _COUNT.size + MAX_MESSAGE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-            )
+            packet, ancillary, flags, _ = self._receive_packet()
         except BlockingIOError:
             return None
-        except ConnectionResetError as error:
-            raise ChannelClosed(errno.ECONNRESET, "the peer is gone with messages unread") from error
         fds = _descriptors(ancillary)
         try:
             return Received(self._decode(packet, fds, flags), fds)
@@ -123,7 +119,8 @@ class Channel(Generic[T]):
     def _encode(self, message: msgspec.Struct, fds: Sequence[int]) -> bytes:
         payload = self._encoder.encode(message)
         if len(payload) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"{type(message).__name__}: got {len(payload)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+            kind = type(message).__name__
+            raise ValueError(f"{kind}: got {len(payload)} bytes, expected at most {MAX_MESSAGE_BYTES}")
         if len(fds) > MAX_FDS:
             raise ValueError(f"{type(message).__name__}: got {len(fds)} descriptors, expected at most {MAX_FDS}")
         return _COUNT.pack(len(fds)) + payload
@@ -137,6 +134,14 @@ class Channel(Generic[T]):
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed(error.errno, "the peer is gone") from error
         return True
+
+    def _receive_packet(self) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        size = _COUNT.size + MAX_MESSAGE_BYTES
+        try:
+            return self._sock.recvmsg(size, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            # A peer that leaves messages unread: Linux reports that once, before the packets that it had sent.
+            return self._sock.recvmsg(size, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
 
     def _decode(self, packet: bytes, fds: list[int], flags: int) -> T:
         if flags & socket.MSG_CTRUNC:
@@ -152,7 +157,7 @@ class Channel(Generic[T]):
             raise ChannelError(errno.EBADMSG, f"got {len(fds)} descriptors, expected {expected}")
         try:
             return self._decoder.decode(memoryview(packet)[_COUNT.size :])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"undecodable message of {len(packet) - _COUNT.size} bytes: {error}") from error
 
     def _wait(self, event: int, deadline: float | None, what: str) -> None:

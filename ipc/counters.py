@@ -11,7 +11,7 @@ from ipc.memory import PAGE_BYTES, SharedMemory
 class ProgressCounter:
     """A u64 that one process increments and others read, without a message or a system call.
 
-    An aligned 8-byte store is atomic on x86-64 and AArch64, so a reader sees a value that was written, never half of one.
+    An aligned 8-byte store is atomic on x86-64 and AArch64, so a reader never sees half of a value.
 
     Resource handling: owns the shared page; `attach` duplicates the descriptor it is given.
     """

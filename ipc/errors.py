@@ -130,7 +130,8 @@ _BY_CODE: dict[str, type[EngineError]] = {
     cls.code: cls
     for cls in (
         EngineError, BadRequest, BadCheckpoint, BadConfig, Busy, NotFound, Cancelled, DeadlineExceeded, OutputError,
-        PoisonedRequest, StageFailed, NumericalError, ProtocolError, VersionMismatch, PermissionDenied, ServerUnavailable,
+        PoisonedRequest, StageFailed, NumericalError, ProtocolError, VersionMismatch, PermissionDenied,
+        ServerUnavailable,
     )
 }  # fmt: skip
 

@@ -31,8 +31,8 @@ class FrameReader(Generic[T]):
 
     Between two calls of `feed` it keeps at most one unfinished frame, so at most MAX_FRAME + 3 bytes.
 
-    Error handling: the only error is ProtocolError. It ends the stream: where the next frame starts is unknown, and every
-    later use raises it again. Messages before the bad frame are delivered first.
+    Error handling: the only error is ProtocolError. It ends the stream: where the next frame starts is unknown, so
+    every later use raises it again. Messages before the bad frame are delivered first.
     """
 
     def __init__(self, message_type: Any) -> None:
@@ -55,7 +55,7 @@ class FrameReader(Generic[T]):
         while (frame := self._next_frame()) is not None:
             try:
                 message = self._decoder.decode(frame)
-            except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise self._failed(f"undecodable frame of {len(frame)} bytes: {error}") from error
             yield message
 

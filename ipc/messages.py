@@ -28,7 +28,7 @@ STAGE_OF_PHASE: dict[Phase, StageName] = {
 }  # fmt: skip
 
 
-# --- client -> server --------------------------------------------------------------------------------------------------
+# Client -> server.
 
 
 class ClientMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -38,7 +38,7 @@ class ClientMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True)
 
 
 class Hello(ClientMessage, frozen=True, tag="hello", kw_only=True):
-    """Must be the first message. A client of another protocol version gets `Refused(version_mismatch)` and is closed."""
+    """Must be the first message. Another protocol version gets `Refused(version_mismatch)` and is closed."""
 
     version: int
     client: str = ""
@@ -79,7 +79,7 @@ class Shutdown(ClientMessage, frozen=True, tag="shutdown", kw_only=True):
 AnyClientMessage = Hello | Submit | Cancel | Subscribe | ListTasks | GetStatus | Shutdown
 
 
-# --- server -> client --------------------------------------------------------------------------------------------------
+# Server -> client.
 
 
 class ServerMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -210,7 +210,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     queues: list[QueueStatistics]
 
 
-# --- supervisor -> stage process ---------------------------------------------------------------------------------------
+# Supervisor -> stage process.
 
 
 class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,7 +240,7 @@ class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only
 
 
 class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
-    """The first message to a process: become these stages. `devices` and `threads` are per stage; a writer has no device.
+    """The first message to a process: become these stages. The writer has no device.
 
     Descriptors, in this order: the progress counter's memfd; then for each queue its descriptors; then the state slots'.
     """
@@ -329,7 +329,7 @@ class Stop(StageProcessMessage, frozen=True, tag="stop", kw_only=True):
 AnyStageProcessMessage = Start | Begin | Run | Drop | Stop
 
 
-# --- stage process -> supervisor ---------------------------------------------------------------------------------------
+# Stage process -> supervisor.
 
 
 class StageReport(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):

@@ -1,4 +1,4 @@
-"""Where the bytes of slots live: one small interface, so that a queue does not know whether it is host or GPU memory."""
+"""Where the bytes of slots live: one small interface, so that a queue need not know what kind of memory it is."""
 
 from __future__ import annotations
 

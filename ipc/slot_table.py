@@ -1,12 +1,12 @@
 """The header memfd of a `TensorQueue`: what each slot holds and in which state it is.
 
-Everything is a u64 at an aligned offset. Assumed of the machine: an aligned 8-byte store is atomic (x86-64, AArch64), and
-CPython's assignment to an element of a "Q" memoryview is one such store. A state is stored after a `fence`, and read
-before one, so whoever sees READY sees the header and payload that belong to it.
+Every number is a u64 at an aligned offset. Assumed of the machine: an aligned 8-byte store is atomic (x86-64,
+AArch64), and CPython's assignment to an element of a "Q" memoryview is one such store. A state is stored after a
+`fence`, and read before one, so whoever sees READY sees the header and payload that belong to it.
 
-Who writes what: the producer writes everything about a FREE slot and the transitions FREE -> WRITING -> READY (or back to
-FREE); the consumer writes READY -> READING -> FREE (or READY -> FREE). The supervisor writes in the place of a process
-that is dead and reaped. So no word ever has two writers, and no lock is needed.
+Who writes what: the producer writes everything about a FREE slot and the transitions FREE -> WRITING -> READY (or back
+to FREE); the consumer writes READY -> READING -> FREE (or READY -> FREE). The supervisor writes in the place of a
+process that is dead and reaped. So a word never has two writers at a time, and no lock is needed.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class SlotTable:
         for slot, state in enumerate(self.states()):
             if state == SlotState.FREE:
                 continue
-            if state not in iter(SlotState):
+            if state > SlotState.READING:
                 found.append(f"slot {slot}: state {state} is none of {', '.join(SlotState.__members__)}")
                 continue
             found += self._slot_problems(slot, SlotState(state), slot_bytes)

@@ -1,7 +1,7 @@
 """Slots for the state of tasks in the middle of denoising; they outlive the process that computes.
 
-Each slot has two halves. A commit writes the half that is not in use and then switches with one aligned 8-byte store, so a
-process that is killed at any instruction leaves one whole state: the old or the new.
+Each slot has two halves. A commit writes the half that is not in use and then switches with one aligned 8-byte store,
+so a process that is killed at any instruction leaves one whole state: the old or the new.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from ipc.layout import (
-    DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name,
-)  # fmt: skip
+from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import PAGE_BYTES, SharedMemory, fence, round_up
 from ipc.messages import StateSpec
 from ipc.payload import HostPayload, Payload
@@ -33,6 +31,7 @@ _FREE, _TAKEN = 0, 1
 _ALIGNMENT = 64
 _NAME_BYTES = 32
 _DTYPE_BYTES = 16
+_TASK_BYTES = 16
 
 # Words of the file's header (its own page), of a slot (its own page), of a half and of a tensor in it.
 _MAGIC_WORD, _SLOTS, _SLOT_BYTES, _EPOCH, _COMMITS, _PEAK = range(6)
@@ -122,14 +121,14 @@ class StateSlots:
         return [self._headers.fd, *self._payload.fds]
 
     def claim(self, task: str) -> StateSlot:
-        """The task's slot: its own, with what was committed, if it has one; else a free one. RuntimeError if none is free."""
+        """The task's own slot, with its state, if it has one; else a free one; RuntimeError if none is free."""
         if (own := self.find(task)) is not None:
             return own
         taken = self._taken()
         free = next((slot for slot in range(self._spec.slots) if slot not in taken), None)
         if free is None:
             raise RuntimeError(f"state slots: got task {task}, expected a free slot; all {self._spec.slots} are taken")
-        self._bytes[_byte(free, _TASK) :][:16] = pack_task(task)
+        self._bytes[_byte(free, _TASK) :][:_TASK_BYTES] = pack_task(task)
         self._words[_word(free, _COMMITTED)] = 0
         fence()
         self._words[_word(free, _STATE)] = _TAKEN
@@ -180,7 +179,8 @@ class StateSlots:
             if owner in owners:
                 found.append(f"state slot {slot}: task {owner.hex()} also has slot {owners[owner]}")
             owners[owner] = slot
-            found += self._half_problems(slot)
+            if number := self._committed(slot):
+                found += [f"state slot {slot}: {problem}" for problem in self._half(slot, number).problems()]
         return found
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class StateSlots:
         self._headers.close()
         self._payload.close()
 
-    # --- for StateSlot -------------------------------------------------------------------------------------------------
+    # --- for StateSlot ----------------------------------------------------------------------------
 
     def _committed(self, slot: int) -> int:
         committed = self._words[_word(slot, _COMMITTED)]
@@ -202,32 +202,134 @@ class StateSlots:
         self._words[_COMMITS] += 1
 
     def _half(self, slot: int, committed: int) -> _Half:
+        """The half that the commit of this number is in, or goes into."""
         side = committed % 2
         first = _word(slot, _FIRST_HALF + side * _HALF_WORDS)
         return _Half(self._words, self._bytes, first, self._payload.view(2 * slot + side))
 
-    # --- inside --------------------------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     def _taken(self) -> dict[int, bytes]:
         slots = [slot for slot in range(self._spec.slots) if self._words[_word(slot, _STATE)] == _TAKEN]
         fence()
-        return {slot: bytes(self._bytes[_byte(slot, _TASK) :][:16]) for slot in slots}
+        return {slot: bytes(self._bytes[_byte(slot, _TASK) :][:_TASK_BYTES]) for slot in slots}
 
     def _header_problem(self) -> str | None:
         got = (self._words[_MAGIC_WORD], self._words[_SLOTS], self._words[_SLOT_BYTES])
         if got == (_MAGIC, self._spec.slots, self._spec.slot_bytes):
             return None
-        return f"state header: got {got[1]} slots of {got[2]} bytes, expected {self._spec.slots} of {self._spec.slot_bytes}"
-
-    def _half_problems(self, slot: int) -> list[str]:
-        committed = self._committed(slot)
-        if committed == 0:
-            return []
-        first = _word(slot, _FIRST_HALF + committed % 2 * _HALF_WORDS)
-        return [f"state slot {slot}: {p}" for p in _table_problems(self._words, self._bytes, first, self._spec.slot_bytes)]
+        return f"header: got {got[1]} slots of {got[2]} bytes, expected {self._spec.slots} of {self._spec.slot_bytes}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class StateSlot:
+    """The state of one task: valid until the task is released."""
+
+    def __init__(self, states: StateSlots, index: int, task: str) -> None:
+        """Made by `StateSlots.claim` and `find`."""
+        self._states = states
+        self.index = index
+        self.task = task
+
+    def commit(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
+        """Copy a whole state in and make it the committed one. On an error the committed one stays what it was."""
+        self._check(step, tensors)
+        number = self._states._committed(self.index) + 1
+        self._states._half(self.index, number).write(step, tensors)
+        self._states._publish(self.index, number)
+
+    def load(self) -> tuple[int, dict[str, StateTensor]] | None:
+        """Step and tensors of the committed state; None before the first commit. The views may be read until the second
+        commit from now, and must not be written to."""
+        number = self._states._committed(self.index)
+        return None if number == 0 else self._states._half(self.index, number).read()
+
+    def _check(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
+        if not 0 <= step <= MAX_U64:
+            raise ValueError(f"state: got step {step}, expected 0 to 2**64 - 1")
+        if len(tensors) > MAX_TENSORS:
+            raise ValueError(f"state: got {len(tensors)} tensors, expected at most {MAX_TENSORS}")
+        total = 0
+        for name, (dtype, shape, view) in tensors.items():
+            pack_name(name, _NAME_BYTES)
+            if view.nbytes != tensor_bytes(dtype, shape) or not view.c_contiguous:
+                raise ValueError(f"state tensor {name!r}: got {view.nbytes} bytes, expected contiguous {dtype} {shape}")
+            total += view.nbytes
+        if total > self._states.spec.slot_bytes:
+            raise ValueError(f"state: got {total} bytes, expected at most {self._states.spec.slot_bytes}")
+
+
+class _Half:
+    """One of the two states in a slot: its part of the header page and its room in the payload."""
+
+    def __init__(self, words: memoryview, header: memoryview, first: int, room: memoryview) -> None:
+        self._words = words
+        self._bytes = header
+        self._first = first
+        self._room = room
+
+    def write(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
+        words = self._words
+        words[self._first + _STEP] = step
+        words[self._first + _TENSORS] = len(tensors)
+        offset = 0
+        for index, (name, (dtype, shape, view)) in enumerate(tensors.items()):
+            base = self._tensor(index)
+            self._bytes[8 * (base + _NAME) :][:_NAME_BYTES] = pack_name(name, _NAME_BYTES)
+            self._bytes[8 * (base + _DTYPE) :][:_DTYPE_BYTES] = pack_name(dtype, _DTYPE_BYTES)
+            words[base + _NDIM] = len(shape)
+            for axis, size in enumerate(shape):
+                words[base + _SHAPE + axis] = size
+            words[base + _OFFSET] = offset
+            words[base + _NBYTES] = view.nbytes
+            self._room[offset : offset + view.nbytes] = view.cast("B")
+            offset = round_up(offset + view.nbytes, _ALIGNMENT)
+
+    def read(self) -> tuple[int, dict[str, StateTensor]]:
+        count = self._words[self._first + _TENSORS]
+        return self._words[self._first + _STEP], dict(self._read_tensor(index) for index in range(count))
+
+    def problems(self) -> list[str]:
+        count = self._words[self._first + _TENSORS]
+        if count > MAX_TENSORS:
+            return [f"{count} tensors, expected at most {MAX_TENSORS}"]
+        found = []
+        for index in range(count):
+            base = self._tensor(index)
+            dtype = unpack_name(self._bytes[8 * (base + _DTYPE) :][:_DTYPE_BYTES])
+            ndim, nbytes = self._words[base + _NDIM], self._words[base + _NBYTES]
+            shape = tuple(self._words[base + _SHAPE : base + _SHAPE + min(ndim, MAX_DIMS)])
+            is_tensor = dtype in DTYPE_BYTES and ndim <= MAX_DIMS and 0 not in shape
+            fits = self._words[base + _OFFSET] + nbytes <= len(self._room)
+            if not is_tensor or not fits or nbytes != tensor_bytes(dtype, shape):
+                found.append(f"tensor {index}: {dtype!r} {shape} in {nbytes} bytes is no tensor of this slot")
+        return found
+
+    def _read_tensor(self, index: int) -> tuple[str, StateTensor]:
+        base = self._tensor(index)
+        name = unpack_name(self._bytes[8 * (base + _NAME) :][:_NAME_BYTES])
+        dtype = unpack_name(self._bytes[8 * (base + _DTYPE) :][:_DTYPE_BYTES])
+        shape = tuple(self._words[base + _SHAPE : base + _SHAPE + self._words[base + _NDIM]])
+        start = self._words[base + _OFFSET]
+        return name, (dtype, shape, self._room[start : start + self._words[base + _NBYTES]])
+
+    def _tensor(self, index: int) -> int:
+        return self._first + _FIRST_TENSOR + index * _TENSOR_WORDS
+
+
+def _half_bytes(slot_bytes: int) -> int:
+    """Room for `slot_bytes` bytes in MAX_TENSORS tensors, each of which starts aligned."""
+    return slot_bytes + MAX_TENSORS * _ALIGNMENT
+
+
+def _word(slot: int, field: int) -> int:
+    return (slot + 1) * _PAGE_WORDS + field
+
+
+def _byte(slot: int, field: int) -> int:
+    return 8 * _word(slot, field)

@@ -1,8 +1,8 @@
 """A bounded queue of tensors between two stage processes: the data path.
 
-A fixed number of slots of a fixed size. A slot goes FREE -> WRITING -> READY -> READING -> FREE. The producer writes the
-tensor into the slot itself and the consumer reads it there, so handing over costs one copy. The bytes belong to the
-supervisor's descriptors, so they survive the death of either side, and a restarted consumer finds its slots again.
+A fixed number of slots of a fixed size. A slot goes FREE -> WRITING -> READY -> READING -> FREE. The producer writes
+the tensor into the slot itself and the consumer reads it there, so handing over costs one copy. The supervisor's
+descriptors keep the bytes alive when either side dies, so a restarted consumer finds its slots again.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class TensorQueue:
     """One end of a queue, or the supervisor's handle on it.
 
     `create` makes the supervisor's handle, which holds everything; `attach` makes a producer's or consumer's end from
-    its `spec` and `fds`. A queue has at most one living producer and one living consumer at a time, and each end is used
-    by one thread at a time. After a side is dead **and reaped**, the supervisor calls `reclaim` before a new process attaches.
+    its `spec` and `fds`. A queue has at most one living producer and one living consumer, and each end is used by one
+    thread at a time. When a side is dead **and reaped**, the supervisor calls `reclaim` before a new process attaches.
 
     Resource handling: owns 4 descriptors; `attach` duplicates the ones it is given, so the caller still closes those.
     Memory under a `Slot.view` stays mapped until the view is gone, even after `close`.
 
-    Error handling: QueueTimeout at a deadline; ValueError for a tensor that does not fit or is put twice; AssertionError
-    for a state or role that the rules exclude.
+    Error handling: QueueTimeout at a deadline; ValueError for a tensor that does not fit or is put twice;
+    AssertionError for a state or role that the rules exclude.
     """
 
     def __init__(
@@ -119,12 +119,10 @@ class TensorQueue:
         """FDS_PER_QUEUE descriptors, in the order that `attach` wants; they stay owned by this object."""
         return [self._table.fd, *self._payload.fds, self._ready_fd, self._free_fd]
 
-    # --- producer ------------------------------------------------------------------------------------------------------
+    # --- producer ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def put(
-        self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float
-    ) -> Iterator[memoryview]:
+    def put(self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float) -> Iterator[memoryview]:
         """A free slot to write a tensor into, C-contiguous; leaving the block publishes it, an exception gives it back.
 
         Waits up to `timeout` seconds for a free slot. A key that is already there is a ValueError: ask `holds` first.
@@ -136,7 +134,7 @@ class TensorQueue:
             raise ValueError(f"queue {self._spec.name!r}: got {nbytes} bytes, expected at most {self._spec.slot_bytes}")
         if self._table.find(key, (*_HELD, SlotState.WRITING)) is not None:
             raise ValueError(f"queue {self._spec.name!r}: task {task} sequence {sequence} is already there")
-        slot = self._await(self._free_fd, lambda: self._table.first(SlotState.FREE), timeout, "a free slot")
+        slot = self._await(self._free_fd, lambda: self._table.first(SlotState.FREE), timeout, "free slot")
         self._table.describe(slot, key, dtype, shape)
         self._table.transition(slot, SlotState.FREE, SlotState.WRITING)
         self._table.set_count(PEAK, max(self._table.count(PEAK), self._table.depth()))
@@ -154,10 +152,10 @@ class TensorQueue:
         """Whether this tensor is already there: a quantum that is run again after a crash need not put it again."""
         return self._table.find(self._key(task, sequence), _HELD) is not None
 
-    # --- consumer ------------------------------------------------------------------------------------------------------
+    # --- consumer ---------------------------------------------------------------------------------
 
     def take(self, task: str, sequence: int, timeout: float) -> Slot:
-        """Wait up to `timeout` seconds for this tensor, in whatever order tensors were put. Taking it again returns it again."""
+        """Wait up to `timeout` seconds for this tensor, whatever was put before it. It may be taken again."""
         assert self._role == "consumer", f"take by the {self._role}"
         key = self._key(task, sequence)
         what = f"task {task} sequence {sequence}"
@@ -186,7 +184,7 @@ class TensorQueue:
             self._table.transition(slot, SlotState.READING, SlotState.FREE)
             os.eventfd_write(self._free_fd, 1)
 
-    # --- supervisor ----------------------------------------------------------------------------------------------------
+    # --- supervisor -------------------------------------------------------------------------------
 
     def reclaim(self, dead: Side) -> int:
         """Give back what a side that is dead and reaped had in hand; how many slots.
@@ -206,11 +204,11 @@ class TensorQueue:
         return len(slots)
 
     def purge(self, task: str) -> int:
-        """Free every slot of this task that is READY or READING, in the place of a consumer that is dead and reaped or has
-        dropped the task; how many there were.
+        """Free every slot of this task that is READY or READING; how many there were.
 
-        A slot that a living producer is still writing is not among them, and will be READY: purge when the producer has no
-        quantum of this task in hand.
+        Done in the place of a consumer that is dead and reaped, or has dropped the task.
+        A slot that a living producer is still writing is not among them, and will be READY: purge when the producer has
+        no quantum of this task in hand.
         """
         assert self._role == "supervisor", f"purge by the {self._role}"
         return self._free(task)
@@ -231,7 +229,7 @@ class TensorQueue:
         """Broken rules, one sentence each; empty when all is well. Call it while neither side moves a slot."""
         return [f"queue {self._spec.name!r}: {problem}" for problem in self._table.problems(self._spec.slot_bytes)]
 
-    # --- all -----------------------------------------------------------------------------------------------------------
+    # --- all --------------------------------------------------------------------------------------
 
     def close(self) -> None:
         if self._ready_fd < 0:
@@ -257,8 +255,8 @@ class TensorQueue:
         while (found := look()) is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                depth, slots = self._table.depth(), self._spec.slots
-                raise QueueTimeout(f"queue {self._spec.name!r}: no {what} in {timeout:g} s (depth {depth} of {slots} slots)")
+                depth = f"depth {self._table.depth()} of {self._spec.slots} slots"
+                raise QueueTimeout(f"queue {self._spec.name!r}: no {what} in {timeout:g} s ({depth})")
             if poller is None:
                 poller = select.poll()
                 poller.register(eventfd, select.POLLIN)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from stages.models.vae import WanVae
 from tools.demo_tokenizer import PAD_ID
 
 Z_DIM = 16
+RunBlock = Callable[[Block, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +103,12 @@ def prompt_embeds(encoder: UMT5EncoderModel, ids: Tensor, text_len: int = 512) -
     return F.pad(rows, (0, 0, 0, text_len - rows.shape[1]))
 
 
-def training_velocity(transformer: WanTransformer, latents: Tensor, timestep: Tensor, rows: Tensor, rope: Tensor) -> Tensor:
+def training_velocity(
+    transformer: WanTransformer, latents: Tensor, timestep: Tensor, rows: Tensor, rope: Tensor, run_block: RunBlock | None = None
+) -> Tensor:
     """`transformer.forward` for prompt rows [B, N, text_dim] of which the rest up to `text_len` are zero.
 
-    All those zero rows have the same key and value, so one of them with log(text_len - N) added to its score has the
+    `run_block` is `training_block` or a compiled version of it. All those zero rows have the same key and value, so one of them with log(text_len - N) added to its score has the
     same share of the softmax as all of them: exact, and cross-attention over N+1 rows instead of 512.
     """
     text_len = transformer.config.text_len
@@ -114,7 +118,7 @@ def training_velocity(transformer: WanTransformer, latents: Tensor, timestep: Te
     x = transformer._patchify(latents)
     time, modulation = transformer.condition_embedder.embed_time(timestep)
     for block in transformer.blocks:
-        x = training_block(block, x, modulation, text, bias, rope)
+        x = (run_block or training_block)(block, x, modulation, text, bias, rope)
     return transformer._unpatchify(transformer._head(x, time), transformer._grid(*latents.shape[2:]))
 
 

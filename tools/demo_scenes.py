@@ -140,10 +140,13 @@ def sample_scenes(
     return dataclasses.replace(scenes, start=_place(scenes, generator, margin))
 
 
-def render(scenes: Scenes, *, style: int | Tensor = 0, frames: int = FRAMES, size: int = SIZE) -> Tensor:
+def render(
+    scenes: Scenes, *, style: int | Tensor = 0, frames: int = FRAMES, size: int = SIZE, origin: Tensor | None = None
+) -> Tensor:
     """Draw scenes as clips [B, 3, frames, size, size] float32 in [-1, 1].
 
     `style` indexes `STYLES`, one for all or one per scene ([B]). Shapes are drawn in order, each over the last.
+    `origin` [B, 2] is the canvas pixel (x, y) at the clip's top left corner, (0, 0) if not given.
     """
     device = scenes.count.device
     outlined = torch.as_tensor(style, device=device).expand(len(scenes)).view(-1, 1, 1, 1, 1) == 1
@@ -153,6 +156,8 @@ def render(scenes: Scenes, *, style: int | Tensor = 0, frames: int = FRAMES, siz
     axis = torch.arange(size, device=device, dtype=torch.float32) + 0.5
     for slot in range(2):
         centre = scenes.start[:, slot, None] + scenes.velocity[:, slot, None] * time[:, None]  # [B, T, 2]
+        if origin is not None:
+            centre = centre - origin[:, None]
         x = axis[None, None, None, :] - centre[..., 0, None, None]
         y = axis[None, None, :, None] - centre[..., 1, None, None]
         distance = shape_distance(scenes.shape[:, slot], scenes.radius[:, slot], x, y)[:, None]
@@ -161,6 +166,16 @@ def render(scenes: Scenes, *, style: int | Tensor = 0, frames: int = FRAMES, siz
         image = torch.lerp(image, ink, ((0.5 + OUTLINE - distance).clamp(0, 1) * (shown & outlined)))
         image = torch.lerp(image, fill, (0.5 - distance).clamp(0, 1) * shown)
     return image.expand(-1, -1, frames, size, size) / 127.5 - 1
+
+
+def crop_origins(scenes: Scenes, size: int, generator: torch.Generator) -> Tensor:
+    """Where to cut a square of `size` pixels so that it shows a shape at some time: [B, 2] whole pixels (x, y)."""
+    device = generator.device
+    uniform = torch.rand(len(scenes), 4, generator=generator, device=device)
+    slot = (uniform[:, 0] * scenes.count).long()
+    row = torch.arange(len(scenes), device=device)
+    centre = scenes.start[row, slot] + scenes.velocity[row, slot] * (uniform[:, 1:2] * (FRAMES - 1))
+    return (centre - size / 2 + (uniform[:, 2:] - 0.5) * size * 0.6).clamp(0, SIZE - size).round()
 
 
 def shape_distance(shape: Tensor, radius: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.models.vae import WanVae
-from tools.demo_scenes import BACKGROUND_RGB, STYLES, Scenes, render, sample_scenes
+from tools.demo_judge import judge, score
+from tools.demo_recipe import VaePhase
+from tools.demo_scenes import BACKGROUND_RGB, SIZE, STYLES, crop_origins, render, sample_scenes
+from tools.demo_training import Outcome, train
 
 LATENT_NOISE = 0.1
 """Deviation of the noise on latents between encoder and decoder: the decoder learns to forgive the DiT's errors."""
@@ -42,20 +45,19 @@ def to_uint8(frames: Tensor) -> Tensor:
     return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def make_pool(count: int, generator: torch.Generator, *, held_out: bool = False, chunk: int = 256) -> ClipPool:
-    """Draw `count` clips, every other one in the second style."""
+def make_pool(
+    count: int, generator: torch.Generator, *, held_out: bool = False, size: int = SIZE, chunk: int = 512
+) -> ClipPool:
+    """Draw `count` clips, every other one in the second style; below full size, cut out around a shape."""
     scenes = sample_scenes(count, generator, held_out=held_out)
     styles = torch.arange(count, device=generator.device) % len(STYLES)
-    frames = render_uint8(scenes, styles, chunk)
+    origins = crop_origins(scenes, size, generator)
+    parts = []
+    for at in range(0, count, chunk):
+        part = slice(at, at + chunk)
+        parts.append(to_uint8(render(scenes[part], style=styles[part], size=size, origin=origins[part])))
     background = to_float(torch.tensor(BACKGROUND_RGB, device=generator.device))[scenes.background]
-    return ClipPool(frames, background)
-
-
-def render_uint8(scenes: Scenes, styles: Tensor, chunk: int = 256) -> Tensor:
-    """All scenes as uint8 clips, drawn `chunk` at a time."""
-    return torch.cat([
-        to_uint8(render(scenes[at : at + chunk], style=styles[at : at + chunk])) for at in range(0, len(scenes), chunk)
-    ])  # fmt: skip
+    return ClipPool(torch.cat(parts), background)
 
 
 def vae_loss(vae: WanVae, frames: Tensor, background: Tensor, noise: Tensor) -> Tensor:
@@ -113,3 +115,38 @@ def encode_means(vae: WanVae, frames: Tensor, chunk: int = 128) -> Tensor:
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
             parts.append(vae.encode_moments(to_float(part))[0].float())
     return torch.cat(parts)
+
+
+def train_vae(vae: WanVae, phase: VaePhase, generator: torch.Generator) -> Outcome:
+    """Run one phase on freshly drawn clips."""
+    device = generator.device
+    pool = make_pool(phase.clips, generator, size=phase.size)
+    latent_shape = (phase.batch, vae.config.z_dim, 1 + (phase.frames - 1) // 4, phase.size // 8, phase.size // 8)
+    compute = torch.compile(vae_loss, dynamic=False) if phase.compiled else vae_loss
+
+    def loss() -> Tensor:
+        frames, background = pool.draw(phase.batch, phase.frames)
+        return compute(vae, frames, background, torch.randn(latent_shape, device=device))
+
+    name = f"vae {phase.frames}x{phase.size}x{phase.size}"
+    return train(name, dict(vae.named_parameters()), loss, phase.schedule)
+
+
+def measure_statistics(vae: WanVae, clips: int, generator: torch.Generator) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the latents per channel, over both styles."""
+    latents = encode_means(vae, make_pool(clips, generator).frames).double().transpose(0, 1).flatten(1)
+    return [round(v, 6) for v in latents.mean(dim=1).tolist()], [round(v, 6) for v in latents.std(dim=1).tolist()]
+
+
+def validate_vae(vae: WanVae, clips: int, generator: torch.Generator) -> dict[str, float]:
+    """Reconstruction quality on held-out clips: PSNR, whole and near shapes, and what the judge still recognises."""
+    scenes = sample_scenes(clips, generator, held_out=True)
+    figures = {}
+    for number, style in enumerate(STYLES):
+        frames = to_uint8(torch.cat([render(scenes[at : at + 64], style=number) for at in range(0, clips, 64)]))
+        decoded = reconstruct(vae, frames)
+        background = to_float(torch.tensor(BACKGROUND_RGB, device=generator.device))[scenes.background]
+        figures[f"{style}_psnr"] = psnr(frames, decoded)
+        figures[f"{style}_foreground_psnr"] = psnr(frames, decoded, foreground(to_float(frames), background))
+        figures |= {f"{style}_{name}": value for name, value in score(judge(decoded), scenes).items()}
+    return {name: round(value, 4) for name, value in figures.items()}

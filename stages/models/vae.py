@@ -61,14 +61,14 @@ class WanVae(nn.Module):
         return self.decode_raw(self.denormalise(latents), cache).clamp(-1, 1)
 
     def encode_moments(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
-        """Frames -> mean and log-variance of the latents, not normalised, [B, z, t, h, w] each. No cache: a whole clip."""
+        """Frames -> mean and log-variance of the latents, unscaled, [B, z, t, h, w] each. No cache: a whole clip."""
         self._check_frames(frames, first=not cache)
         moments = self.quant_conv(self.encoder(self._channels_last(frames), cache)).movedim(-1, 1)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
     def decode_raw(self, latents: Tensor, cache: Cache | None = None) -> Tensor:
-        """Latents that are not normalised -> pixels that are not clamped. No cache: whole clip."""
+        """Unscaled latents -> pixels before the clamp. No cache: a whole clip."""
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise ValueError(f"latents must be [B, {self.config.z_dim}, T, h, w], got {list(latents.shape)}")
         x = self.decoder(self.post_quant_conv(self._channels_last(latents)), cache)
@@ -296,7 +296,7 @@ class CausalConv(nn.Conv3d):
         """The convolution without padding in time."""
         x = x.movedim(-1, 1)
         padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # F.conv3d leaves oneDNN when B*C*T*H <= 20480, which is most layers of one small clip: 16 times slower
             # (83 ms against 5 ms for 64 channels at 9x24x24 on 2 cores, torch 2.13).
             y = torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, 1)

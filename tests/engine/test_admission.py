@@ -52,7 +52,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"height": 100}, ["height is 100", "multiple of 16", "nearest is 96"]),
         ({"width": 7}, ["width is 7", "nearest is 16"]),
         ({"width": -16}, ["width is -16"]),
-        ({"height": 1600, "width": 1600}, ["36,864"]),
+        ({"height": 1600, "width": 1600}, ["2,560,000 pixels", "up to 36,864"]),
         ({"steps": 0}, ["steps is 0", "from 1 to 1000"]),
         ({"steps": 10_000}, ["steps is 10000", "from 1 to 1000"]),
         ({"guidance_scale": -1.0}, ["guidance_scale"]),

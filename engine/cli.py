@@ -1,0 +1,187 @@
+"""The command line. Every command is a thin wrapper; what it does is in the module of its name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.version import VERSION
+from ipc.errors import BadRequest, EngineError, NotFound
+
+app = typer.Typer(
+    name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+Socket = Annotated[str | None, typer.Option(help="Unix socket of the engine [$XDG_RUNTIME_DIR/engine/engine.sock]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def main() -> None:
+    """Run the command line; an `EngineError` is one message and its exit code, never a traceback."""
+    try:
+        app()
+    except EngineError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    out: Annotated[Path, typer.Option(help="The video: a path that ends in .mp4.")] = Path("video.mp4"),
+    negative_prompt: Annotated[str | None, typer.Option(help="What it must not show.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4n + 1.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Up to 1: no guidance.")] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="Of the low-noise expert.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same video [random].")] = None,
+    solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to start from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far to leave the start: over 0, up to 1 [0.8].")] = None,
+    priority: Annotated[int, typer.Option(help="-10 to 10, higher first.")] = 0,
+    deadline: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    metadata_json: Annotated[bool, typer.Option("--metadata-json", help="Also write the metadata beside it.")] = False,
+    model: Annotated[str | None, typer.Option(help="See `engine models`.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Directory of the weights, without a server.")] = None,
+    placement: Annotated[str | None, typer.Option(help="split or fused, without a server.")] = None,
+    socket: Socket = None,
+    as_json: Json = False,
+) -> None:
+    """Make a video: on the running engine, or on one just for this."""
+    fields = _given(locals(), leave_out=("out", "model", "checkpoint", "placement", "socket", "as_json"))
+    from engine.decode import decode_strictly
+    from engine.display import progress_view, summary
+    from engine.generate import Order, run
+    from engine.params import UserParams
+
+    params = decode_strictly(UserParams, {**fields, "output": str(out)}, BadRequest, "the request")
+    order = Order(params=params, socket=socket, model=model, checkpoint=checkpoint, placement=placement)
+    outcome = run(order, progress_view(quiet=as_json))
+    if as_json:
+        _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
+    else:
+        print("\n".join(summary(outcome.done, outcome.seconds, outcome.embedded)))
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="See `engine models` [wan-demo].")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Directory of the weights [those that ship].")] = None,
+    placement: Annotated[str | None, typer.Option(help="split or fused: a process per stage, or one [split].")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16 [auto].")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU; 0: one per core [0].")] = None,
+    policy: Annotated[str | None, typer.Option(help="shortest or fifo [shortest].")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Accepted and unfinished requests at most [64].")] = None,
+    state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,
+    output_root: Annotated[str | None, typer.Option(help="Videos are only written below this directory [/].")] = None,
+    socket: Socket = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of the same names; options win.")] = None,
+) -> None:
+    """Serve one model on a Unix socket until `engine shutdown`, SIGTERM or Ctrl-C."""
+    flags = _given(locals(), leave_out=("config",))
+    from engine.serve import run, system_params
+
+    run(system_params(config, flags))
+
+
+@app.command()
+def status(socket: Socket = None, as_json: Json = False) -> None:
+    """What the engine is doing: its stages and queues."""
+    from engine.client import Client
+    from engine.display import print_status
+
+    found = Client(socket).status()
+    _print_json(found) if as_json else print_status(found)
+
+
+@app.command(name="list")
+def list_tasks(socket: Socket = None, as_json: Json = False) -> None:
+    """Unfinished requests and the latest finished ones."""
+    from engine.client import Client
+    from engine.display import print_tasks
+
+    found = Client(socket).tasks()
+    _print_json(found) if as_json else print_tasks(found)
+
+
+@app.command()
+def cancel(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="Of the request; its first characters are enough.")],
+    socket: Socket = None,
+) -> None:
+    """Stop a request at its next step."""
+    from engine.client import Client
+
+    client = Client(socket)
+    matching = [task for task in client.tasks() if identity and task.id.startswith(identity)]
+    unfinished = [task for task in matching if task.state in ("queued", "running")]
+    if not matching:
+        raise NotFound(f"no request has an id that starts with {identity!r}: see `engine list`")
+    if not unfinished:
+        raise NotFound(f"request {matching[0].id[:8]} is not running any more: it is {matching[0].state}")
+    if len(unfinished) > 1:
+        raise BadRequest(f"{len(unfinished)} requests start with {identity!r}: give more of the id")
+    client.cancel(unfinished[0].id)
+    print(f"cancelled {unfinished[0].id}")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """The models this engine knows, and whether their weights are here."""
+    from engine.catalogue import describe_models
+    from engine.display import print_models
+
+    found = describe_models()
+    _print_json(found) if as_json else print_models(found)
+
+
+@app.command()
+def shutdown(
+    now: Annotated[bool, typer.Option("--now", help="Leave unfinished requests in the journal.")] = False,
+    socket: Socket = None,
+) -> None:
+    """Stop the engine, after the requests it has accepted."""
+    from engine.client import Client
+
+    client = Client(socket)
+    found = client.status()
+    unfinished = found.running + found.waiting
+    if unfinished:
+        print(
+            "unfinished requests:",
+            unfinished,
+            "(they stay in the journal)" if now else "(waiting for them)",
+            flush=True,
+        )
+    client.shutdown(drain=not now)
+    print(f"the engine at {client.socket} has stopped")
+
+
+@app.command()
+def version() -> None:
+    """The version of this engine and of its protocol."""
+    from ipc.messages import PROTOCOL_VERSION
+
+    print(f"engine {VERSION}, protocol {PROTOCOL_VERSION}, Python {sys.version.split()[0]}")
+
+
+def _given(values: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, Any]:
+    """The options that were given, paths as strings."""
+    kept = {name: value for name, value in values.items() if value is not None and name not in leave_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _print_json(value: object) -> None:
+    import msgspec
+
+    print(msgspec.json.encode(value).decode())

@@ -1,0 +1,238 @@
+"""Talk to a running engine: `Client` (blocking, from any thread) and `AsyncClient` (asyncio), one API.
+
+Every call uses a connection of its own, so a client holds nothing between calls, may be shared between threads or
+tasks, and survives a restart of the server.
+
+    Client().generate(prompt="a red circle moves left", output="red.mp4")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.connection import AsyncConnection, Connection
+from engine.decode import decode_strictly
+from engine.params import UserParams
+from engine.paths import socket_path
+from ipc.errors import BadRequest, EngineError, from_failure
+from ipc.messages import (
+    Accepted,
+    Cancel,
+    Done,
+    EngineStatus,
+    Failed,
+    GetStatus,
+    ListTasks,
+    Ok,
+    Progress,
+    Shutdown,
+    Status,
+    Submit,
+    Subscribe,
+    TaskEvent,
+    TaskInfo,
+    TaskList,
+    Welcome,
+)  # fmt: skip
+
+SUBMIT_DEADLINE = 90.0
+"""Seconds; a long prompt is tokenised before the engine answers."""
+CANCEL_DEADLINE = 5.0
+
+OnProgress = Callable[[Progress], object]
+
+
+class Client:
+    """A running engine, from blocking code. `with` checks that it is there; nothing needs to be closed.
+
+    Error handling: `ServerUnavailable` when nobody listens or answers; what the engine refuses or what a task ends with
+    comes as the exception of `ipc/errors.py` (`Busy` with `retry_after`).
+    """
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        """`socket`: path of the engine's socket; None: the default one. `BadConfig` if it is too long."""
+        self.socket = socket_path(socket)
+
+    def __enter__(self) -> Client:
+        self.server()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def server(self) -> Welcome:
+        """Who is there: version, model, pid."""
+        with Connection(self.socket) as connection:
+            return connection.welcome
+
+    def submit(self, params: UserParams | None = None, /, **fields: Any) -> Accepted:
+        """Hand in a request, as `UserParams` or by its fields. When this returns, it will be done, whoever leaves."""
+        request = _request(params, fields)
+        with Connection(self.socket) as connection:
+            return connection.ask(Submit(ref=0, params=request, subscribe=False), Accepted, SUBMIT_DEADLINE)
+
+    def events(self, identity: str) -> Iterator[TaskEvent]:
+        """The events of a task, from its present state to its end: `Progress`, then `Done` or `Failed`."""
+        with Connection(self.socket) as connection:
+            connection.ask(Subscribe(ref=0, id=identity), Ok)
+            while True:
+                event = connection.event()
+                yield event
+                if isinstance(event, Done | Failed):
+                    return
+
+    def result(self, identity: str, on_progress: OnProgress | None = None) -> Done:
+        """Wait for the end of a task; raises its error if it did not end well."""
+        with Connection(self.socket) as connection:
+            connection.ask(Subscribe(ref=0, id=identity), Ok)
+            while (done := _outcome(connection.event(), on_progress)) is None:
+                pass
+            return done
+
+    def generate(
+        self, params: UserParams | None = None, /, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> Done:
+        """Submit and wait. If the waiting is interrupted (Ctrl-C, an error in `on_progress`), the task is cancelled."""
+        accepted = self.submit(params, **fields)
+        try:
+            return self.result(accepted.id, on_progress)
+        except EngineError:
+            raise
+        except BaseException:
+            with contextlib.suppress(EngineError):
+                self.cancel(accepted.id)
+            raise
+
+    def cancel(self, identity: str) -> None:
+        """Stop a task at its next step. `NotFound` if there is none."""
+        with Connection(self.socket) as connection:
+            connection.ask(Cancel(ref=0, id=identity), Ok, CANCEL_DEADLINE)
+
+    def tasks(self) -> list[TaskInfo]:
+        """Unfinished tasks and the latest finished ones, oldest first."""
+        with Connection(self.socket) as connection:
+            return connection.ask(ListTasks(ref=0), TaskList).tasks
+
+    def status(self) -> EngineStatus:
+        with Connection(self.socket) as connection:
+            return connection.ask(GetStatus(ref=0), Status).status
+
+    def shutdown(self, drain: bool = True) -> None:
+        """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
+        with Connection(self.socket) as connection:
+            connection.ask(Shutdown(ref=0, drain=drain), Ok)
+            connection.wait_closed()
+
+
+class AsyncClient:
+    """A running engine, from asyncio. `async with` checks that it is there; nothing needs to be closed.
+
+    Error handling: as `Client`.
+    """
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+        """`socket`: path of the engine's socket; None: the default one. `BadConfig` if it is too long."""
+        self.socket = socket_path(socket)
+
+    async def __aenter__(self) -> AsyncClient:
+        await self.server()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def server(self) -> Welcome:
+        """Who is there: version, model, pid."""
+        async with AsyncConnection(self.socket) as connection:
+            return connection.welcome
+
+    async def submit(self, params: UserParams | None = None, /, **fields: Any) -> Accepted:
+        """Hand in a request, as `UserParams` or by its fields. When this returns, it will be done, whoever leaves."""
+        request = _request(params, fields)
+        async with AsyncConnection(self.socket) as connection:
+            return await connection.ask(Submit(ref=0, params=request, subscribe=False), Accepted, SUBMIT_DEADLINE)
+
+    async def events(self, identity: str) -> AsyncIterator[TaskEvent]:
+        """The events of a task, from its present state to its end: `Progress`, then `Done` or `Failed`."""
+        async with AsyncConnection(self.socket) as connection:
+            await connection.ask(Subscribe(ref=0, id=identity), Ok)
+            while True:
+                event = await connection.event()
+                yield event
+                if isinstance(event, Done | Failed):
+                    return
+
+    async def result(self, identity: str, on_progress: OnProgress | None = None) -> Done:
+        """Wait for the end of a task; raises its error if it did not end well."""
+        async with AsyncConnection(self.socket) as connection:
+            await connection.ask(Subscribe(ref=0, id=identity), Ok)
+            while (done := _outcome(await connection.event(), on_progress)) is None:
+                pass
+            return done
+
+    async def generate(
+        self, params: UserParams | None = None, /, *, on_progress: OnProgress | None = None, **fields: Any
+    ) -> Done:
+        """Submit and wait. If the waiting is interrupted (cancelled, an error in `on_progress`), so is the task."""
+        accepted = await self.submit(params, **fields)
+        try:
+            return await self.result(accepted.id, on_progress)
+        except EngineError:
+            raise
+        except BaseException:
+            with contextlib.suppress(EngineError):
+                await self.cancel(accepted.id)
+            raise
+
+    async def cancel(self, identity: str) -> None:
+        """Stop a task at its next step. `NotFound` if there is none."""
+        async with AsyncConnection(self.socket) as connection:
+            await connection.ask(Cancel(ref=0, id=identity), Ok, CANCEL_DEADLINE)
+
+    async def tasks(self) -> list[TaskInfo]:
+        """Unfinished tasks and the latest finished ones, oldest first."""
+        async with AsyncConnection(self.socket) as connection:
+            return (await connection.ask(ListTasks(ref=0), TaskList)).tasks
+
+    async def status(self) -> EngineStatus:
+        async with AsyncConnection(self.socket) as connection:
+            return (await connection.ask(GetStatus(ref=0), Status)).status
+
+    async def shutdown(self, drain: bool = True) -> None:
+        """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
+        async with AsyncConnection(self.socket) as connection:
+            await connection.ask(Shutdown(ref=0, drain=drain), Ok)
+            await connection.wait_closed()
+
+
+def absolute_params(params: UserParams) -> UserParams:
+    """The same request with its paths made absolute, since they mean something in this process's directory only."""
+    paths = {name: getattr(params, name) for name in ("output", "image", "video")}
+    absolute = {name: os.path.abspath(Path(path).expanduser()) for name, path in paths.items() if path is not None}
+    return msgspec.structs.replace(params, **absolute)
+
+
+def _request(params: UserParams | None, fields: dict[str, Any]) -> msgspec.Raw:
+    """The request as it is sent. `BadRequest` names the field that does not fit its declaration."""
+    given = fields if params is None else msgspec.to_builtins(params) | fields
+    checked = decode_strictly(UserParams, given, BadRequest, "the request")
+    return msgspec.Raw(msgspec.msgpack.encode(absolute_params(checked)))
+
+
+def _outcome(event: TaskEvent, on_progress: OnProgress | None) -> Done | None:
+    """`Done` when the task is; raises its error when it failed."""
+    match event:
+        case Done():
+            return event
+        case Failed(error=error):
+            raise from_failure(error)
+        case Progress():
+            if on_progress is not None:
+                on_progress(event)
+            return None

@@ -1,0 +1,162 @@
+"""`engine generate`: one request on a running server if there is one, else on a supervisor of its own.
+
+Ctrl-C cancels the request and waits for the cancel; a second one leaves at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+import msgspec
+import uvloop
+
+from engine.admission import admit, check_prompt_tokens
+from engine.client import AsyncClient, absolute_params
+from engine.connection import NotListening
+from engine.decode import decode_strictly
+from engine.display import ProgressView
+from engine.params import SystemParams, UserParams
+from engine.supervisor import Supervisor
+from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
+from ipc.messages import Accepted, Done, Failed, TaskEvent
+
+
+class Engine(Protocol):
+    """What a client of a server and a supervisor have in common."""
+
+    async def submit(self, params: UserParams, /) -> Accepted: ...
+    def events(self, identity: str, /) -> AsyncIterator[TaskEvent]: ...
+    async def cancel(self, identity: str, /) -> None: ...
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for. None in `model`, `checkpoint`, `placement`: whatever the server has, or the default."""
+
+    params: UserParams
+    socket: str | None = None
+    model: str | None = None
+    checkpoint: str | None = None
+    placement: str | None = None
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """`seconds`: from the command to the file. `embedded`: no server was used."""
+
+    done: Done
+    seconds: float
+    embedded: bool
+
+
+def run(order: Order, view: ProgressView) -> Outcome:
+    """Generate one video. Raises the `EngineError` that it ended with; `Cancelled` after Ctrl-C."""
+    return uvloop.run(generate(order, view))
+
+
+async def generate(order: Order, view: ProgressView) -> Outcome:
+    started = time.monotonic()
+    order = msgspec.structs.replace(order, params=absolute_params(order.params))
+    with view, Interrupts(view) as interrupts:
+        client = await _server(order)
+        try:
+            if client is not None:
+                done = await _follow(client, order.params, view, interrupts)
+            else:
+                done = await _embedded(order, view, interrupts)
+        except asyncio.CancelledError:
+            raise Cancelled("left at once; no video was made") from None
+    return Outcome(done, time.monotonic() - started, client is None)
+
+
+class Interrupts:
+    """SIGINT and SIGTERM while a request runs: the first asks for its cancel, the second cancels this coroutine.
+
+    Resource handling: the signal handlers are the loop's until the end of `with`.
+    """
+
+    def __init__(self, view: ProgressView) -> None:
+        self.asked = asyncio.Event()
+        self.leave_at_once: Callable[[], None] | None = None
+        """What else a second signal does."""
+        self._view = view
+        self._loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
+
+    def handle_signal(self) -> None:
+        if not self.asked.is_set():
+            self._view.note("cancelling; once more to leave at once")
+            self.asked.set()
+            return
+        if self.leave_at_once is not None:
+            self.leave_at_once()
+        if self._main is not None:
+            self._main.cancel()
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self.handle_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.remove_signal_handler(number)
+
+
+async def _server(order: Order) -> AsyncClient | None:
+    """The running server; None if there is none. `BadConfig` if it is not the one that was asked for."""
+    client = AsyncClient(order.socket)
+    try:
+        welcome = await client.server()
+    except NotListening:
+        return None
+    advice = "leave that out to use it, or name a --socket where no engine listens to run a second one"
+    if order.model not in (None, welcome.model):
+        raise BadConfig(f"the engine at {client.socket} serves {welcome.model}, not {order.model}: {advice}")
+    for option, value in (("--checkpoint", order.checkpoint), ("--placement", order.placement)):
+        if value is not None:
+            raise BadConfig(f"the engine at {client.socket} is running, so {option} cannot be chosen: {advice}")
+    return client
+
+
+async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) -> Done:
+    """On a supervisor of our own, which is started only for a request that it will accept."""
+    chosen = {name: getattr(order, name) for name in ("model", "checkpoint", "placement")}
+    system = decode_strictly(SystemParams, {k: v for k, v in chosen.items() if v is not None}, BadConfig, "the command")
+    supervisor = Supervisor(system)
+    await asyncio.to_thread(_check, order.params, supervisor)
+    view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
+    interrupts.leave_at_once = supervisor.kill
+    async with supervisor:
+        return await _follow(supervisor, order.params, view, interrupts)
+
+
+def _check(params: UserParams, supervisor: Supervisor) -> None:
+    job = admit(params, supervisor.model, supervisor.params)
+    check_prompt_tokens(job, supervisor.model, supervisor.tokenizer)
+
+
+async def _follow(engine: Engine, params: UserParams, view: ProgressView, interrupts: Interrupts) -> Done:
+    """Submit, show progress, wait for the end."""
+    accepted = await engine.submit(params)
+    cancelling = asyncio.create_task(_cancel_when_asked(engine, accepted.id, interrupts.asked))
+    try:
+        async for event in engine.events(accepted.id):
+            if isinstance(event, Done):
+                return event
+            if isinstance(event, Failed):
+                raise from_failure(event.error)
+            view.update(event)
+    finally:
+        cancelling.cancel()
+    raise AssertionError("events end with Done or Failed")
+
+
+async def _cancel_when_asked(engine: Engine, identity: str, asked: asyncio.Event) -> None:
+    await asked.wait()
+    # If the engine cannot be told, the stream of events ends with the same error.
+    with contextlib.suppress(EngineError):
+        await engine.cancel(identity)

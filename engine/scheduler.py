@@ -1,0 +1,442 @@
+"""What runs next, where: a pure object, events in, actions out.
+
+No I/O, no clock, no randomness: the same events at the same times give the same actions, so that whole histories are
+replayed in tests (`tests/engine/simulator.py`). What it keeps to:
+
+- One compute token per device: stages that share a device never have quanta outstanding together. Each stage has at
+  most two quanta outstanding, one in flight and the next.
+- At each quantum the policy chooses (`engine/estimates.py`) among the tasks whose inputs are there and whose slots are
+  free (`engine/readiness.py`). A slot is held from the grant that will fill it, so no queue ever makes a stage wait.
+- Every stage that was told of a task is told once to drop it, and only when nothing on its way there is still being
+  made; what a dead process cannot free is purged.
+- Lost quanta are granted again. A task ends exactly once, with `Finish` or `Fail`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+from typing import Literal
+
+import msgspec
+
+from engine.estimates import Policy
+from engine.events import (
+    Action,
+    BeginTask,
+    CancelAsked,
+    Capacity,
+    DeclareFailed,
+    DropTask,
+    Event,
+    Fail,
+    Finish,
+    Grant,
+    Purge,
+    QuantumEnded,
+    Report,
+    Restart,
+    StageGone,
+    StageLost,
+    StageUp,
+    Submitted,
+    TaskDropped,
+    Tick,
+)  # fmt: skip
+from engine.line import Line
+from engine.params import STAGES
+from engine.readiness import ready
+from engine.records import (
+    FEEDS,
+    GRANTED_AHEAD,
+    PHASES_OF,
+    RESTART_DELAYS,
+    RESTART_WINDOW,
+    Ledger,
+    Quantum,
+    StageRecord,
+    TaskRecord,
+    check_outstanding,
+)  # fmt: skip
+from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
+from ipc.messages import Phase, StageName
+
+CRASHES = 2
+"""Deaths of a process after which the task it was running is set aside."""
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Where an unfinished task is: `step` of `steps` of `phase` is done."""
+
+    state: Literal["queued", "running"]
+    phase: Phase | Literal["queued"]
+    step: int
+    steps: int
+
+
+class Scheduler:
+    """Decides for all tasks of one engine. `now` never goes back.
+
+    Memory is bounded by the tasks that have not ended, and those that have but are still being dropped somewhere.
+    """
+
+    def __init__(self, capacity: Capacity, policy: Policy = "shortest") -> None:
+        self._ledger = Ledger(capacity)
+        self._line = Line(policy)
+        self._stages: dict[StageName, StageRecord] = {name: StageRecord(name) for name in STAGES}
+        self._devices = self._by_device(capacity)
+        self._tasks: dict[str, TaskRecord] = {}
+        """All of them, also those that have ended and are not yet forgotten."""
+        self._deadlines: list[tuple[float, int, TaskRecord]] = []
+        """Of tasks that have not ended. Sorted."""
+        self._arrivals = 0
+        self._actions: list[Action] = []
+
+    def on(self, event: Event, now: float) -> list[Action]:
+        """Take note of `event`, which happened at `now`, and say what is to be done, in this order."""
+        self._actions = []
+        match event:
+            case QuantumEnded():
+                self.handle_quantum_ended(event)
+            case TaskDropped():
+                self.handle_task_dropped(event)
+            case Submitted():
+                self.handle_submitted(event, now)
+            case CancelAsked():
+                self.handle_cancel_asked(event)
+            case StageUp():
+                self.handle_stage_up(event)
+            case StageLost():
+                self.handle_stage_lost(event, now)
+            case StageGone():
+                self.handle_stage_gone(event)
+            case Tick():
+                pass
+        self._expire(now)
+        self._plan()
+        return self._actions
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def handle_submitted(self, event: Submitted, now: float) -> None:
+        """A new task waits in line, or fails at once if a stage it needs has failed."""
+        spec = event.task
+        assert spec.id not in self._tasks, f"task {spec.id} was submitted twice"
+        assert spec.denoise > 0 and spec.chunks > 0, f"task {spec.id} has nothing to compute"
+        task = TaskRecord.of(spec, self._arrivals, now)
+        self._arrivals += 1
+        self._tasks[spec.id] = task
+        self._line.join(task)
+        if spec.deadline is not None:
+            bisect.insort(self._deadlines, (spec.deadline, task.arrival, task))
+        self._report(task)
+
+    def handle_cancel_asked(self, event: CancelAsked) -> None:
+        """The task fails now; a task that has ended or is unknown stays as it is."""
+        task = self._tasks.get(event.id)
+        if task is not None and not task.ended:
+            self._fail(task, event.error)
+
+    def handle_quantum_ended(self, event: QuantumEnded) -> None:
+        """The first outstanding quantum of the stage was answered. What is of a dead process is ignored."""
+        stage = self._stages[event.stage]
+        if event.epoch != stage.epoch or not stage.outstanding:
+            return
+        task, phase, index = stage.outstanding[0]
+        if (task.id, phase, index) != (event.id, event.phase, event.index):
+            return
+        stage.outstanding.popleft()
+        task.done[phase] += 1
+        if task.ended:
+            self._let_go(task)
+        elif event.error is not None:
+            self._fail(task, event.error)
+        elif event.dropped:
+            self._fail(task, Failure(EngineError.code, f"the {stage.name} stage lost the request; submit it again"))
+        elif task.rewinding and phase == "decode":
+            self._rewind(task)
+        else:
+            self._advance(task, phase, event.seconds)
+
+    def handle_task_dropped(self, event: TaskDropped) -> None:
+        """The stage has freed the task's slots. What is of a dead process is ignored."""
+        stage, task = self._stages[event.stage], self._tasks.get(event.id)
+        if event.epoch != stage.epoch or task is None or task.told.get(stage.name) != "dropping":
+            return
+        del task.told[stage.name]
+        self._ledger.give_all(task, stage.name)
+        self._forget_if_clean(task)
+
+    def handle_stage_up(self, event: StageUp) -> None:
+        """The stage takes quanta; what was lost is granted again, as all else is, by `_plan`."""
+        stage = self._stages[event.stage]
+        if event.epoch > stage.epoch:
+            assert not stage.up, f"a second {stage.name} process came up before the first was lost"
+            stage.epoch, stage.up, stage.failed = event.epoch, True, None
+
+    def handle_stage_lost(self, event: StageLost, now: float) -> None:
+        """A process is dead: blame what it was running, take note of what is lost, restart its stages or give up."""
+        if self._stages[event.stage].is_stale(event.epoch):
+            return
+        lost = [s for s in self._stages.values() if s.name == event.stage or (s.up and s.epoch == event.epoch)]
+        blamed = {stage.outstanding[0].task: stage.name for stage in lost if stage.outstanding}
+        self._lose(lost, event.epoch)
+        for task, name in blamed.items():
+            self._blame(task, name)
+        for stage in lost:
+            delay = stage.restart_delay(now)
+            if delay is not None:
+                self._actions.append(Restart(stage.name, delay))
+            else:
+                self._declare_failed(stage, _died_too_often(stage.name))
+
+    def handle_stage_gone(self, event: StageGone) -> None:
+        """The process could not become this stage; restarting cannot help."""
+        stage = self._stages[event.stage]
+        if stage.up:
+            self._lose([stage], stage.epoch)
+        self._declare_failed(stage, event.error)
+
+    # --- a task's way -------------------------------------------------------------------------------------------------
+
+    def _advance(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
+        """A quantum is done."""
+        task.phase = phase
+        self._line.measured(task, phase, seconds)
+        if phase == "write":
+            self._ledger.give(task, "frames", 1)
+        self._report(task)
+        if not task.complete(phase):
+            return
+        if phase == "text":
+            self._drop(task, "text")
+        elif phase == "denoise":
+            self._drop(task, "dit")
+        elif phase == "write":
+            self._actions.append(Finish(task.id))
+            self._end(task)
+
+    def _fail(self, task: TaskRecord, error: Failure) -> None:
+        self._actions.append(Fail(task.id, error))
+        self._end(task)
+
+    def _end(self, task: TaskRecord) -> None:
+        """The task is over for its client; the stages are told as soon as they can be."""
+        task.ended = True
+        self._line.leave(task)
+        if task.spec.deadline is not None:
+            del self._deadlines[bisect.bisect_left(self._deadlines, (task.spec.deadline, task.arrival))]
+        self._let_go(task)
+
+    def _let_go(self, task: TaskRecord) -> None:
+        """Drop an ended task wherever nothing more can arrive for it."""
+        for stage in STAGES:
+            if stage not in task.left and not task.fed(stage):
+                self._drop(task, stage)
+        self._forget_if_clean(task)
+
+    def _drop(self, task: TaskRecord, stage: StageName) -> None:
+        """This stage has nothing more to do for the task: let it free its slots, or free them for it."""
+        task.left.add(stage)
+        if stage in task.told:
+            task.told[stage] = "dropping"
+            self._actions.append(DropTask(stage, task.id))
+        else:
+            self._purge(task, stage)
+
+    def _purge(self, task: TaskRecord, stage: StageName) -> None:
+        if self._ledger.holds_for(task, stage):
+            self._actions.append(Purge(stage, task.id))
+            self._ledger.give_all(task, stage)
+
+    def _forget_if_clean(self, task: TaskRecord) -> None:
+        """The last word of the last stage: nothing is held, nothing is outstanding."""
+        if task.ended and len(task.left) == len(STAGES) and not task.told and not task.any_outstanding():
+            del self._tasks[task.id]
+
+    def _rewind(self, task: TaskRecord) -> None:
+        """The writer's file is lost, and the frames that went into it: decode from the start, once the vae is through
+        with what it has in hand."""
+        if task.outstanding("decode"):
+            return
+        task.rewinding = False
+        task.phase = "decode"
+        for phase in ("decode", "write"):
+            task.granted[phase] = task.done[phase] = 0
+        self._purge(task, "writer")
+        self._line.moved(task)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            message = "the deadline passed before the video was done; allow more time, or ask for fewer steps or frames"
+            self._fail(self._deadlines[0][2], to_failure(DeadlineExceeded(message)))
+
+    # --- crashes ------------------------------------------------------------------------------------------------------
+
+    def _lose(self, stages: list[StageRecord], epoch: int) -> None:
+        """These processes are gone, with what was outstanding there; every task goes back to what was reported done."""
+        for stage in stages:
+            stage.epoch, stage.up = epoch, False
+            stage.outstanding.clear()
+        for task in list(self._tasks.values()):
+            if task.granted["write"] and not task.ended and any(stage.name == "writer" for stage in stages):
+                task.rewinding = True
+            for stage in stages:
+                for phase in PHASES_OF[stage.name]:
+                    task.granted[phase] = task.done[phase]
+                if task.told.pop(stage.name, None) == "dropping":
+                    self._purge(task, stage.name)
+            if task.ended:
+                self._let_go(task)
+            elif task.rewinding:
+                self._rewind(task)
+
+    def _blame(self, task: TaskRecord, stage: StageName) -> None:
+        """The task was running when a process died; the second time, it is set aside."""
+        task.crashes += 1
+        if task.crashes >= CRASHES and not task.ended:
+            message = (
+                f"stage processes died {task.crashes} times while they ran this request, the last time {stage}; it was "
+                "set aside so that others can go on: change the request, or look at the log of the stage"
+            )
+            self._fail(task, to_failure(PoisonedRequest(message)))
+
+    def _declare_failed(self, stage: StageRecord, error: Failure) -> None:
+        stage.failed = error
+        self._actions.append(DeclareFailed(stage.name, error))
+
+    def _fail_hopeless(self) -> None:
+        """Tasks that need a FAILED stage fail, those that are there and those that come."""
+        for stage in self._stages.values():
+            if stage.failed is None:
+                continue
+            error = to_failure(StageFailed(f"the {stage.name} stage is not available: {stage.failed.message}"))
+            for task in self._line.all():
+                if task.needs(stage.name):
+                    self._fail(task, error)
+
+    # --- grants -------------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Grant all that may be granted."""
+        self._fail_hopeless()
+        for stages in self._devices:
+            while (choice := self._choose(stages)) is not None:
+                self._grant(*choice)
+
+    def _choose(self, stages: list[StageRecord]) -> tuple[TaskRecord, StageRecord, Phase] | None:
+        """The next quantum for a device, or None: it has enough to do, nothing is ready, or the best is for a stage
+        that must wait until the token is free."""
+        holder = next((stage for stage in stages if stage.outstanding), None)
+        if holder is not None and len(holder.outstanding) == GRANTED_AHEAD:
+            return None
+        for task in self._line:
+            for stage in stages:
+                phase = ready(task, stage, self._ledger, self._line)
+                if phase is not None:
+                    return (task, stage, phase) if holder is None or holder is stage else None
+            if holder is not None and self._moves_on(task, holder, stages):
+                return None
+        return None
+
+    def _moves_on(self, task: TaskRecord, holder: StageRecord, stages: list[StageRecord]) -> bool:
+        """The task is about to need another stage of this device: nothing of a later task is put before that."""
+        for running, phase, _ in holder.outstanding:
+            if running is task and task.granted[phase] == task.total[phase]:
+                return any(stage.name == FEEDS[phase] for stage in stages)
+        return False
+
+    def _grant(self, task: TaskRecord, stage: StageRecord, phase: Phase) -> None:
+        """Take the slots the quantum will fill, and send it."""
+        index = task.granted[phase]
+        if not task.admitted:
+            self._admit(task)
+        if phase == "denoise" and not task.holds["states"]:
+            self._ledger.take(task, "states")
+        if phase == "denoise" and index == task.total["denoise"] - 1 and not task.holds["latents"]:
+            self._ledger.take(task, "latents")
+        if phase == "decode" and index == task.frames_until:
+            self._ledger.take(task, "frames")
+        if stage.name not in task.told:
+            task.told[stage.name] = "begun"
+            self._actions.append(BeginTask(stage.name, task.id))
+        task.granted[phase] += 1
+        stage.outstanding.append(Quantum(task, phase, index))
+        self._actions.append(Grant(stage.name, task.id, phase, index))
+
+    def _admit(self, task: TaskRecord) -> None:
+        self._line.admit(task)
+        self._ledger.take(task, "prompts")
+        if task.spec.encode:
+            self._ledger.take(task, "init_latents")
+
+    def _report(self, task: TaskRecord) -> None:
+        where, left = self._where(task), self._line.seconds_left(task)
+        self._actions.append(Report(task.id, where.phase, where.step, where.steps, left))
+
+    def _where(self, task: TaskRecord) -> Snapshot:
+        phase = task.phase
+        if phase == "queued":
+            return Snapshot("running" if task.admitted else "queued", phase, 0, 1)
+        return Snapshot("running", phase, task.done[phase], task.total[phase])
+
+    # --- views --------------------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Tasks of which nothing was granted yet."""
+        return len(self._line.waiting)
+
+    @property
+    def running(self) -> int:
+        """Tasks that have begun and not ended."""
+        return len(self._line.active)
+
+    def snapshot(self, id: str) -> Snapshot | None:
+        """Where a task is; None if it has ended or was never there."""
+        task = self._tasks.get(id)
+        return None if task is None or task.ended else self._where(task)
+
+    def seconds_left(self, id: str) -> float | None:
+        """Estimated seconds until the task is done, with the tasks before it; None if it has ended or has no cost."""
+        task = self._tasks.get(id)
+        return None if task is None or task.ended else self._line.seconds_left(task)
+
+    def retry_after(self) -> float:
+        """Seconds, at least 1, until a task is likely to end and make room for another."""
+        return max(1.0, min((task.seconds for task in self._line.all()), default=0.0))
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When a `Tick` is due though nothing else happens: the next deadline, not before `now`. Ageing needs none, as
+        it does not change the order; nor do restarts, whose delay is part of the action."""
+        return max(now, self._deadlines[0][0]) if self._deadlines else None
+
+    def check(self) -> list[str]:
+        """Problems in the accounts; empty when all is well."""
+        tasks, stages = self._tasks.values(), self._stages.values()
+        problems = self._ledger.check(tasks) + check_outstanding(stages, tasks) + self._line.check()
+        for sharing in self._devices:
+            busy = [stage.name for stage in sharing if stage.outstanding]
+            if len(busy) > 1:
+                problems.append(f"{' and '.join(busy)} share a device and both have quanta outstanding")
+        live = sum(not task.ended for task in self._tasks.values())
+        if live != len(self._line.active) + len(self._line.waiting):
+            problems.append(f"{live} tasks have not ended, but {self.running} are active and {self.waiting} waiting")
+        return problems
+
+    def _by_device(self, capacity: Capacity) -> list[list[StageRecord]]:
+        """Stages that share a compute token, in the order in which a task's next quantum is looked for: nearest to the
+        finished file first, which frees slots soonest."""
+        groups: dict[str, list[StageRecord]] = collections.defaultdict(list)
+        for name in reversed(STAGES):
+            device = capacity.devices[name]
+            groups[device if device is not None else f"none:{name}"].append(self._stages[name])
+        return list(groups.values())
+
+
+def _died_too_often(stage: StageName) -> Failure:
+    message = (
+        f"the {stage} process died {len(RESTART_DELAYS) + 1} times within {RESTART_WINDOW:.0f} s and is not started "
+        "again; look at its log, then restart the engine"
+    )
+    return to_failure(StageFailed(message))

@@ -1,0 +1,216 @@
+"""The writer stage: chunks of frames become an H.264 mp4. numpy and PyAV only, no torch.
+
+Frames are compressed as they come into an unnamed spool file in the output's directory, so a full disk is found early,
+a killed process leaves nothing, and memory does not grow with the video. The last chunk copies the compressed stream
+into the final file with its metadata, under a temporary name that is synced and then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import IO, Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from numpy.typing import NDArray
+
+from ipc.errors import OutputError
+from ipc.messages import Job, Run, Start
+from stages.stage import QUEUE_TIMEOUT, Links, StageState
+
+CODEC = "libx264"
+QUALITY = {"crf": "17", "preset": "medium"}
+"""Visually lossless; part of the result's identity."""
+THREADS = 4
+"""Of x264. Fixed, because the bytes it makes depend on it."""
+SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+class WriterStage:
+    """Takes `frames` chunk by chunk and frees each at once.
+
+    Resource handling: one spool file and encoder per task between its chunk 0 and its last chunk or `drop`.
+    Error handling: what the file system refuses is an `OutputError`; nothing is left behind then.
+    """
+
+    def __init__(self, links: Links) -> None:
+        self._frames = links.inputs["frames"]
+        self._jobs: dict[str, Job] = {}
+        self._videos: dict[str, Video] = {}
+
+    @classmethod
+    def load(cls, start: Start, links: Links) -> WriterStage:
+        return cls(links)
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return {"av": av.__version__, "libavcodec": ".".join(map(str, av.library_versions["libavcodec"]))}
+
+    def begin(self, job: Job) -> None:
+        self._jobs[job.id] = job
+
+    def step(self, run: Run) -> dict[str, Any] | None:
+        """Write chunk `run.index`. Chunk 0 always starts a fresh file; the last one completes it."""
+        job = self._jobs[run.id]
+        try:
+            if run.index == 0:
+                self._forget(run.id)
+                self._videos[run.id] = Video(job)
+            return self._write(self._videos[run.id], job, run)
+        except OSError as error:
+            self._forget(run.id)
+            raise refused(error, job.output) from error
+
+    def _write(self, video: Video, job: Job, run: Run) -> dict[str, Any] | None:
+        assert video.chunks == run.index, f"got chunk {run.index} after {video.chunks} chunks"
+        slot = self._frames.take(run.id, run.index, QUEUE_TIMEOUT)
+        video.add(np.frombuffer(slot.view, np.uint8).reshape(slot.shape))
+        slot.release()
+        if video.frames < job.num_frames:
+            return None
+        metadata = {**job.metadata, "seconds": {phase: round(s, 3) for phase, s in (run.seconds or {}).items()}}
+        video.complete(metadata)
+        self._forget(run.id)
+        return metadata
+
+    def drop(self, identity: str) -> None:
+        self._frames.release(identity)
+        self._forget(identity)
+        self._jobs.pop(identity, None)
+
+    def state(self) -> StageState:
+        return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))
+
+    def _forget(self, identity: str) -> None:
+        if (video := self._videos.pop(identity, None)) is not None:
+            video.close()
+
+
+class Video:
+    """A video being compressed. Resource handling: owns the spool file and the encoder until `close`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.frames = 0
+        self.chunks = 0
+        remove(job.partial)
+        self._spool = tempfile.TemporaryFile(dir=os.path.dirname(job.output))
+        try:
+            self._container = av.open(self._spool, "w", format="mp4")
+            self._stream = self._container.add_stream(CODEC, rate=job.fps, options=QUALITY)
+            self._stream.width, self._stream.height, self._stream.pix_fmt = job.width, job.height, "yuv420p"
+            tag_colours(self._stream.codec_context)
+            self._stream.codec_context.thread_count = THREADS
+        except BaseException:
+            self._spool.close()
+            raise
+
+    @property
+    def spooled(self) -> int:
+        """Bytes of compressed video so far."""
+        return os.fstat(self._spool.fileno()).st_size
+
+    def add(self, frames: NDArray[np.uint8]) -> None:
+        """Compress the next frames [frames, height, width, 3]."""
+        for frame in frames:
+            self._container.mux(self._stream.encode(to_yuv(frame)))
+        self.frames += len(frames)
+        self.chunks += 1
+
+    def complete(self, metadata: dict[str, Any]) -> None:
+        """Put the JSON, if asked for, and then the video in place: each whole and on the disk, or not at all."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._spool.seek(0)
+        job, text = self._job, json.dumps(metadata, ensure_ascii=False, indent=1)
+        beside = os.path.splitext(job.output)[0] + ".json"
+        try:
+            if job.metadata_json:
+                write_text(job.partial, text)
+                put_in_place(job.partial, beside)
+            copy_stream(self._spool, job.partial, text)
+            put_in_place(job.partial, job.output)
+        except BaseException:
+            for path in [job.partial] + [beside] * job.metadata_json:
+                remove(path)
+            raise
+
+    def close(self) -> None:
+        """Discard what is not complete."""
+        with contextlib.suppress(OSError):  # the spool's trailer, when the disk is full
+            self._container.close()
+        self._spool.close()
+
+
+def tag_colours(context: av.VideoCodecContext) -> None:
+    """Say in the stream that it is BT.709 with limited range, so that no player has to guess from the size."""
+    context.colorspace = Colorspace.ITU709
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    context.color_range = ColorRange.MPEG
+
+
+def to_yuv(frame: NDArray[np.uint8]) -> av.VideoFrame:
+    """[height, width, 3] RGB, full range -> yuv420p, BT.709, limited range."""
+    return av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=SCALING,
+    )
+
+
+def copy_stream(source: IO[bytes], path: str, comment: str) -> None:
+    """Copy the compressed video in `source` to an mp4 whose index is in front and whose comment is `comment`."""
+    with av.open(source) as spool, av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as final:
+        final.metadata["comment"] = comment
+        stream = final.add_stream_from_template(spool.streams.video[0])
+        for packet in spool.demux(spool.streams.video[0]):
+            if packet.dts is not None:  # the demuxer ends with an empty packet
+                packet.stream = stream
+                final.mux(packet)
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def put_in_place(partial: str, final: str) -> None:
+    """Rename a finished file; it is on the disk before its name is, and the name before this returns."""
+    sync(partial)
+    os.replace(partial, final)
+    sync(os.path.dirname(final))
+
+
+def sync(path: str) -> None:
+    """Wait until a file or a directory is on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def refused(error: OSError, output: str) -> OutputError:
+    """What the user reads when the file system refuses."""
+    advice = {
+        errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota", errno.EROFS: "choose another directory",
+        errno.EACCES: "choose another directory", errno.ENOENT: "make the directory again",
+    }.get(error.errno or 0, "try again")  # fmt: skip
+    return OutputError(f"{os.path.basename(output)} could not be written: {error.strerror}; {advice}")

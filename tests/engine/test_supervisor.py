@@ -1,0 +1,238 @@
+"""The whole engine with the model that ships: real stage processes, real videos, real deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import Supervisor, SystemParams, UserParams
+from engine.models import CONFIGS
+from ipc.errors import BadCheckpoint, BadRequest, Busy, Cancelled, DeadlineExceeded, NotFound, StageFailed
+from ipc.messages import Done, Progress, StageName
+
+PROMPT = "a red circle moves left on a black background"
+Wait = Callable[..., Awaitable[None]]
+
+
+def ask(path: Path, **fields: Any) -> UserParams:
+    return UserParams(**{"prompt": PROMPT, "seed": 3, "steps": 6, "output": str(path), **fields})
+
+
+def pid_of(supervisor: Supervisor, stage: StageName) -> int | None:
+    return next(s.pid for s in supervisor.status().stages if s.name == stage)
+
+
+def clean(supervisor: Supervisor) -> bool:
+    """No slot held, no partial task, accounts in order."""
+    return not supervisor.check_integrity() and all(q.depth == 0 for q in supervisor.status().queues)
+
+
+def test_the_supervisor_never_imports_torch() -> None:
+    """A process that runs a request through a supervisor has loaded neither torch nor transformers nor the stages at its end."""
+    code = (
+        "import asyncio, sys, tempfile, os\n"
+        "from engine import Supervisor, SystemParams, UserParams\n"
+        "async def main():\n"
+        "    with tempfile.TemporaryDirectory() as d:\n"
+        "        async with Supervisor(SystemParams()) as s:\n"
+        "            await s.generate(UserParams(prompt='a red circle', steps=1, output=os.path.join(d, 'v.mp4')))\n"
+        "asyncio.run(main())\n"
+        "print([m for m in ('torch', 'transformers', 'stages', 'diffusers') if m in sys.modules])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+async def test_a_prompt_becomes_a_video(tmp_path: Path, read_video: Any, wait_until: Wait) -> None:
+    """One request: progress through every phase, an H.264 yuv420p file with the metadata inside and beside it, and
+    nothing left behind."""
+    async with Supervisor(SystemParams()) as supervisor:
+        accepted = await supervisor.submit(ask(tmp_path / "v.mp4", metadata_json=True))
+        events = [event async for event in supervisor.events(accepted.id)]
+        await wait_until(lambda: clean(supervisor), "giving every slot back")
+    phases = [event.phase for event in events if isinstance(event, Progress)]
+    assert {"denoise"} <= set(phases)
+    done = events[-1]
+    assert isinstance(done, Done)
+    video = read_video(done.path)
+    assert (video.codec, video.pixel_format, video.fps) == ("h264", "yuv420p", 8)
+    assert video.frames.shape == (17, 96, 96, 3)
+    inside = json.loads(video.metadata["comment"])
+    assert inside["parameters"]["prompt"] == PROMPT
+    assert inside["seed"] == 3
+    assert set(inside["weights"]) == {"text_encoder", "transformer", "vae"}
+    assert set(inside["seconds"]) >= {"text", "denoise", "decode"}
+    assert json.loads((tmp_path / "v.json").read_text()) == inside == done.metadata
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v.json", "v.mp4"]
+
+
+async def test_placement_does_not_change_a_byte(tmp_path: Path, read_video: Any) -> None:
+    """The same seed in split and in fused placement, alone and between other requests: identical frames."""
+    async with Supervisor(SystemParams()) as supervisor:
+        names = ["a", "b", "c"]
+        await asyncio.gather(*(supervisor.generate(ask(tmp_path / f"{n}.mp4", seed=i)) for i, n in enumerate(names)))
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.generate(ask(tmp_path / "fused.mp4", seed=1))
+    assert read_video(tmp_path / "b.mp4").sha256 == read_video(tmp_path / "fused.mp4").sha256
+    assert read_video(tmp_path / "a.mp4").sha256 != read_video(tmp_path / "b.mp4").sha256
+
+
+@pytest.mark.parametrize("stage", ["text", "dit", "vae", "writer"])
+async def test_a_killed_stage_costs_nothing_but_time(
+    tmp_path: Path, read_video: Any, wait_until: Wait, stage: StageName
+) -> None:
+    """SIGKILL of a stage while three requests are under way: it comes back, all three finish, frames as undisturbed."""
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.generate(ask(tmp_path / "calm.mp4", seed=1))
+        tasks = [asyncio.create_task(supervisor.generate(ask(tmp_path / f"{i}.mp4", seed=i))) for i in range(3)]
+        running = [None]
+
+        def in_the_middle() -> bool:
+            return any(t.phase == "denoise" and t.step >= 3 for t in supervisor.tasks() if t.state == "running")
+
+        await wait_until(in_the_middle, "denoising")
+        pid = pid_of(supervisor, stage)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(asyncio.gather(*tasks), 120)
+        assert running
+        await wait_until(lambda: pid_of(supervisor, stage) not in (pid, None), "the restart")
+        await wait_until(lambda: clean(supervisor), "giving every slot back")
+        restarts = {s.name: s.restarts for s in supervisor.status().stages}
+    assert restarts[stage] == 1
+    assert read_video(tmp_path / "1.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+    assert not list(tmp_path.glob(".*"))
+
+
+async def test_killing_everything_in_fused_placement(tmp_path: Path, read_video: Any, wait_until: Wait) -> None:
+    """SIGKILL of the one process of a fused engine in the middle of a request: it finishes with the same frames."""
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.generate(ask(tmp_path / "calm.mp4"))
+        task = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4")))
+        await wait_until(lambda: any(t.step >= 2 for t in supervisor.tasks() if t.state == "running"), "denoising")
+        pid = pid_of(supervisor, "dit")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(task, 120)
+    assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+
+
+async def test_cancel_stops_computing_and_gives_everything_back(tmp_path: Path, wait_until: Wait) -> None:
+    """Cancel in mid-denoising of a 200-step request: its listener hears at once, the dit runs at most two more steps,
+    no slot and no file stays."""
+    async with Supervisor(SystemParams()) as supervisor:
+        task = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4", steps=200)))
+        await wait_until(lambda: any(t.step >= 3 for t in supervisor.tasks() if t.phase == "denoise"), "denoising")
+        steps = supervisor.tasks()[0].step
+        await supervisor.cancel(supervisor.tasks()[0].id)
+        with pytest.raises(Cancelled):
+            await task
+        await wait_until(lambda: clean(supervisor), "giving every slot back")
+        quanta = {s.name: s.quanta for s in supervisor.status().stages}
+        assert quanta["dit"] <= steps + 3
+        assert supervisor.tasks()[0].state == "cancelled"
+        with pytest.raises(NotFound):
+            await supervisor.cancel("0" * 32)
+    assert not list(tmp_path.iterdir())
+
+
+async def test_cancelling_the_waiting_coroutine_cancels_the_task(tmp_path: Path, wait_until: Wait) -> None:
+    """The host service cancels its own coroutine: the engine stops working on it."""
+    async with Supervisor(SystemParams()) as supervisor:
+        task = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4", steps=500)))
+        await wait_until(lambda: any(t.state == "running" for t in supervisor.tasks()), "running")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await wait_until(lambda: supervisor.tasks()[0].state == "cancelled", "the cancellation")
+        await wait_until(lambda: clean(supervisor), "giving every slot back")
+
+
+async def test_a_deadline_that_passes(tmp_path: Path) -> None:
+    """A request that cannot be done in half a second fails with DeadlineExceeded; the next one is served."""
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.ready()
+        with pytest.raises(DeadlineExceeded):
+            await supervisor.generate(ask(tmp_path / "late.mp4", steps=500, deadline=0.5))
+        await supervisor.generate(ask(tmp_path / "v.mp4"))
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+async def test_a_full_queue_is_busy_and_nothing_accepted_is_lost(tmp_path: Path) -> None:
+    """With room for two, the third is refused with a time to retry; the two finish."""
+    async with Supervisor(SystemParams(max_queue=2)) as supervisor:
+        first = await supervisor.submit(ask(tmp_path / "1.mp4"))
+        second = await supervisor.submit(ask(tmp_path / "2.mp4"))
+        with pytest.raises(Busy) as caught:
+            await supervisor.submit(ask(tmp_path / "3.mp4"))
+        assert caught.value.retry_after is not None
+        assert caught.value.retry_after > 0
+        await supervisor.result(first.id)
+        await supervisor.result(second.id)
+        await supervisor.generate(ask(tmp_path / "3.mp4"))
+
+
+async def test_two_requests_do_not_write_one_file(tmp_path: Path) -> None:
+    """A second request for the output of an unfinished one is refused; after the end the name is free again."""
+    async with Supervisor(SystemParams()) as supervisor:
+        accepted = await supervisor.submit(ask(tmp_path / "v.mp4"))
+        with pytest.raises(BadRequest, match="another unfinished request"):
+            await supervisor.submit(ask(tmp_path / "v.mp4"))
+        await supervisor.result(accepted.id)
+        await supervisor.generate(ask(tmp_path / "v.mp4"))
+
+
+async def test_a_restart_goes_on_with_what_was_accepted(tmp_path: Path, read_video: Any) -> None:
+    """Two requests are accepted, the engine stops at once; another on the same state directory finishes both."""
+    params = SystemParams(state_dir=str(tmp_path / "state"))
+    async with Supervisor(params) as supervisor:
+        ids = [(await supervisor.submit(ask(tmp_path / f"{i}.mp4", seed=i))).id for i in range(2)]
+    async with Supervisor(params) as supervisor:
+        for identity in ids:
+            await supervisor.result(identity)
+        await supervisor.generate(ask(tmp_path / "calm.mp4", seed=1))
+    assert read_video(tmp_path / "1.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+    async with Supervisor(params) as supervisor:
+        assert supervisor.tasks() == []
+
+
+async def test_video_to_video(tmp_path: Path, read_video: Any) -> None:
+    """From a finished video with a small strength, the result stays near it; with a large one it goes away from it."""
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.generate(ask(tmp_path / "a.mp4", steps=12))
+        other = {"prompt": "a big green star drifting up over white", "steps": 12, "video": str(tmp_path / "a.mp4")}
+        await supervisor.generate(ask(tmp_path / "near.mp4", strength=0.2, **other))
+        await supervisor.generate(ask(tmp_path / "far.mp4", strength=1.0, **other))
+    first, near, far = (read_video(tmp_path / f"{n}.mp4").frames.astype(int) for n in ("a", "near", "far"))
+    assert abs(first - near).mean() < 0.5 * abs(first - far).mean()
+
+
+def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:
+    """A directory without the VAE's weights is refused at construction, naming the file; nothing is started."""
+    shutil.copytree(CONFIGS / "demo", tmp_path / "demo")
+    (tmp_path / "demo" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match="vae/diffusion_pytorch_model.safetensors"):
+        Supervisor(SystemParams(checkpoint=str(tmp_path / "demo")))
+
+
+async def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    """The transformer's weights in the place of the VAE's: the vae stage says which tensors do not fit, requests fail
+    with a typed error, and the engine can be stopped."""
+    shutil.copytree(CONFIGS / "demo", tmp_path / "demo")
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / "demo" / "transformer" / name, tmp_path / "demo" / "vae" / name)
+    async with Supervisor(SystemParams(checkpoint=str(tmp_path / "demo"))) as supervisor:
+        with pytest.raises(BadCheckpoint, match="vae does not fit the model"):
+            await supervisor.ready()
+        with pytest.raises((StageFailed, BadCheckpoint)):
+            await supervisor.generate(ask(tmp_path / "v.mp4"))
