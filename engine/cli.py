@@ -13,7 +13,8 @@ from ipc.errors import BadRequest, EngineError, NotFound
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 Socket = Annotated[str | None, typer.Option(help="Unix socket of the engine [$XDG_RUNTIME_DIR/engine/engine.sock]")]
@@ -157,12 +158,8 @@ def shutdown(
     found = client.status()
     unfinished = found.running + found.waiting
     if unfinished:
-        print(
-            "unfinished requests:",
-            unfinished,
-            "(they stay in the journal)" if now else "(waiting for them)",
-            flush=True,
-        )
+        what = "they stay in the journal" if now else "waiting for them"
+        print(f"unfinished requests: {unfinished}; {what}", flush=True)
     client.shutdown(drain=not now)
     print(f"the engine at {client.socket} has stopped")
 

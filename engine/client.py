@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from engine.connection import AsyncConnection, Connection
+from engine.connection import AsyncConnection, Connection, Deadlines
 from engine.decode import decode_strictly
 from engine.params import UserParams
 from engine.paths import socket_path
@@ -39,11 +39,7 @@ from ipc.messages import (
     TaskInfo,
     TaskList,
     Welcome,
-)  # fmt: skip
-
-SUBMIT_DEADLINE = 90.0
-"""Seconds; a long prompt is tokenised before the engine answers."""
-CANCEL_DEADLINE = 5.0
+)
 
 OnProgress = Callable[[Progress], object]
 
@@ -55,9 +51,10 @@ class Client:
     comes as the exception of `ipc/errors.py` (`Busy` with `retry_after`).
     """
 
-    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, socket: str | os.PathLike[str] | None = None, deadlines: Deadlines | None = None) -> None:
         """`socket`: path of the engine's socket; None: the default one. `BadConfig` if it is too long."""
         self.socket = socket_path(socket)
+        self._deadlines = deadlines or Deadlines()
 
     def __enter__(self) -> Client:
         self.server()
@@ -68,18 +65,19 @@ class Client:
 
     def server(self) -> Welcome:
         """Who is there: version, model, pid."""
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             return connection.welcome
 
     def submit(self, params: UserParams | None = None, /, **fields: Any) -> Accepted:
         """Hand in a request, as `UserParams` or by its fields. When this returns, it will be done, whoever leaves."""
         request = _request(params, fields)
-        with Connection(self.socket) as connection:
-            return connection.ask(Submit(ref=0, params=request, subscribe=False), Accepted, SUBMIT_DEADLINE)
+        with Connection(self.socket, self._deadlines) as connection:
+            submit = Submit(ref=0, params=request, subscribe=False)
+            return connection.ask(submit, Accepted, self._deadlines.submit)
 
     def events(self, identity: str) -> Iterator[TaskEvent]:
         """The events of a task, from its present state to its end: `Progress`, then `Done` or `Failed`."""
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             connection.ask(Subscribe(ref=0, id=identity), Ok)
             while True:
                 event = connection.event()
@@ -89,7 +87,7 @@ class Client:
 
     def result(self, identity: str, on_progress: OnProgress | None = None) -> Done:
         """Wait for the end of a task; raises its error if it did not end well."""
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             connection.ask(Subscribe(ref=0, id=identity), Ok)
             while (done := _outcome(connection.event(), on_progress)) is None:
                 pass
@@ -111,21 +109,21 @@ class Client:
 
     def cancel(self, identity: str) -> None:
         """Stop a task at its next step. `NotFound` if there is none."""
-        with Connection(self.socket) as connection:
-            connection.ask(Cancel(ref=0, id=identity), Ok, CANCEL_DEADLINE)
+        with Connection(self.socket, self._deadlines) as connection:
+            connection.ask(Cancel(ref=0, id=identity), Ok, self._deadlines.cancel)
 
     def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(ListTasks(ref=0), TaskList).tasks
 
     def status(self) -> EngineStatus:
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(GetStatus(ref=0), Status).status
 
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
-        with Connection(self.socket) as connection:
+        with Connection(self.socket, self._deadlines) as connection:
             connection.ask(Shutdown(ref=0, drain=drain), Ok)
             connection.wait_closed()
 
@@ -136,9 +134,10 @@ class AsyncClient:
     Error handling: as `Client`.
     """
 
-    def __init__(self, socket: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, socket: str | os.PathLike[str] | None = None, deadlines: Deadlines | None = None) -> None:
         """`socket`: path of the engine's socket; None: the default one. `BadConfig` if it is too long."""
         self.socket = socket_path(socket)
+        self._deadlines = deadlines or Deadlines()
 
     async def __aenter__(self) -> AsyncClient:
         await self.server()
@@ -149,18 +148,20 @@ class AsyncClient:
 
     async def server(self) -> Welcome:
         """Who is there: version, model, pid."""
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             return connection.welcome
 
     async def submit(self, params: UserParams | None = None, /, **fields: Any) -> Accepted:
         """Hand in a request, as `UserParams` or by its fields. When this returns, it will be done, whoever leaves."""
         request = _request(params, fields)
-        async with AsyncConnection(self.socket) as connection:
-            return await connection.ask(Submit(ref=0, params=request, subscribe=False), Accepted, SUBMIT_DEADLINE)
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(
+                Submit(ref=0, params=request, subscribe=False), Accepted, self._deadlines.submit
+            )
 
     async def events(self, identity: str) -> AsyncIterator[TaskEvent]:
         """The events of a task, from its present state to its end: `Progress`, then `Done` or `Failed`."""
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             await connection.ask(Subscribe(ref=0, id=identity), Ok)
             while True:
                 event = await connection.event()
@@ -170,7 +171,7 @@ class AsyncClient:
 
     async def result(self, identity: str, on_progress: OnProgress | None = None) -> Done:
         """Wait for the end of a task; raises its error if it did not end well."""
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             await connection.ask(Subscribe(ref=0, id=identity), Ok)
             while (done := _outcome(await connection.event(), on_progress)) is None:
                 pass
@@ -192,21 +193,21 @@ class AsyncClient:
 
     async def cancel(self, identity: str) -> None:
         """Stop a task at its next step. `NotFound` if there is none."""
-        async with AsyncConnection(self.socket) as connection:
-            await connection.ask(Cancel(ref=0, id=identity), Ok, CANCEL_DEADLINE)
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            await connection.ask(Cancel(ref=0, id=identity), Ok, self._deadlines.cancel)
 
     async def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             return (await connection.ask(ListTasks(ref=0), TaskList)).tasks
 
     async def status(self) -> EngineStatus:
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             return (await connection.ask(GetStatus(ref=0), Status)).status
 
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
-        async with AsyncConnection(self.socket) as connection:
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
             await connection.ask(Shutdown(ref=0, drain=drain), Ok)
             await connection.wait_closed()
 

@@ -35,17 +35,24 @@ from ipc.messages import (
     Status,
     TaskEvent,
     Welcome,
-)  # fmt: skip
-
-CONNECT_DEADLINE = 5
-REPLY_DEADLINE = 30.0
-PROBE_AFTER = 30.0
-"""Seconds without an event after which the engine is asked for a sign of life."""
+)
 
 READ_BYTES = 64 * 1024
 CLIENT_NAME = f"engine {VERSION}"
 
 R = TypeVar("R", bound=ServerMessage)
+
+
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a client waits, in seconds, before it takes the engine for hung (`ServerUnavailable`)."""
+
+    connect: float = 5.0
+    reply: float = 30.0
+    submit: float = 90.0
+    """A long prompt is tokenised before the engine answers."""
+    cancel: float = 5.0
+    probe: float = 30.0
+    """Without an event for this long, the engine is asked for a sign of life; it has `reply` to give one."""
 
 
 class NotListening(ServerUnavailable):
@@ -95,19 +102,21 @@ class _Inbox:
 class Connection:
     """One blocking connection, greeted. Resource handling: owns its socket until `close`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, deadlines: Deadlines) -> None:
         self._path = path
+        self._deadlines = deadlines
         self._inbox = _Inbox(path)
         self._sent = 0
-        self._socket = _connect(path)
+        self._socket = _connect(path, deadlines.connect)
         try:
             self.welcome = self.ask(Hello(ref=0, version=PROTOCOL_VERSION, client=CLIENT_NAME), Welcome)
         except BaseException:
             self._socket.close()
             raise
 
-    def ask(self, message: ClientMessage, expected: type[R], deadline: float = REPLY_DEADLINE) -> R:
-        """Send a message and wait `deadline` seconds for its reply."""
+    def ask(self, message: ClientMessage, expected: type[R], deadline: float | None = None) -> R:
+        """Send a message and wait for its reply."""
+        deadline = deadline or self._deadlines.reply
         end = time.monotonic() + deadline
         self._sent += 1
         message = msgspec.structs.replace(message, ref=self._sent)
@@ -137,7 +146,7 @@ class Connection:
     def _wait(self) -> None:
         """Take what comes; if nothing does for a while, ask whether the server is alive."""
         try:
-            data = self._read(PROBE_AFTER)
+            data = self._read(self._deadlines.probe)
         except TimeoutError:
             self.ask(GetStatus(ref=0), Status)
         else:
@@ -160,39 +169,42 @@ class Connection:
 
 
 class AsyncConnection:
-    """One connection on the event loop, greeted by `async with`. Resource handling: owns its stream until the exit."""
+    """One connection on the event loop, greeted by `async with`. Resource handling: owns its socket until the exit.
+
+    Not asyncio's streams: after a failed write they discard what the peer said before it hung up, which is the reason.
+    """
 
     welcome: Welcome
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, deadlines: Deadlines) -> None:
         self._path = path
+        self._deadlines = deadlines
         self._inbox = _Inbox(path)
         self._sent = 0
+        self._loop = asyncio.get_running_loop()
 
     async def __aenter__(self) -> AsyncConnection:
-        connected = await _connect_in_thread(self._path)
-        connected.setblocking(False)
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=connected, limit=READ_BYTES)
+        self._socket = await _connect_in_thread(self._path, self._deadlines.connect)
+        self._socket.setblocking(False)
         try:
             self.welcome = await self.ask(Hello(ref=0, version=PROTOCOL_VERSION, client=CLIENT_NAME), Welcome)
         except BaseException:
-            self._writer.transport.abort()
+            self._socket.close()
             raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self._writer.transport.abort()
+        self._socket.close()
 
-    async def ask(self, message: ClientMessage, expected: type[R], deadline: float = REPLY_DEADLINE) -> R:
-        """Send a message and wait `deadline` seconds for its reply."""
+    async def ask(self, message: ClientMessage, expected: type[R], deadline: float | None = None) -> R:
+        """Send a message and wait for its reply."""
+        deadline = deadline or self._deadlines.reply
         self._sent += 1
         message = msgspec.structs.replace(message, ref=self._sent)
         try:
             async with asyncio.timeout(deadline):
-                # If the server has already hung up, what it said before is still to be read.
                 with contextlib.suppress(ConnectionError):
-                    self._writer.write(encode_frame(message))
-                    await self._writer.drain()
+                    await self._loop.sock_sendall(self._socket, encode_frame(message))
                 while (reply := self._inbox.reply(message, expected)) is None:
                     self._inbox.feed(await self._read())
         except TimeoutError:
@@ -214,7 +226,7 @@ class AsyncConnection:
     async def _wait(self) -> None:
         """Take what comes; if nothing does for a while, ask whether the server is alive."""
         try:
-            async with asyncio.timeout(PROBE_AFTER):
+            async with asyncio.timeout(self._deadlines.probe):
                 data = await self._read()
         except TimeoutError:
             await self.ask(GetStatus(ref=0), Status)
@@ -223,17 +235,18 @@ class AsyncConnection:
 
     async def _read(self) -> bytes:
         try:
-            return await self._reader.read(READ_BYTES)
+            return await self._loop.sock_recv(self._socket, READ_BYTES)
         except ConnectionError:
             return b""
 
 
-def _connect(path: Path) -> socket.socket:
+def _connect(path: Path, deadline: float) -> socket.socket:
     """A connected socket whose other end belongs to this user or to root."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # A blocking connect waits for room in the listener's backlog; a non-blocking one would fail with EAGAIN.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", CONNECT_DEADLINE, 0))
+        timeval = struct.pack("ll", int(deadline), int(deadline % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         connection.connect(os.fspath(path))
         _, uid = peer_ids(connection)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
@@ -243,7 +256,7 @@ def _connect(path: Path) -> socket.socket:
         ) from error
     except BlockingIOError as error:
         connection.close()
-        raise _silent(path, CONNECT_DEADLINE) from error
+        raise _silent(path, deadline) from error
     except OSError as error:
         connection.close()
         raise PermissionDenied(f"cannot connect to {path}: {error.strerror}") from error
@@ -253,14 +266,14 @@ def _connect(path: Path) -> socket.socket:
     return connection
 
 
-async def _connect_in_thread(path: Path) -> socket.socket:
+async def _connect_in_thread(path: Path, deadline: float) -> socket.socket:
     """`_connect` without blocking the loop; the socket is not lost if the caller is cancelled meanwhile."""
 
     def close_unwanted(finished: asyncio.Future[socket.socket]) -> None:
         if not finished.cancelled() and finished.exception() is None:
             finished.result().close()
 
-    connecting = asyncio.ensure_future(asyncio.to_thread(_connect, path))
+    connecting = asyncio.ensure_future(asyncio.to_thread(_connect, path, deadline))
     try:
         return await asyncio.shield(connecting)
     except asyncio.CancelledError:

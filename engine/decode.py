@@ -49,7 +49,7 @@ def _check_field(name: str, type_: Any, value: object, error: type[EngineError],
         choices = _choices(type_)
         if choices:
             near = _nearest(value, choices)
-            raise error(f"{name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
+            raise error(f"{what}: {name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
         expected = str(cause).split(", got `", 1)[0].split(" - at `", 1)[0].removeprefix("Expected ").replace("`", "")
         expected = expected.replace(" | null", "")
         raise error(f"{what}: {name} must be {expected}; got {_show(value)} ({type(value).__name__})") from cause

@@ -103,7 +103,7 @@ def progress_view(quiet: bool) -> ProgressView:
 
 
 def steps(progress: Progress) -> str:
-    return f"{progress.step}/{progress.steps}" if progress.steps else ""
+    return f"{progress.step}/{progress.steps}" if progress.steps and progress.phase != "queued" else ""
 
 
 def left(progress: Progress) -> str:
@@ -210,8 +210,9 @@ def print_tasks(tasks: Sequence[TaskInfo]) -> None:
 def print_status(status: EngineStatus) -> None:
     """`engine status`."""
     accepting = "accepting requests" if status.accepting else "stopping"
+    up = seconds(status.uptime_seconds)
     print(
-        f"engine {status.engine} with {status.model}, pid {status.pid}, up {seconds(status.uptime_seconds)}, {accepting}\n"
+        f"engine {status.engine} with {status.model}, pid {status.pid}, up {up}, {accepting}\n"
         f"{status.running} running, {status.waiting} waiting, {status.finished} done, {status.failed} failed; "
         f"supervisor {size(status.resident_bytes)}\n"
     )

@@ -6,15 +6,16 @@ One ratio for all tasks keeps their order stable: equal tasks stay equal, what h
 **Policy `shortest`.** The smaller score goes first, where
 
     score = seconds of work left (* BEGINNING while denoising has not begun)
-            - AGEING * seconds waited - PRIORITY_SECONDS * priority
+            - AGEING * seconds overtaken - PRIORITY_SECONDS * priority
 
-and a task waits whenever it is not computed for: waited = age - seconds served. All scores fall by AGEING per second,
-so the order of two tasks changes only by work done, and the time is left out of the key. A task that is served falls
-faster than one that waits (AGEING < 1): whoever is ahead stays ahead, and equal tasks run one after another.
+and a task is overtaken by the seconds computed, while it is there, for tasks that came later. (Seconds waited would
+not do: in a long line of films every film would soon be so old that a draft waits for all of them.) As AGEING < 1,
+whoever is served falls faster than those it overtakes and stays ahead: equal tasks run one after another.
 
-**Bounded waiting.** A task that arrives has a score of at least -PRIORITY_SECONDS * its priority. So once a task with S
-seconds of work left has waited (BEGINNING * S + PRIORITY_SECONDS * d) / AGEING seconds, no task that arrives later, with
-at most d more priority, goes before it; it waits only for those that were there, whose work is finite.
+**Bounded waiting.** A task that arrives has a score of at least -PRIORITY_SECONDS * its priority. So once a task with
+S seconds of work left has been overtaken by (BEGINNING * S + PRIORITY_SECONDS * d) / AGEING seconds, no task that
+arrives from then on, with at most d more priority, goes before it; it waits only for those that are there, whose work
+is finite.
 
 **Policy `fifo`.** Higher priority first, then in order of arrival. Only equal priorities are bounded.
 """
@@ -29,8 +30,8 @@ from ipc.messages import Phase
 
 Policy = Literal["shortest", "fifo"]
 
-AGEING = 0.5
-"""Seconds of work left that a second of waiting is worth; below 1, or tasks would take turns."""
+AGEING = 0.25
+"""Seconds of work left that a second of being overtaken is worth; below 1, or tasks would take turns."""
 
 BEGINNING = 1.1
 """A task must be shorter by this factor to overtake one that holds a state slot."""
@@ -79,5 +80,11 @@ class Estimates:
             task.key = Key(-task.spec.priority, task.arrival)
             return
         work = task.seconds if task.begun else BEGINNING * task.seconds
-        rank = work + AGEING * (task.arrived + task.served) - PRIORITY_SECONDS * task.spec.priority
+        rank = work - AGEING * task.overtaken - PRIORITY_SECONDS * task.spec.priority
         task.key = Key(rank, task.arrival)
+
+    def overtake(self, task: TaskRecord, seconds: float) -> None:
+        """A task that came later was computed for so long."""
+        task.overtaken += seconds
+        if self._policy == "shortest":
+            task.key = Key(task.key.rank - AGEING * seconds, task.arrival)

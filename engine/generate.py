@@ -25,6 +25,9 @@ from engine.supervisor import Supervisor
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
 from ipc.messages import Accepted, Done, Failed, TaskEvent
 
+LEAVE_DEADLINE = 1.0
+"""Seconds that a second Ctrl-C gives the cancel of the first to arrive."""
+
 
 class Engine(Protocol):
     """What a client of a server and a supervisor have in common."""
@@ -96,6 +99,11 @@ class Interrupts:
         if self._main is not None:
             self._main.cancel()
 
+    def check(self) -> None:
+        """Raises `Cancelled` if that was asked for before there was anything to cancel."""
+        if self.asked.is_set():
+            raise Cancelled("the request was cancelled")
+
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self.handle_signal)
@@ -128,6 +136,7 @@ async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) ->
     system = decode_strictly(SystemParams, {k: v for k, v in chosen.items() if v is not None}, BadConfig, "the command")
     supervisor = Supervisor(system)
     await asyncio.to_thread(_check, order.params, supervisor)
+    interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
     async with supervisor:
@@ -141,6 +150,7 @@ def _check(params: UserParams, supervisor: Supervisor) -> None:
 
 async def _follow(engine: Engine, params: UserParams, view: ProgressView, interrupts: Interrupts) -> Done:
     """Submit, show progress, wait for the end."""
+    interrupts.check()
     accepted = await engine.submit(params)
     cancelling = asyncio.create_task(_cancel_when_asked(engine, accepted.id, interrupts.asked))
     try:
@@ -149,7 +159,12 @@ async def _follow(engine: Engine, params: UserParams, view: ProgressView, interr
                 return event
             if isinstance(event, Failed):
                 raise from_failure(event.error)
-            view.update(event)
+            if not interrupts.asked.is_set():
+                view.update(event)
+    except asyncio.CancelledError:
+        # Leaving at once, but not before the engine has heard of the cancel, if it still listens.
+        await asyncio.wait({cancelling}, timeout=LEAVE_DEADLINE)
+        raise
     finally:
         cancelling.cancel()
     raise AssertionError("events end with Done or Failed")

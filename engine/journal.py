@@ -54,6 +54,10 @@ class Journal:
         """Open or make the journal; returns what an earlier run left unfinished, oldest first."""
         try:
             return await self._on_thread(self._open)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise BadConfig(f"the journal in the state directory cannot be used: {error}") from error
+            raise BadConfig("another engine uses this state directory: give this one its own --state-dir") from error
         except (OSError, sqlite3.Error, msgspec.MsgspecError) as error:
             raise BadConfig(f"the journal in the state directory cannot be used: {error}") from error
 
@@ -83,6 +87,8 @@ class Journal:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         self._path.chmod(0o600)
+        # One engine per journal: two would both carry out what is in it.
+        self._connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute(_SCHEMA)

@@ -56,12 +56,15 @@ class Line:
         return sum(not other.begun and other.key < task.key for other in self.active)
 
     def measured(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
-        """An active task has had a quantum done in `seconds`: its place, and what is expected of all, may change."""
-        task.served += seconds
-        if self._estimates.observe(task.spec, phase, seconds):
-            for other in self.all():
-                self._estimates.update(other)
-            self.waiting.sort(key=_by_key)
+        """An active task has had a quantum done in `seconds`: its place changes, and that of those it overtakes."""
+        anew = self._estimates.observe(task.spec, phase, seconds)
+        for tasks in (self.active, self.waiting):
+            for other in tasks:
+                if other.arrival < task.arrival:
+                    self._estimates.overtake(other, seconds)
+                if anew:
+                    self._estimates.update(other)
+            tasks.sort(key=_by_key)
         self.moved(task)
 
     def moved(self, task: TaskRecord) -> None:

@@ -29,8 +29,8 @@ def ready(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> P
 
 
 def may_prepare(task: TaskRecord, ledger: Ledger, line: Line) -> bool:
-    """Slots for all inputs of a task are taken together, or two tasks could each wait for what the other holds. The last
-    one is left for a task that goes before all that are prepared."""
+    """Slots for all inputs of a task are taken together, or two tasks could each wait for what the other holds. The
+    last one is left for a task that goes before all that are prepared."""
     if task.admitted:
         return True
     free = ledger.free("prompts")

@@ -57,7 +57,6 @@ class TaskRecord:
 
     spec: TaskSpec
     arrival: int
-    arrived: float
     total: dict[Phase, int]
     granted: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     """Quanta granted and, but for the outstanding ones, answered: the index of the next."""
@@ -69,8 +68,8 @@ class TaskRecord:
     """Stages that have nothing more to do for the task, and were told to drop it or purged of it."""
     phase: Phase | Literal["queued"] = "queued"
     """Of the last quantum that was reported."""
-    served: float = 0.0
-    """Compute time so far, seconds."""
+    overtaken: float = 0.0
+    """Seconds computed, since this task is there, for tasks that came later."""
     crashes: int = 0
     """Deaths of processes that were running a quantum of this task."""
     admitted: bool = False
@@ -84,11 +83,11 @@ class TaskRecord:
     key: Key = field(default_factory=lambda: Key(0.0, 0))
 
     @classmethod
-    def of(cls, spec: TaskSpec, arrival: int, now: float) -> TaskRecord:
+    def of(cls, spec: TaskSpec, arrival: int) -> TaskRecord:
         total: dict[Phase, int] = {
             "text": 1, "encode": int(spec.encode), "denoise": spec.denoise, "decode": spec.chunks, "write": spec.chunks,
         }  # fmt: skip
-        return cls(spec, arrival, now, total)
+        return cls(spec, arrival, total)
 
     @property
     def id(self) -> str:

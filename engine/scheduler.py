@@ -42,7 +42,7 @@ from engine.events import (
     Submitted,
     TaskDropped,
     Tick,
-)  # fmt: skip
+)
 from engine.line import Line
 from engine.params import STAGES
 from engine.readiness import ready
@@ -57,7 +57,7 @@ from engine.records import (
     StageRecord,
     TaskRecord,
     check_outstanding,
-)  # fmt: skip
+)
 from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
 from ipc.messages import Phase, StageName
 
@@ -101,7 +101,7 @@ class Scheduler:
             case TaskDropped():
                 self.handle_task_dropped(event)
             case Submitted():
-                self.handle_submitted(event, now)
+                self.handle_submitted(event)
             case CancelAsked():
                 self.handle_cancel_asked(event)
             case StageUp():
@@ -118,12 +118,12 @@ class Scheduler:
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def handle_submitted(self, event: Submitted, now: float) -> None:
+    def handle_submitted(self, event: Submitted) -> None:
         """A new task waits in line, or fails at once if a stage it needs has failed."""
         spec = event.task
         assert spec.id not in self._tasks, f"task {spec.id} was submitted twice"
         assert spec.denoise > 0 and spec.chunks > 0, f"task {spec.id} has nothing to compute"
-        task = TaskRecord.of(spec, self._arrivals, now)
+        task = TaskRecord.of(spec, self._arrivals)
         self._arrivals += 1
         self._tasks[spec.id] = task
         self._line.join(task)
@@ -138,7 +138,8 @@ class Scheduler:
             self._fail(task, event.error)
 
     def handle_quantum_ended(self, event: QuantumEnded) -> None:
-        """The first outstanding quantum of the stage was answered. What is of a dead process is ignored."""
+        """The first outstanding quantum of the stage was answered. What is of a dead process, or was not asked, is
+        ignored; a stage that answers nothing else is found by the supervisor's watch."""
         stage = self._stages[event.stage]
         if event.epoch != stage.epoch or not stage.outstanding:
             return
@@ -152,7 +153,7 @@ class Scheduler:
         elif event.error is not None:
             self._fail(task, event.error)
         elif event.dropped:
-            self._fail(task, Failure(EngineError.code, f"the {stage.name} stage lost the request; submit it again"))
+            self._fail(task, to_failure(EngineError(f"the {stage.name} stage lost the request; submit it again")))
         elif task.rewinding and phase == "decode":
             self._rewind(task)
         else:
@@ -263,7 +264,8 @@ class Scheduler:
         task.phase = "decode"
         for phase in ("decode", "write"):
             task.granted[phase] = task.done[phase] = 0
-        self._purge(task, "writer")
+        self._actions.append(Purge("writer", task.id))
+        self._ledger.give_all(task, "writer")
         self._line.moved(task)
 
     def _expire(self, now: float) -> None:
@@ -381,6 +383,10 @@ class Scheduler:
         return Snapshot("running", phase, task.done[phase], task.total[phase])
 
     # --- views --------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Tasks it remembers: those that have not ended, and those that some stage has not dropped yet."""
+        return len(self._tasks)
 
     @property
     def waiting(self) -> int:

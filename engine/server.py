@@ -24,11 +24,11 @@ from ipc.errors import (
     Busy,
     EngineError,
     Failure,
+    NotFound,
     PermissionDenied,
     ProtocolError,
     VersionMismatch,
-    to_failure,
-)  # fmt: skip
+)
 from ipc.frames import MAX_FRAME, FrameReader, encode_frame
 from ipc.messages import (
     PROTOCOL_VERSION,
@@ -36,7 +36,6 @@ from ipc.messages import (
     AnyClientMessage,
     AnyServerMessage,
     Cancel,
-    Failed,
     GetStatus,
     Hello,
     ListTasks,
@@ -49,24 +48,30 @@ from ipc.messages import (
     TaskInfo,
     TaskList,
     Welcome,
-)  # fmt: skip
-
-MAX_CLIENTS = 256
-MAX_FOLLOWED = 128
-"""Tasks whose events one connection may receive at a time."""
-
-HANDSHAKE_DEADLINE = 5.0
-FRAME_DEADLINE = 10.0
-"""Seconds from the first byte of a frame to its last."""
-DRAIN_DEADLINE = 10.0
-"""Seconds a client may leave its answers unread before it is cut off."""
-CLOSE_DEADLINE = 2.0
-"""Seconds for last words to reach the clients when the server stops."""
+)
 
 READ_BYTES = 64 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024
 LISTED_PROMPT = 200
 """Characters of each prompt in `list`."""
+MAX_REASON = 2000
+"""Characters of the message of a `Refused`."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients may take. Times in seconds."""
+
+    clients: int = 256
+    followed: int = 128
+    """Tasks whose events one connection may receive at a time."""
+    handshake: float = 5.0
+    frame: float = 10.0
+    """From the first byte of a frame to its last."""
+    drain: float = 10.0
+    """A client may leave its answers unread for this long before it is cut off."""
+    close: float = 2.0
+    """For last words to reach the clients when the server stops."""
+
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +83,9 @@ class Server:
     Error handling: nothing a client does is raised here; it is answered with `Refused`, or the connection ends.
     """
 
-    def __init__(self, supervisor: Supervisor, claim: SocketClaim) -> None:
+    def __init__(self, supervisor: Supervisor, claim: SocketClaim, limits: Limits | None = None) -> None:
         self.supervisor = supervisor
+        self.limits = limits or Limits()
         self.drain_asked = asyncio.Event()
         """A client asked to finish what was accepted and stop."""
         self.stop_asked = asyncio.Event()
@@ -103,12 +109,12 @@ class Server:
         self._claim.close()
         following = [task for connection in self._connections.values() for task in connection.following.values()]
         if following:
-            await asyncio.wait(following, timeout=CLOSE_DEADLINE)
+            await asyncio.wait(following, timeout=self.limits.close)
         connections = list(self._connections)
         for task in connections:
             task.cancel()
         if connections:
-            await asyncio.wait(connections, timeout=2 * CLOSE_DEADLINE)
+            await asyncio.wait(connections, timeout=2 * self.limits.close)
         self._listener = None
 
     @property
@@ -120,8 +126,8 @@ class Server:
         refusal: EngineError | None = None
         if uid not in (os.geteuid(), 0):
             refusal = PermissionDenied("this engine serves only the user who started it")
-        elif len(self._connections) >= MAX_CLIENTS:
-            refusal = Busy(f"{MAX_CLIENTS} clients are connected, which is the limit; try again", 1.0)
+        elif len(self._connections) >= self.limits.clients:
+            refusal = Busy(f"{self.limits.clients} clients are connected, which is the limit; try again", 1.0)
         if refusal is not None:
             log.warning("refused a connection of process %d, user %d: %s", pid, uid, refusal)
             writer.write(encode_frame(_refused(None, refusal)))
@@ -145,6 +151,7 @@ class Connection:
         self.following: dict[str, asyncio.Task[None]] = {}
         self._server = server
         self._supervisor = server.supervisor
+        self._limits = server.limits
         self._reader = reader
         self._writer = writer
         self._writer.transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
@@ -172,10 +179,10 @@ class Connection:
     async def _greet(self) -> bool:
         """The handshake: whether the client may go on."""
         try:
-            async with asyncio.timeout(HANDSHAKE_DEADLINE):
+            async with asyncio.timeout(self._limits.handshake):
                 hello = await self._receive()
         except TimeoutError:
-            raise ProtocolError(f"no hello came within {HANDSHAKE_DEADLINE:g} seconds") from None
+            raise ProtocolError(f"no hello came within {self._limits.handshake:g} seconds") from None
         if hello is None:
             return False
         if not isinstance(hello, Hello):
@@ -196,12 +203,12 @@ class Connection:
         complete_by: float | None = None
         while (message := next(self._decoded, None)) is None:
             if self._frames.unfinished and complete_by is None:
-                complete_by = asyncio.get_running_loop().time() + FRAME_DEADLINE
+                complete_by = asyncio.get_running_loop().time() + self._limits.frame
             try:
                 async with asyncio.timeout_at(complete_by):
                     data = await self._reader.read(READ_BYTES)
             except TimeoutError:
-                raise ProtocolError(f"a frame was not complete after {FRAME_DEADLINE:g} seconds") from None
+                raise ProtocolError(f"a frame was not complete after {self._limits.frame:g} seconds") from None
             if not data:
                 return None
             self._decoded = self._frames.feed(data)
@@ -265,8 +272,8 @@ class Connection:
         return msgspec.structs.replace(accepted, ref=message.ref)
 
     def _check_may_follow(self) -> None:
-        if len(self.following) >= MAX_FOLLOWED:
-            raise Busy(f"this connection follows {MAX_FOLLOWED} tasks, which is the limit; open another one", 1.0)
+        if len(self.following) >= self._limits.followed:
+            raise Busy(f"this connection follows {len(self.following)} tasks, which is the limit; open another", 1.0)
 
     def _follow(self, identity: str) -> None:
         """Send the task's events from now on; once, however often it is asked for."""
@@ -279,8 +286,8 @@ class Connection:
         try:
             async for event in self._supervisor.events(identity):
                 await self._send(event)
-        except EngineError as error:
-            await self._send(Failed(id=identity, error=to_failure(error)))
+        except NotFound:
+            log.warning("%s was forgotten before its events could be sent", identity)
         except OSError:
             log.debug("process %d left before the end of %s", self._pid, identity)
 
@@ -288,12 +295,14 @@ class Connection:
         """Write one frame and wait until the client has room for the next. Cuts off a client that does not read."""
         frame = encode_frame(message)
         async with self._sending:
+            if self._writer.is_closing():
+                raise ConnectionResetError("the client is gone")
             self._writer.write(frame)
             try:
-                async with asyncio.timeout(DRAIN_DEADLINE):
+                async with asyncio.timeout(self._limits.drain):
                     await self._writer.drain()
             except TimeoutError:
-                log.warning("process %d left its answers unread for %g seconds; cut off", self._pid, DRAIN_DEADLINE)
+                log.warning("process %d left its answers unread for %g seconds; cut off", self._pid, self._limits.drain)
                 self._writer.transport.abort()
                 raise
 
@@ -302,7 +311,7 @@ class Connection:
             task.cancel()
         self._writer.close()
         try:
-            async with asyncio.timeout(CLOSE_DEADLINE):
+            async with asyncio.timeout(self._limits.close):
                 await self._writer.wait_closed()
         except OSError:
             self._writer.transport.abort()
@@ -330,7 +339,9 @@ def _shortened(prompt: str) -> str:
 
 
 def _refused(ref: int | None, error: EngineError) -> Refused:
-    return Refused(ref=ref, error=to_failure(error), retry_after=error.retry_after if isinstance(error, Busy) else None)
+    """What a message is refused with. A text that repeats what the client sent may be as long as that: it is cut."""
+    failure = Failure(error.code, str(error)[:MAX_REASON])
+    return Refused(ref=ref, error=failure, retry_after=error.retry_after if isinstance(error, Busy) else None)
 
 
 def _tag(message: msgspec.Struct) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -73,6 +74,8 @@ from ipc.messages import (
     TaskEvent,
     TaskInfo,
 )  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 
 class Supervisor:
@@ -351,6 +354,8 @@ class Supervisor:
 
     def _end(self, task: Task, event: Done | Failed) -> None:
         self._pool.end(task, event)
+        why = f": {event.error.message}" if isinstance(event, Failed) else ""
+        log.info("%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
         self._outputs.discard(task.job.output)
         if self._journal is not None:
             self._in_background(self._journal.remove(task.id))

@@ -39,20 +39,21 @@ def load_weights(
 ) -> str:
     """Load a component's `directory` into `module` (on meta); return the content hash of what was read.
 
-    `dtype` gives the dtype each tensor is cast to. `aliases` maps keys of the module to the key whose tensor they
-    share; a checkpoint may hold them or leave them out. `beat` is called as tensors arrive. Raises `BadCheckpoint` and
-    leaves the module on meta if the checkpoint does not fit it.
+    `dtype` gives the dtype each tensor is cast to. `aliases` maps second names of a tensor, in the module
+    or in the checkpoint, to its first. `beat` is called as tensors arrive. Raises `BadCheckpoint` and leaves the module on meta if
+    the checkpoint does not fit it.
     """
     aliases = aliases or {}
-    table = tensor_table(directory, component)
-    verify(component, module.state_dict(), table, optional=aliases)
+    table = _renamed(tensor_table(directory, component), aliases)
+    expected = module.state_dict()
+    verify(component, {name: tensor for name, tensor in expected.items() if name not in aliases}, table)
     state: dict[str, Tensor] = {}
     digests: list[tuple[TensorEntry, bytes]] = []
-    for entry, raw, digest in _read_all(component, [table[name] for name in sorted(table) if name not in aliases]):
+    for entry, raw, digest in _read_all(component, [table[name] for name in sorted(table)]):
         state[entry.name] = raw.to(device=device, dtype=dtype(entry.name))
         digests.append((entry, digest))
         beat()
-    state |= {alias: state[name] for alias, name in aliases.items()}
+    state |= {alias: state[name] for alias, name in aliases.items() if alias in expected}
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().requires_grad_(False)
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
@@ -61,11 +62,9 @@ def load_weights(
     return content_hash(digests)
 
 
-def verify(
-    component: str, expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry], optional: Iterable[str] = ()
-) -> None:
+def verify(component: str, expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry]) -> None:
     """Raise `BadCheckpoint` naming every missing, extra, misshaped or non-floating tensor, the first ones by name."""
-    missing = sorted(expected.keys() - table.keys() - set(optional))
+    missing = sorted(expected.keys() - table.keys())
     extra = sorted(table.keys() - expected.keys())
     both = sorted(expected.keys() & table.keys())
     shapes = [
@@ -77,6 +76,13 @@ def verify(
     kinds = {"missing": missing, "not of this model": extra, "of another shape": shapes, "not floating-point": dtypes}
     if problems := [_named(names, kind) for kind, names in kinds.items() if names]:
         raise BadCheckpoint(f"{component} does not fit the model: {'; '.join(problems)}")
+
+
+def _renamed(table: dict[str, TensorEntry], aliases: Mapping[str, str]) -> dict[str, TensorEntry]:
+    for alias, name in aliases.items():
+        if (entry := table.pop(alias, None)) is not None:
+            table.setdefault(name, entry._replace(name=name))
+    return table
 
 
 def _named(names: list[str], what: str) -> str:

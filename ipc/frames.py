@@ -48,7 +48,8 @@ class FrameReader(Generic[T]):
 
     def feed(self, data: bytes) -> Iterator[T]:
         """Take what came from the socket and yield the messages it completes. Exhaust it before feeding again."""
-        self._buffer += data
+        if self._error is None:
+            self._buffer += data
         return self._messages()
 
     def _messages(self) -> Iterator[T]:

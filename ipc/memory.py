@@ -63,9 +63,9 @@ class SharedMemory:
         try:
             os.posix_fallocate(fd, 0, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except BaseException:
+        except OSError as error:
             os.close(fd)
-            raise
+            raise OSError(error.errno, f"cannot allocate {size} bytes for {name!r}: {error.strerror}") from error
         return cls(fd, size)
 
     @classmethod

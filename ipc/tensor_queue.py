@@ -35,7 +35,7 @@ class QueueTimeout(TimeoutError):
     """The other side did not come in time: no slot was freed, or the tensor was not put."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
     """A tensor that the consumer has taken.
 
@@ -192,16 +192,14 @@ class TensorQueue:
         The producer's half-written slots become FREE; what the consumer was reading becomes READY for its successor.
         """
         assert self._role == "supervisor", f"reclaim by the {self._role}"
-        had, becomes, wake = {
-            "producer": (SlotState.WRITING, SlotState.FREE, self._free_fd),
-            "consumer": (SlotState.READING, SlotState.READY, self._ready_fd),
+        had, becomes = {
+            "producer": (SlotState.WRITING, SlotState.FREE),
+            "consumer": (SlotState.READING, SlotState.READY),
         }[dead]
         slots = [slot for slot, state in enumerate(self._table.states()) if state == had]
         for slot in slots:
             self._table.transition(slot, had, becomes)
-        if slots:
-            os.eventfd_write(wake, 1)
-        return len(slots)
+        return len(slots)  # nobody to wake: a successor looks before it waits
 
     def purge(self, task: str) -> int:
         """Free every slot of this task that is READY or READING; how many there were.

@@ -26,11 +26,11 @@ SCALING = Interpolation.LANCZOS | Interpolation.ACCURATE_RND | Interpolation.FUL
 def read_frames(path: str, count: int, height: int, width: int) -> Frames:
     """The first `count` frames, scaled to cover [height, width] and cropped to its centre; a still image is repeated.
 
-    `BadRequest` names the file (not its directory) and says what is wrong with it: unreadable, not a picture, too short.
+    `BadRequest` names the file, not its directory, and says what is wrong: unreadable, not a picture, too short.
     """
     name = os.path.basename(path)
     try:
-        with open(path, "rb") as file, av.open(file, options={"format_whitelist": FORMATS}) as container:
+        with open(path, "rb") as file, av.open(file, "r", options={"format_whitelist": FORMATS}) as container:
             frames = [fit(frame, height, width) for frame in itertools.islice(_decode(container, name), count)]
     except av.FFmpegError as error:
         raise BadRequest(f"the init file {name!r} is not an image or a video that can be read") from error

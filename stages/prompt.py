@@ -15,15 +15,20 @@ from tokenizers import Tokenizer
 
 from ipc.errors import BadCheckpoint, BadRequest
 
+END_ID = 1
+"""`</s>`, which ends every prompt and counts in its length."""
+
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Read a `tokenizer.json`. Its post-processor must append the end token, as UMT5's does."""
+    """Read a `tokenizer.json`; whatever it says of padding and truncation is switched off. Raises `BadCheckpoint`."""
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot open or read
         raise BadCheckpoint(f"tokenizer.json cannot be read: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if (ids := tokenizer.encode("").ids)[-1:] != [END_ID]:
+        raise BadCheckpoint(f"tokenizer.json must end every prompt with id {END_ID} (</s>); an empty one gives {ids}")
     return tokenizer
 
 

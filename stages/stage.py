@@ -7,9 +7,13 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ipc.messages import Component, Job, Run, Start
+from ipc.messages import Component, Job, Run, StageName, Start
 from ipc.state import StateSlots
-from ipc.tensor_queue import TensorQueue
+from ipc.tensor_queue import FDS_PER_QUEUE, Side, TensorQueue
+
+PRODUCERS: dict[str, StageName] = {"prompts": "text", "init_latents": "vae", "latents": "dit", "frames": "vae"}
+CONSUMERS: dict[str, StageName] = {"prompts": "dit", "init_latents": "dit", "latents": "vae", "frames": "writer"}
+"""Queue -> the stage at that end of it."""
 
 QUEUE_TIMEOUT = 30.0
 """Seconds to wait for a slot. The scheduler grants a quantum only when its slots are there, so a wait is a defect."""
@@ -36,10 +40,10 @@ class StageState(msgspec.Struct, frozen=True):
 
 
 class Stage(Protocol):
-    """One stage, loaded. `begin`, the quanta by `step`, `drop`: for each task in this order, any number of tasks at once.
+    """One stage, loaded. For each task `begin`, `step` per quantum, `drop`; any number of tasks at once.
 
-    A `step` may come again for a quantum that was done (after a crash, or to start over) and then leaves the same result.
-    After an `EngineError` from `step` the stage goes on with other tasks; `drop` follows for the failed one.
+    A `step` may come again for a quantum that was done (after a crash, or to start over) and then leaves the same
+    result. After an error in `step` the stage goes on with other tasks; `drop` follows for the failed one.
     """
 
     @property
@@ -59,6 +63,25 @@ class Stage(Protocol):
         """Forget the task, free its input slots. Of a task that it does not know, too."""
 
     def state(self) -> StageState: ...
+
+
+def attach_links(start: Start, fds: list[int], beat: Callable[[], None]) -> Links:
+    """Map what `start` names. `fds`: those of each queue, then those of the state slots; they stay the caller's."""
+    inputs = _attach(start, fds, "consumer", CONSUMERS)
+    outputs = _attach(start, fds, "producer", PRODUCERS)
+    states = None
+    if start.state is not None:
+        states = StateSlots.attach(start.state, fds[len(start.queues) * FDS_PER_QUEUE :], start.epoch)
+    return Links(inputs, outputs, states, beat)
+
+
+def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:
+    """The ends on this side of the queues, of those whose stage is in this process."""
+    return {
+        spec.name: TensorQueue.attach(spec, fds[i * FDS_PER_QUEUE : (i + 1) * FDS_PER_QUEUE], side, start.epoch)
+        for i, spec in enumerate(start.queues)
+        if stages[spec.name] in start.stages
+    }
 
 
 def component(start: Start, name: str) -> Component:

@@ -1,7 +1,7 @@
 """Captions for the procedural scenes, in many wordings and orders.
 
 `caption` draws one sentence for one scene. Shape, colour, direction and background are always named unless
-`Wording.omissions` allows otherwise; size and speed are named about two times in three.
+`Wording.omissions` allows otherwise; size and speed are named about two times in three, and are random where they are not.
 """
 
 from __future__ import annotations
@@ -72,17 +72,20 @@ SUFFIXES = (", high quality", ", 4k", ", simple animation", ", flat design", ", 
 class Wording:
     """How far captions stray from plain sentences that name everything.
 
-    omissions: chance that direction, background, colour or shape goes unnamed, each. filler: chance of a phrase that
-    means nothing for the picture. noise: chance of a made-up word, which teaches the encoder to pass over unknown ones.
+    omissions: chance that direction, background, colour or shape goes unnamed, each. details: chance that size and
+    speed are named, each. filler: chance of a phrase that means nothing for the picture. noise: chance of a made-up
+    word, which teaches the encoder to pass over unknown ones.
     """
 
     omissions: float = 0.03
+    details: float = 0.65
     filler: float = 0.08
     noise: float = 0.03
 
 
-PLAIN = Wording(omissions=0.0, filler=0.0, noise=0.0)
-"""Every prompt names shape, colour, direction and background: what adherence is measured on."""
+DETAILED = Wording(omissions=0.0, details=1.0, filler=0.0, noise=0.0)
+BRIEF = dataclasses.replace(DETAILED, details=0.0)
+"""Prompts that name shape, colour, direction and background, with and without size and speed: for adherence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,7 @@ def captions(scenes: Scenes, rng: Random, wording: Wording, per_scene: int = 1) 
     return lines
 
 
-def caption(rng: Random, items: list[Item], background: str | None, wording: Wording = PLAIN) -> str:
+def caption(rng: Random, items: list[Item], background: str | None, wording: Wording = BRIEF) -> str:
     """One sentence for one or two shapes over a background."""
     items = rng.sample(items, len(items))
     if rng.random() < 0.12:
@@ -136,8 +139,8 @@ def _describe(row: dict[str, int | list[int]], rng: Random, wording: Wording) ->
                 shape=named(SHAPES, row["shape"][slot], always),
                 colour=named(COLOURS, row["colour"][slot], always),
                 direction=direction,
-                size=named(SIZES, row["size"][slot], 0.65),
-                speed=named(SPEEDS, row["speed"][slot], 0.65) if moves else None,
+                size=named(SIZES, row["size"][slot], wording.details),
+                speed=named(SPEEDS, row["speed"][slot], wording.details) if moves else None,
             )
         )
     return caption(rng, items, named(BACKGROUNDS, row["background"], always), wording)

@@ -114,7 +114,7 @@ def training_velocity(
     text_len = transformer.config.text_len
     text = transformer.condition_embedder.text_embedder(F.pad(rows, (0, 0, 0, 1)).to(transformer.dtype))
     bias = torch.zeros(text.shape[1], device=text.device)
-    bias[-1] = math.log(text_len - rows.shape[1])
+    bias[-1].fill_(math.log(text_len - rows.shape[1]))
     x = transformer._patchify(latents)
     time, modulation = transformer.condition_embedder.embed_time(timestep)
     for block in transformer.blocks:

@@ -5,9 +5,9 @@
     python -m tools.train_demo --work build/demo --stage style
     python -m tools.train_demo --work build/demo --stage export --out configs/demo
 
-Each stage reads what earlier ones wrote to `--work` and writes float32 safetensors there; run it again to train on from
-them (`--resume`). `--minutes` shortens a stage's phases in proportion: their learning rates then fall over the time that
-is left. The recipe (`tools/demo_recipe.py`) and the seed reproduce the model, up to the GPU's order of additions.
+Each stage reads what earlier ones wrote to `--work` and writes float32 safetensors there; `--resume` trains on from the
+stage's own. `--minutes` shortens a stage's phases in proportion: their learning rates then fall over
+the time that is left. The recipe (`tools/demo_recipe.py`) and the seed reproduce the model, up to the GPU's order of additions.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch
 from tools.demo_export import export
 from tools.demo_networks import Networks, build, vae_config
 from tools.demo_recipe import RECIPES, Recipe
+from tools.demo_sampling import contact_sheet
 from tools.demo_tokenizer import make_tokenizer, write_tokenizer
 from tools.demo_training import Schedule, load_module, save_module
 from tools.demo_transformer_training import train_transformer
-from tools.demo_vae_training import measure_statistics, train_vae, validate_vae
+from tools.demo_vae_training import make_pool, measure_statistics, reconstruct, train_vae, validate_vae
 
 STAGES = ("vae", "dit", "style", "export")
 
@@ -72,8 +73,12 @@ def vae_stage(options: argparse.Namespace, recipe: Recipe) -> None:
         train_vae(networks.vae, dataclasses.replace(phase, schedule=schedule), generator)
         save_module(networks.vae, options.work / "vae.safetensors")
     mean, std = measure_statistics(networks.vae, recipe.statistics_clips, generator)
-    figures = validate_vae(networks.vae, recipe.validation_clips, torch.Generator(options.device).manual_seed(options.seed + 1))
+    held_out = torch.Generator(options.device).manual_seed(options.seed + 1)
+    figures = validate_vae(networks.vae, recipe.validation_clips, held_out)
     print(json.dumps(figures), flush=True)
+    frames = make_pool(12, held_out, held_out=True).frames
+    pairs = torch.stack((frames, reconstruct(networks.vae, frames)), dim=1).flatten(0, 1)
+    contact_sheet(pairs, ["drawn", "decoded"] * len(frames), options.work / "vae.png")
     document = {"latents_mean": mean, "latents_std": std, "figures": figures}
     (options.work / "vae.json").write_text(json.dumps(document, indent=2) + "\n")
 

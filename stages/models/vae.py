@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ipc.architecture import VaeConfig
 
+ONEDNN = torch.backends.mkldnn.is_available()
+
 Cache: TypeAlias = dict[str, Tensor]
 """Convolution name -> the last frames of its input, [B, 1 or 2, H, W, C]. Empty before the first chunk. `encode_chunk`
 and `decode_chunk` update it in place; a copy of the tensors is enough to resume the clip in another process."""
@@ -296,7 +298,7 @@ class CausalConv(nn.Conv3d):
         """The convolution without padding in time."""
         x = x.movedim(-1, 1)
         padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.compiler.is_compiling():
             # F.conv3d leaves oneDNN when B*C*T*H <= 20480, which is most layers of one small clip: 16 times slower
             # (83 ms against 5 ms for 64 channels at 9x24x24 on 2 cores, torch 2.13).
             y = torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ipc.channel import Channel
-from ipc.messages import QueueSpec
+from ipc.memory import PAGE_BYTES
 from ipc.state import StateSlots
 from ipc.tensor_queue import Side, TensorQueue
 from tests.ipc.peer import WAIT, AttachQueue, AttachState, Command, Say
@@ -44,8 +45,7 @@ class PeerProcess:
         return self.hear()
 
     def attach(self, queue: TensorQueue, role: Side, epoch: int) -> None:
-        spec: QueueSpec = queue.spec
-        assert self.ask(AttachQueue(spec=spec, role=role, epoch=epoch), queue.fds) == "attached"
+        assert self.ask(AttachQueue(spec=queue.spec, role=role, epoch=epoch), queue.fds) == "attached"
 
     def attach_states(self, states: StateSlots, epoch: int) -> None:
         assert self.ask(AttachState(spec=states.spec, epoch=epoch), states.fds) == "attached"
@@ -76,8 +76,17 @@ def peers() -> Iterator[Callable[[], PeerProcess]]:
         peer.close()
 
 
-def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def open_descriptors() -> dict[str, str]:
+    """Number -> what it refers to."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that listed them
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 @pytest.fixture(autouse=True)

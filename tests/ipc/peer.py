@@ -25,6 +25,12 @@ from ipc.tensor_queue import TensorQueue
 WAIT = 20.0
 """Seconds after which a wait in a test means that something is broken."""
 
+LONGER = 3 * WAIT
+"""Of waits that must be ended by a wake-up before the one who watches them gives up after WAIT."""
+
+
+BLOCK_BYTES = 1000
+
 
 class Command(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
     pass
@@ -63,7 +69,7 @@ class Take(Command, frozen=True, tag="take", kw_only=True):
 
 
 class PutForEver(Command, frozen=True, tag="put_for_ever", kw_only=True):
-    """Put sequence 0, 1, 2, ... of the task until killed."""
+    """Put sequence 0, 1, 2, ... of the task until killed, block by block, so that most of the time is spent writing."""
 
     task: str
     nbytes: int
@@ -93,15 +99,19 @@ AnyCommand = AttachQueue | AttachState | AttachCounter | Put | Take | PutForEver
 
 
 def pattern(task: str, sequence: int, nbytes: int) -> bytes:
-    """Bytes that belong to this key and no other."""
-    block = hashlib.sha256(f"{task}/{sequence}".encode()).digest()
-    return (block * (nbytes // len(block) + 1))[:nbytes]
+    """Bytes that belong to this key and no other; the same in every block of BLOCK_BYTES."""
+    digest = hashlib.sha256(f"{task}/{sequence}".encode()).digest()
+    block = (digest * (BLOCK_BYTES // len(digest) + 1))[:BLOCK_BYTES]
+    return (block * (nbytes // BLOCK_BYTES + 1))[:nbytes]
 
 
 def state_tensors(step: int, nbytes: int) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
     """A state all of whose bytes depend on the step."""
     data = {name: pattern(name, step, nbytes) for name in ("latents", "history")}
     return {name: ("uint8", (nbytes,), memoryview(raw)) for name, raw in data.items()}
+
+
+TraceFunction = Callable[[types.FrameType, str, object], "TraceFunction | None"]
 
 
 class Peer:
@@ -151,7 +161,7 @@ class Peer:
         assert self.queue is not None
         for sequence in command.sequences:
             data = pattern(command.task, sequence, command.nbytes)
-            with self.queue.put(command.task, sequence, "uint8", (command.nbytes,), WAIT) as view:
+            with self.queue.put(command.task, sequence, "uint8", (command.nbytes,), LONGER) as view:
                 if command.stuck:
                     view[: command.nbytes // 2] = data[: command.nbytes // 2]
                     self.say("writing")
@@ -163,7 +173,7 @@ class Peer:
         assert self.queue is not None
         digest = hashlib.sha256()
         for sequence in command.sequences:
-            slot = self.queue.take(command.task, sequence, WAIT)
+            slot = self.queue.take(command.task, sequence, LONGER)
             digest.update(slot.view)
             if not command.keep:
                 slot.release()
@@ -174,8 +184,9 @@ class Peer:
         self.say("started")
         sequence = 0
         while True:
-            with self.queue.put(command.task, sequence, "uint8", (command.nbytes,), WAIT) as view:
-                view[:] = pattern(command.task, sequence, command.nbytes)
+            with self.queue.put(command.task, sequence, "uint8", (command.nbytes,), LONGER) as view:
+                for start in range(0, command.nbytes, BLOCK_BYTES):
+                    view[start : start + BLOCK_BYTES] = pattern(command.task, sequence, BLOCK_BYTES)
             sequence += 1
 
     def commit_for_ever(self, command: CommitForEver) -> None:
@@ -227,11 +238,11 @@ def _commit(slot: StateSlot, nbytes: int) -> None:
     slot.commit(step, state_tensors(step, nbytes))
 
 
-def _killer(line: int) -> Callable[[types.FrameType, str, object], object]:
+def _killer(line: int) -> TraceFunction:
     """A trace function that kills its own process before the `line`-th line of the `ipc` package."""
     left = line
 
-    def trace(frame: types.FrameType, event: str, _: object) -> object:
+    def trace(frame: types.FrameType, event: str, _: object) -> TraceFunction | None:
         nonlocal left
         if not frame.f_globals["__name__"].startswith("ipc."):
             return None

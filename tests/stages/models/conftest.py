@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,175 @@
+"""The dit stage: from noise to latents, one denoising step per quantum.
+
+After each step the state goes to `StateSlots`, which outlive this process; the next process goes on from there and
+comes to the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hotreload.weights import load_weights
+from ipc.errors import NumericalError
+from ipc.messages import Job, Run, Start
+from ipc.state import StateSlots
+from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
+from stages import solvers
+from stages.models.transformer import WanTransformer, keeps_float32
+from stages.sampling import (
+    Context,
+    expert_index,
+    first_sample,
+    get_noise,
+    guided,
+    latent_shape,
+    predict,
+    schedule_of,
+)
+from stages.solvers import Schedule
+from stages.stage import QUEUE_TIMEOUT, Links, StageState, component
+
+
+@dataclass(slots=True)
+class Denoising:
+    """A task here: where it is. `done` counts the steps that were run, from `schedule.start`."""
+
+    job: Job
+    schedule: Schedule
+    latents: Tensor
+    """[C, T, H, W] float32."""
+    history: Tensor
+    """Of the solver: `solvers.new_state`."""
+    done: int = 0
+    expert: int | None = None
+    context: Context | None = None
+    """For `expert`; made when its first step comes."""
+
+    @property
+    def total(self) -> int:
+        return self.schedule.steps - self.schedule.start
+
+
+class DitStage:
+    """Takes `prompts` and `init_latents`, puts `latents`.
+
+    Error handling: `NumericalError` when a step gives values that are not finite; such a state is never committed.
+    """
+
+    def __init__(self, start: Start, links: Links, experts: list[WanTransformer], weights: dict[str, str]) -> None:
+        self._start = start
+        self._links = links
+        self._device = start.devices["dit"]
+        self._experts = experts
+        self._weights = weights
+        self._jobs: dict[str, Job] = {}
+        self._tasks: dict[str, Denoising] = {}
+
+    @classmethod
+    def load(cls, start: Start, links: Links) -> DitStage:
+        """Build and bind one transformer, or two. Raises `BadCheckpoint`."""
+        names = ["transformer"] if start.boundary is None else ["transformer", "transformer_2"]
+        experts, weights = [], {}
+        for name in names:
+            with torch.device("meta"):
+                model = WanTransformer(start.transformer)
+            weights[name] = load_weights(
+                model,
+                Path(component(start, name).directory),
+                name,
+                device=start.devices["dit"],
+                dtype=lambda key: torch.float32 if keeps_float32(key) else dtype_of(start.dtype),
+                beat=links.beat,
+            )
+            experts.append(model)
+        return cls(start, links, experts, weights)
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        return self._weights
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return {"torch": str(torch.__version__)}
+
+    def begin(self, job: Job) -> None:
+        self._jobs[job.id] = job
+
+    @torch.inference_mode()
+    def step(self, run: Run) -> None:
+        """Have `run.index` + 1 steps done, the steps before it included if this process has not seen the task."""
+        task = self._tasks.get(run.id)
+        if task is None:
+            task = self._tasks[run.id] = self._take_up(self._jobs[run.id])
+        while task.done <= run.index:
+            self._advance(task)
+        if task.done == task.total:
+            put_tensor(self._links.outputs["latents"], run.id, 0, task.latents, QUEUE_TIMEOUT)
+
+    def drop(self, identity: str) -> None:
+        self._tasks.pop(identity, None)
+        self._jobs.pop(identity, None)
+        self._links.inputs["prompts"].release(identity)
+        self._links.inputs["init_latents"].release(identity)
+        self._states.release(identity)
+
+    def state(self) -> StageState:
+        held = 0
+        for task in self._tasks.values():
+            context = task.context if task.context is not None else ()
+            held += sum(t.nbytes for t in (task.latents, task.history, *context) if t is not None)
+        return StageState(frozenset(self._jobs), held)
+
+    @property
+    def _states(self) -> StateSlots:
+        assert self._links.states is not None, "the dit stage is started with state slots"
+        return self._links.states
+
+    def _take_up(self, job: Job) -> Denoising:
+        """The task where the last process left it, or at its first step."""
+        schedule = schedule_of(job)
+        slot = self._states.claim(job.id)
+        if (committed := load_tensors(slot)) is not None:
+            done, tensors = committed
+            latents = tensors["latents"].to(self._device)
+            history = tensors.get("history", solvers.new_state(schedule, latents)).to(self._device)
+            return Denoising(job, schedule, latents, history, done)
+        shape = latent_shape(job, self._start.vae)
+        init = slot_tensor(self._links.inputs["init_latents"].take(job.id, 0, QUEUE_TIMEOUT)) if job.init else None
+        latents = first_sample(schedule, get_noise(job.seed, shape), init).to(self._device)
+        return Denoising(job, schedule, latents, solvers.new_state(schedule, latents))
+
+    def _advance(self, task: Denoising) -> None:
+        """One step, checked, then committed."""
+        index = task.schedule.start + task.done
+        timestep = task.schedule.timesteps[index]
+        expert = expert_index(timestep, self._start.boundary)
+        scale = (task.job.guidance_scale, task.job.guidance_scale_2)[expert]
+        if task.context is None or task.expert != expert:
+            task.context = None  # free the other expert's keys and values first
+            task.context, task.expert = self._context(task, expert, guided(scale)), expert
+        velocity = predict(self._experts[expert], task.latents, timestep, task.context, scale)
+        latents, history = solvers.step(task.schedule, index, velocity, task.latents, task.history)
+        if not bool(torch.isfinite(latents).all()):
+            raise NumericalError(
+                f"step {task.done + 1} of {task.total} gave values that are not finite; "
+                "if it happens with other seeds too, use dtype float32 or check the weights"
+            )
+        task.latents, task.history = latents, history
+        task.done += 1
+        state = {"latents": latents} | ({"history": history} if history.numel() else {})
+        commit_tensors(self._states.claim(task.job.id), task.done, state)
+        self._links.beat()
+
+    def _context(self, task: Denoising, expert: int, negative: bool) -> Context:
+        """Keys and values of the prompts for this expert, once for all its steps."""
+        model, prompts = self._experts[expert], self._links.inputs["prompts"]
+        encoded = []
+        for sequence in range(2 if negative else 1):
+            embeds = slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
+            encoded.append(model.encode_prompt(embeds.unsqueeze(0)))
+        return Context(encoded[0], encoded[1] if negative else None, model.rope(*task.latents.shape[1:]))

@@ -1,0 +1,103 @@
+"""The text stage: a prompt becomes prompt embeddings."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
+
+from hotreload.weights import load_weights
+from ipc.errors import NumericalError
+from ipc.messages import Job, Run, Start
+from ipc.tensors import dtype_of, put_tensor
+from stages.models.text_encoder import ALIASES, build, encode
+from stages.prompt import load_tokenizer, prompt_ids
+from stages.sampling import guided
+from stages.stage import QUEUE_TIMEOUT, Links, StageState, component
+
+KEPT_PROMPTS = 64
+"""Prompts whose embeddings are kept; the negative prompt is mostly the same. Only real rows are kept: 8 KiB a token."""
+
+
+class TextStage:
+    """Puts `prompts`, [text_len, text_dim]: sequence 0 of the prompt, 1 of the negative prompt if guidance is on.
+
+    Error handling: `BadRequest` for a prompt of too many tokens; `NumericalError` for values that are not finite.
+    """
+
+    def __init__(self, start: Start, links: Links, encoder: UMT5EncoderModel, weights: str) -> None:
+        self._links = links
+        self._length = start.transformer.text_len
+        self._tokenizer = load_tokenizer(start.tokenizer)
+        self._encoder = encoder
+        self._weights = {"text_encoder": weights}
+        self._jobs: dict[str, Job] = {}
+        self._kept: collections.OrderedDict[tuple[int, ...], Tensor] = collections.OrderedDict()
+
+    @classmethod
+    def load(cls, start: Start, links: Links) -> TextStage:
+        """Read the tokenizer, build and bind the encoder. Raises `BadCheckpoint`."""
+        with torch.device("meta"):
+            encoder = build(start.text_encoder)
+        weights = load_weights(
+            encoder,
+            Path(component(start, "text_encoder").directory),
+            "text_encoder",
+            device=start.devices["text"],
+            dtype=lambda key: dtype_of(start.dtype),
+            aliases=ALIASES,
+            beat=links.beat,
+        )
+        return cls(start, links, encoder, weights)
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        return self._weights
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return {
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        }
+
+    def begin(self, job: Job) -> None:
+        self._jobs[job.id] = job
+
+    @torch.inference_mode()
+    def step(self, run: Run) -> None:
+        job = self._jobs[run.id]
+        texts = [job.prompt]
+        if guided(max(job.guidance_scale, job.guidance_scale_2)):
+            texts.append(job.negative_prompt)
+        for sequence, text in enumerate(texts):
+            rows = self._embed(tuple(prompt_ids(self._tokenizer, text, self._length)))
+            padded = F.pad(rows, (0, 0, 0, self._length - len(rows)))
+            put_tensor(self._links.outputs["prompts"], job.id, sequence, padded, QUEUE_TIMEOUT)
+            self._links.beat()
+
+    def drop(self, identity: str) -> None:
+        self._jobs.pop(identity, None)
+
+    def state(self) -> StageState:
+        return StageState(frozenset(self._jobs), sum(rows.nbytes for rows in self._kept.values()))
+
+    def _embed(self, ids: tuple[int, ...]) -> Tensor:
+        """[tokens, text_dim] on the CPU; kept by content, the least recently used is forgotten."""
+        rows = self._kept.pop(ids, None)
+        if rows is None:
+            rows = encode(self._encoder, list(ids)).cpu()
+            if not bool(torch.isfinite(rows).all()):
+                raise NumericalError("the text encoder gave values that are not finite; check its weights")
+        self._kept[ids] = rows
+        if len(self._kept) > KEPT_PROMPTS:
+            self._kept.popitem(last=False)
+        return rows

@@ -1,0 +1,308 @@
+"""A stage process: `python -m stages.worker FD`, FD being its end of the control channel.
+
+The first message makes it one stage (`split`) or all of them (`fused`). Then, until it is told to stop: all messages
+that are here, then one quantum, then its answer. Answers come in the order of the grants; a dropped task's quanta are
+answered in their turn without being run. torch is imported by the stages that need it, never by the writer's process.
+
+Error handling: an `EngineError` fails the quantum's request; so does any other exception, with a traceback on stderr;
+the process goes on. After an error that leaves the CUDA context dead it exits. It exits at once when the supervisor
+dies: a thread waits for that, because the main one may be in a long quantum.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+
+from ipc.channel import Channel, ChannelClosed, close_fds
+from ipc.counters import ProgressCounter
+from ipc.errors import EngineError, Failure, StageFailed, to_failure
+from ipc.messages import (
+    STAGE_OF_PHASE,
+    AnyStageProcessMessage,
+    AnyStageReport,
+    Begin,
+    Drop,
+    Dropped,
+    QuantumDone,
+    QuantumDropped,
+    QuantumFailed,
+    Ready,
+    Run,
+    StageName,
+    Start,
+    StartFailed,
+    Stop,
+)
+from stages.stage import Links, Stage, attach_links
+
+EXIT_START_FAILED = 3
+EXIT_DEVICE_LOST = 4
+"""The CUDA context is dead; only a new process gets another."""
+EXIT_ORPHANED = 5
+"""The supervisor is gone."""
+
+START_TIMEOUT = 60.0
+"""Seconds until `Start` must be here."""
+SEND_TIMEOUT = 60.0
+"""Seconds the supervisor may leave a report unread before this process gives up on it."""
+MAX_ERROR_TEXT = 300
+"""Characters of an unexpected exception that travel."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """Something to be done in its turn; `skip`: a quantum whose task was dropped meanwhile."""
+
+    message: Run | Drop
+    skip: bool = False
+
+
+class Worker:
+    """The loop of one stage process.
+
+    Resource handling: uses the channel and the stages until `serve` returns; the process ends then, and the kernel
+    frees everything.
+    """
+
+    def __init__(
+        self,
+        channel: Channel[AnyStageProcessMessage],
+        counter: ProgressCounter,
+        stages: Mapping[StageName, Stage],
+        threads: Mapping[StageName, int],
+    ) -> None:
+        self._channel = channel
+        self._counter = counter
+        self._stages = stages
+        self._threads = threads
+        self._entries: collections.deque[Entry] = collections.deque()
+        self._begun: set[tuple[StageName, str]] = set()
+        self._stopping = False
+        self._idle = False
+
+    def serve(self) -> None:
+        """Work until `Stop`, SIGTERM or the end of the channel."""
+        while self._listen():
+            if self._entries:
+                self._answer(self._entries.popleft())
+
+    def handle_sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Leave after the quantum in hand; at once if there is none."""
+        self._stopping = True
+        if self._idle:
+            raise SystemExit(0)
+
+    def _listen(self) -> bool:
+        """Take in all messages that are here; wait for one if there is nothing to do. False: leave."""
+        try:
+            if not self._entries:
+                self._take_in(self._wait())
+            while not self._stopping and (received := self._channel.try_receive()) is not None:
+                close_fds(received.fds)
+                self._take_in(received.message)
+        except ChannelClosed:
+            return False
+        return not self._stopping
+
+    def _wait(self) -> AnyStageProcessMessage:
+        self._idle = True
+        if self._stopping:  # a SIGTERM that came just before
+            raise SystemExit(0)
+        received = self._channel.receive(None)
+        self._idle = False
+        close_fds(received.fds)
+        return received.message
+
+    def _take_in(self, message: AnyStageProcessMessage) -> None:
+        self._counter.increment()
+        match message:
+            case Begin(stage=stage, job=job):
+                self._begun.add((stage, job.id))
+                self._stages[stage].begin(job)
+            case Run():
+                self._entries.append(Entry(message))
+            case Drop(id=identity, stage=stage):
+                for entry in self._entries:
+                    run = entry.message
+                    if isinstance(run, Run) and run.id == identity and STAGE_OF_PHASE[run.phase] == stage:
+                        entry.skip = True
+                self._entries.append(Entry(message))
+            case Stop():
+                self._stopping = True
+            case Start():
+                raise AssertionError("a process is started once")
+
+    def _answer(self, entry: Entry) -> None:
+        match entry.message:
+            case Drop(id=identity, stage=stage):
+                self._stages[stage].drop(identity)
+                self._begun.discard((stage, identity))
+                report: AnyStageReport = Dropped(id=identity, stage=stage)
+            case Run(id=identity, phase=phase, index=index) as run:
+                if entry.skip or (STAGE_OF_PHASE[phase], identity) not in self._begun:
+                    report = QuantumDropped(id=identity, phase=phase, index=index)
+                else:
+                    report = self._run(run)
+        self._channel.send(report, timeout=SEND_TIMEOUT)
+
+    def _run(self, run: Run) -> QuantumDone | QuantumFailed:
+        name = STAGE_OF_PHASE[run.phase]
+        use_threads(name, self._threads)
+        self._counter.increment()
+        began = time.perf_counter()
+        try:
+            metadata = self._stages[name].step(run)
+        except Exception as error:
+            failure = describe(error, name)
+            return QuantumFailed(id=run.id, phase=run.phase, index=run.index, error=failure)
+        finally:
+            self._counter.increment()
+        seconds = time.perf_counter() - began
+        return QuantumDone(id=run.id, phase=run.phase, index=run.index, seconds=seconds, metadata=metadata)
+
+
+def describe(error: Exception, stage: StageName) -> Failure:
+    """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
+    if isinstance(error, EngineError):
+        return to_failure(error)
+    traceback.print_exception(error)
+    if is_device_lost(error):
+        raise SystemExit(EXIT_DEVICE_LOST) from error
+    return Failure(EngineError.code, f"the {stage} stage failed: {summary(error)}")
+
+
+def summary(error: Exception) -> str:
+    """One line about an exception, without the path that an `OSError` carries."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:MAX_ERROR_TEXT]}"
+
+
+def is_device_lost(error: Exception) -> bool:
+    """Whether CUDA reported an error after which every call of this process fails. By name: torch may not be loaded."""
+    if any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
+def use_threads(name: StageName, threads: Mapping[StageName, int]) -> None:
+    """Compute this stage's quantum on its own number of threads, whoever shares the process: part of the result."""
+    if name == "writer":
+        return
+    import torch
+
+    if torch.get_num_threads() != threads[name]:
+        torch.set_num_threads(threads[name])
+
+
+def load_stage(name: StageName, start: Start, links: Links) -> Stage:
+    """Import a stage's module, and only then torch, and load the stage."""
+    use_threads(name, start.threads)
+    match name:
+        case "text":
+            from stages.text import TextStage
+
+            return TextStage.load(start, links)
+        case "dit":
+            from stages.dit import DitStage
+
+            return DitStage.load(start, links)
+        case "vae":
+            from stages.vae import VaeStage
+
+            return VaeStage.load(start, links)
+        case "writer":
+            from stages.writer import WriterStage
+
+            return WriterStage.load(start, links)
+
+
+def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
+    """Become what `start` says."""
+    if start.stages != ["writer"]:
+        # libgomp reads this when torch is loaded. By default its threads spin at every barrier; with more threads than
+        # free cores that made a DiT forward 8 to 20 times slower (2 cores, load 9: 650-3000 ms against 90 ms).
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import torch
+
+        torch.set_num_interop_threads(1)
+    return {name: load_stage(name, start, links) for name in start.stages}
+
+
+def ready(start: Start, stages: Mapping[StageName, Stage], seconds: float) -> Ready:
+    weights = {name: digest for stage in stages.values() for name, digest in stage.weights.items()}
+    versions = {name: version for stage in stages.values() for name, version in stage.versions.items()}
+    return Ready(epoch=start.epoch, seconds=seconds, weights=weights, versions=versions)
+
+
+def watch_supervisor(pid: int) -> None:
+    """End this process when the supervisor ends, whatever the main thread does. Also if it has ended already."""
+    pidfd = os.pidfd_open(pid)
+    if os.getppid() != pid:
+        os._exit(EXIT_ORPHANED)
+    threading.Thread(target=_exit_with, args=(pidfd,), name="watch-supervisor", daemon=True).start()
+
+
+def _exit_with(pidfd: int) -> None:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    poller.poll()
+    # Not a return through the interpreter: unmapping memory that the main thread uses would crash it.
+    os._exit(EXIT_ORPHANED)
+
+
+def run(channel: Channel[AnyStageProcessMessage]) -> int:
+    """The life of the process; returns its exit code."""
+    began = time.perf_counter()
+    start, fds = channel.receive(START_TIMEOUT)
+    assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
+    watch_supervisor(start.supervisor_pid)
+    counter = ProgressCounter.attach(fds[0])
+    try:
+        stages = load_stages(start, attach_links(start, fds[1:], counter.increment))
+    except Exception as error:
+        failure = to_failure(error) if isinstance(error, EngineError) else Failure(StageFailed.code, summary(error))
+        if not isinstance(error, EngineError):
+            traceback.print_exception(error)
+        channel.send(StartFailed(error=failure), timeout=SEND_TIMEOUT)
+        return EXIT_START_FAILED
+    close_fds(fds)
+    worker = Worker(channel, counter, stages, start.threads)
+    signal.signal(signal.SIGTERM, worker.handle_sigterm)
+    channel.send(ready(start, stages, time.perf_counter() - began), timeout=SEND_TIMEOUT)
+    worker.serve()
+    return 0
+
+
+def main() -> None:
+    """Ctrl-C goes to the whole group: the supervisor decides what it means, so a stage ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    channel: Channel[AnyStageProcessMessage] = Channel(socket.socket(fileno=int(sys.argv[1])), AnyStageProcessMessage)
+    try:
+        code = run(channel)
+    except ChannelClosed:
+        code = EXIT_ORPHANED
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        traceback.print_exception(error)
+        code = 1
+    sys.stderr.flush()
+    # Everything is the kernel's to free; taking the interpreter and torch apart would only take time.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""What must be true of any history: an independent account of events and actions, kept beside the scheduler.
+
+It knows nothing of how the scheduler decides. It raises `Violation` at the first action that breaks a promise.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.estimates import AGEING, BEGINNING, PRIORITY_SECONDS, Policy
+from engine.events import (
+    Action,
+    BeginTask,
+    CancelAsked,
+    Capacity,
+    DeclareFailed,
+    DropTask,
+    Event,
+    Fail,
+    Finish,
+    Grant,
+    Purge,
+    QuantumEnded,
+    Report,
+    Restart,
+    StageGone,
+    StageLost,
+    StageUp,
+    Submitted,
+    TaskDropped,
+    TaskSpec,
+)
+from engine.params import STAGES
+from ipc.messages import STAGE_OF_PHASE, Phase, StageName
+
+SLOWEST = 3.0
+"""The simulator's quanta take at most this many times what they are estimated to."""
+
+
+class Violation(AssertionError):
+    """The scheduler broke a promise."""
+
+
+def demand(condition: object, message: str) -> None:
+    if not condition:
+        raise Violation(message)
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """A task, as the events and actions tell of it."""
+
+    spec: TaskSpec
+    arrived: float
+    total: dict[Phase, int]
+    done: dict[Phase, int]
+    granted: dict[Phase, int]
+    overtaken: float = 0.0
+    """Seconds computed for tasks that came later."""
+    found: dict[str, float] = field(default_factory=dict)
+    """Those that were there when it came, and by how much they had been overtaken then."""
+    begun: bool = False
+    rewinding: bool = False
+    """The writer died over its file; decoding starts over when nothing of it is outstanding."""
+    ended: Action | None = None
+    cancelled: bool = False
+    errors: list[str] = field(default_factory=list)
+    crashes: int = 0
+
+    def complete(self, phase: Phase) -> bool:
+        return self.done[phase] == self.total[phase]
+
+    def needs(self, stage: StageName) -> bool:
+        return any(STAGE_OF_PHASE[p] == stage and not self.complete(p) for p in self.total)
+
+
+class Observer:
+    """Follows one history."""
+
+    def __init__(self, capacity: Capacity, policy: Policy) -> None:
+        self.capacity, self.policy = capacity, policy
+        self.up: dict[StageName, int] = {}
+        self.outstanding: dict[StageName, collections.deque[Grant]] = {s: collections.deque() for s in STAGES}
+        self.told: set[tuple[StageName, str]] = set()
+        self.dropping: set[tuple[StageName, str]] = set()
+        self.tasks: dict[str, Seen] = {}
+        self.live: dict[str, Seen] = {}
+        self.failed: set[StageName] = set()
+        self.restarts: dict[StageName, list[float]] = {s: [] for s in STAGES}
+        self.limits: dict[str, int] = {
+            "prompts": capacity.prompts, "init_latents": capacity.init_latents, "states": capacity.states,
+            "latents": capacity.latents, "frames": capacity.frames,
+        }  # fmt: skip
+        self.held: dict[str, set[Any]] = {slots: set() for slots in self.limits}
+        groups = collections.defaultdict(list)
+        for stage in STAGES:
+            groups[capacity.devices[stage] or f"none:{stage}"].append(stage)
+        self.groups: list[list[StageName]] = list(groups.values())
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def hear(self, event: Event, now: float) -> None:
+        """An event that the scheduler is about to be told."""
+        match event:
+            case QuantumEnded():
+                self._hear_ended(event)
+            case TaskDropped(stage, epoch, id) if self.up.get(stage) == epoch:
+                self.dropping.remove((stage, id))
+                self._free(stage, id)
+            case Submitted(spec):
+                total: dict[Phase, int] = {
+                    "text": 1, "encode": int(spec.encode), "denoise": spec.denoise, "decode": spec.chunks,
+                    "write": spec.chunks,
+                }  # fmt: skip
+                seen = Seen(spec, now, total, dict.fromkeys(total, 0), dict.fromkeys(total, 0))
+                seen.found = {id: other.overtaken for id, other in self.live.items()}
+                self.tasks[spec.id] = self.live[spec.id] = seen
+            case CancelAsked(id):
+                self.tasks[id].cancelled = True
+            case StageUp(stage, epoch):
+                self.up[stage] = epoch
+            case StageLost(stage, epoch) if self.up.get(stage) == epoch:
+                self._hear_lost([s for s in self.up if self.up[s] == epoch])
+            case StageGone(stage):
+                self.failed.add(stage)
+
+    def _hear_ended(self, event: QuantumEnded) -> None:
+        if self.up.get(event.stage) != event.epoch:
+            return
+        grant = self.outstanding[event.stage].popleft()
+        demand((grant.id, grant.phase, grant.index) == (event.id, event.phase, event.index), "answers out of order")
+        seen = self.tasks[event.id]
+        if event.error is not None:
+            seen.errors.append(event.error.code)
+        if event.error is None and not event.dropped:
+            seen.done[event.phase] = event.index + 1
+            for id in seen.found.keys() & self.live.keys():
+                self.live[id].overtaken += event.seconds
+            if event.phase == "write" and not seen.ended:
+                self.held["frames"].discard((event.id, event.index))
+
+    def _hear_lost(self, stages: list[StageName]) -> None:
+        for seen in {self.tasks[self.outstanding[s][0].id] for s in stages if self.outstanding[s]}:
+            seen.crashes += 1
+        for seen in self.live.values() if "writer" in stages else ():
+            seen.rewinding = seen.rewinding or seen.granted["write"] > 0
+        for stage in stages:
+            del self.up[stage]
+            for grant in self.outstanding[stage]:
+                seen = self.tasks[grant.id]
+                seen.granted[grant.phase] = seen.done[grant.phase]
+            self.outstanding[stage].clear()
+        for known in (self.told, self.dropping):
+            known.difference_update([entry for entry in known if entry[0] in stages])
+
+    def _free(self, stage: StageName, id: str) -> None:
+        if stage == "dit":
+            for slots in ("prompts", "init_latents", "states"):
+                self.held[slots].discard(id)
+        elif stage == "vae":
+            self.held["latents"].discard(id)
+        elif stage == "writer":
+            self.held["frames"] -= {entry for entry in self.held["frames"] if entry[0] == id}
+
+    # --- actions ------------------------------------------------------------------------------------------------------
+
+    def judge(self, actions: Iterable[Action], now: float) -> None:
+        """What the scheduler wants done about the last event."""
+        for action in actions:
+            match action:
+                case Grant():
+                    self._judge_grant(action)
+                case BeginTask(stage, id):
+                    demand(stage in self.up, f"{action}: the stage is down")
+                    demand((stage, id) not in self.told | self.dropping, f"{action}: told before")
+                    self.told.add((stage, id))
+                case DropTask(stage, id):
+                    demand((stage, id) in self.told, f"{action}: never told, or dropped before")
+                    self.told.remove((stage, id))
+                    self.dropping.add((stage, id))
+                case Purge(stage, id):
+                    demand((stage, id) not in self.told | self.dropping, f"{action}: the stage could do it itself")
+                    self._free(stage, id)
+                    if stage == "writer" and id in self.live:
+                        seen = self.live[id]
+                        seen.rewinding = False
+                        seen.done["decode"] = seen.done["write"] = seen.granted["decode"] = seen.granted["write"] = 0
+                case Report(id, _, step, steps, seconds_left):
+                    demand(id in self.live, f"{action}: the task is over")
+                    demand(0 <= step <= steps and steps > 0, f"{action}: no such step")
+                    demand(seconds_left is not None and 0 <= seconds_left < 1e6, f"{action}: no such time")
+                case Finish(id) | Fail(id):
+                    self._judge_end(action, self.live.pop(id, None), now)
+                case Restart(stage):
+                    self._judge_restart(stage, now)
+                case DeclareFailed(stage):
+                    self.failed.add(stage)
+        self._judge_bounds()
+        self._judge_progress(now)
+
+    def _judge_grant(self, grant: Grant) -> None:
+        seen = self.live.get(grant.id)
+        demand(seen is not None, f"{grant}: the task is over")
+        assert seen is not None
+        phase, queue = grant.phase, self.outstanding[grant.stage]
+        demand(grant.stage in self.up, f"{grant}: the stage is down")
+        demand((grant.stage, grant.id) in self.told, f"{grant}: the stage was not told of the task")
+        demand(seen.crashes < 2, f"{grant}: the task is poisoned")
+        demand(grant.index == seen.granted[phase], f"{grant}: expected index {seen.granted[phase]}")
+        demand(grant.index < seen.total[phase], f"{grant}: there are only {seen.total[phase]}")
+        demand(self._inputs_done(seen, phase), f"{grant}: its input is not there")
+        demand(not (seen.rewinding and grant.stage in ("vae", "writer")), f"{grant}: the old frames are not purged")
+        if not seen.begun:
+            self._judge_turn(seen)
+        seen.begun = True
+        seen.granted[phase] += 1
+        queue.append(grant)
+        self._hold(seen, grant)
+
+    def _hold(self, seen: Seen, grant: Grant) -> None:
+        match grant.phase:
+            case "text" | "encode":
+                self.held["prompts"].add(grant.id)
+                if seen.spec.encode:
+                    self.held["init_latents"].add(grant.id)
+            case "denoise":
+                self.held["states"].add(grant.id)
+                if grant.index == seen.spec.denoise - 1:
+                    self.held["latents"].add(grant.id)
+            case "decode":
+                self.held["frames"].add((grant.id, grant.index))
+
+    def _inputs_done(self, seen: Seen, phase: Phase) -> bool:
+        match phase:
+            case "denoise":
+                return seen.complete("text") and seen.complete("encode")
+            case "decode":
+                return seen.complete("denoise")
+            case "write":
+                return seen.granted["write"] < seen.done["decode"]
+        return True
+
+    def _judge_turn(self, chosen: Seen) -> None:
+        """The first grant of a task: nobody who waits has a better right."""
+        for other in self.live.values():
+            if other.begun or other is chosen:
+                continue
+            if self.policy == "fifo":
+                ahead = (-other.spec.priority, other.arrived) < (-chosen.spec.priority, chosen.arrived)
+            else:
+                work = SLOWEST * sum(other.total[p] * cost for p, cost in other.spec.cost.items())
+                levels = max(0, chosen.spec.priority - other.spec.priority)
+                bound = (BEGINNING * work + PRIORITY_SECONDS * levels) / AGEING
+                ahead = chosen.found.get(other.spec.id, 0.0) > bound
+            demand(not ahead, f"{chosen.spec.id} is let in before {other.spec.id}, which has been overtaken enough")
+
+    def _judge_end(self, action: Finish | Fail, seen: Seen | None, now: float) -> None:
+        demand(seen is not None, f"{action}: a second end")
+        assert seen is not None
+        seen.ended = action
+        if isinstance(action, Finish):
+            demand(seen.complete("write"), f"{action}: not all chunks are written")
+            return
+        deadline = seen.spec.deadline
+        legitimate = {
+            "cancelled": seen.cancelled,
+            "deadline_exceeded": deadline is not None and deadline <= now,
+            "stage_failed": any(seen.needs(stage) for stage in self.failed),
+            "poisoned_request": seen.crashes >= 2,
+        }
+        demand(legitimate.get(action.error.code) or action.error.code in seen.errors, f"{action}: without a cause")
+
+    def _judge_restart(self, stage: StageName, now: float) -> None:
+        self.restarts[stage].append(now)
+        recent = [time for time in self.restarts[stage] if now - time < 60]
+        demand(len(recent) <= 5, f"{stage} is restarted {len(recent)} times within 60 s")
+
+    def _judge_bounds(self) -> None:
+        for slots, holders in self.held.items():
+            demand(len(holders) <= self.limits[slots], f"{slots}: {len(holders)} of {self.limits[slots]} are held")
+        for stages in self.groups:
+            busy = [stage for stage in stages if self.outstanding[stage]]
+            demand(len(busy) <= 1, f"{busy} share a device")
+            demand(all(len(self.outstanding[stage]) <= 2 for stage in busy), f"{busy}: more than two outstanding")
+
+    def _judge_progress(self, now: float) -> None:
+        """Nobody is left who must have ended; no device idles while a task could go on there."""
+        for id, seen in self.live.items():
+            deadline = seen.spec.deadline
+            overdue = seen.cancelled or seen.errors or seen.crashes >= 2 or (deadline is not None and deadline <= now)
+            demand(not overdue, f"{id} should have failed")
+            demand(not any(seen.needs(stage) for stage in self.failed), f"{id} waits for a failed stage")
+            waits = seen.granted["decode"] > seen.done["decode"]
+            demand(not seen.rewinding or waits, f"{id} should start over decoding")
+        for stages in self.groups:
+            if not any(self.outstanding[stage] for stage in stages):
+                for stage in stages:
+                    if stage in self.up and stage != "text":
+                        idle = next((id for id, seen in self.live.items() if self._could_run(id, seen, stage)), None)
+                        demand(idle is None, f"{stage} idles while {idle} could go on")
+
+    def _could_run(self, id: str, seen: Seen, stage: StageName) -> bool:
+        if stage == "dit":
+            index = seen.granted["denoise"]
+            return (
+                index < seen.spec.denoise
+                and self._inputs_done(seen, "denoise")
+                and (id in self.held["states"] or len(self.held["states"]) < self.limits["states"])
+                and (index < seen.spec.denoise - 1 or len(self.held["latents"]) < self.limits["latents"])
+            )
+        if stage == "vae":
+            index = seen.granted["decode"]
+            return (
+                seen.complete("denoise")
+                and not seen.rewinding
+                and index < seen.spec.chunks
+                and ((id, index) in self.held["frames"] or len(self.held["frames"]) < self.limits["frames"])
+            )
+        return not seen.rewinding and seen.granted["write"] < seen.done["decode"]
+
+    def judge_the_end(self) -> None:
+        """Nothing is under way any more."""
+        demand(not self.live, f"nothing happens any more, but {sorted(self.live)} have not ended")
+        demand(not self.told, f"never told to drop: {sorted(self.told)}")
+        demand(not self.dropping, f"never answered: {sorted(self.dropping)}")
+        held = {slots: holders for slots, holders in self.held.items() if holders}
+        demand(not held, f"slots are held though all is over: {held}")

@@ -1,0 +1,347 @@
+"""Histories of the scheduler with fake stages and a fake clock, all drawn from a seed.
+
+    python -m tests.engine.simulator --seeds 0:10000      # many; prints the seed of the first that fails
+    python -m tests.engine.simulator --seed 4711 --trace  # one, every event and action
+
+The fake processes (`tests/engine/fakes.py`) answer in order, late, or never; they die between a result and its report;
+they check every bound and every input. `tests/engine/observer.py` checks what the scheduler promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import heapq
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from engine.estimates import Policy
+from engine.events import (
+    Action,
+    BeginTask,
+    CancelAsked,
+    Capacity,
+    DropTask,
+    Event,
+    Fail,
+    Finish,
+    Grant,
+    Purge,
+    Restart,
+    StageGone,
+    StageLost,
+    StageUp,
+    Submitted,
+    TaskSpec,
+    Tick,
+)
+from engine.params import STAGES
+from engine.scheduler import Scheduler
+from ipc.errors import Failure
+from ipc.messages import Phase, StageName
+from tests.engine.fakes import Memory, Nature, Process
+from tests.engine.observer import Observer, Violation, demand
+
+MAX_EVENTS = 20_000
+"""Of one history; one that needs more does not drain."""
+
+DEVICES: tuple[dict[StageName, str | None], ...] = (
+    {"text": "gpu", "dit": "gpu", "vae": "gpu", "writer": None},
+    {"text": None, "dit": "gpu", "vae": "gpu", "writer": None},
+    {"text": "gpu1", "dit": "gpu0", "vae": "gpu1", "writer": None},
+    {"text": "gpu2", "dit": "gpu0", "vae": "gpu1", "writer": None},
+    {"text": "process", "dit": "process", "vae": "process", "writer": "process"},
+)
+
+FEEDERS: dict[StageName, tuple[Phase, ...]] = {
+    "text": (), "dit": ("text", "encode"), "vae": ("denoise",), "writer": ("decode",),
+}  # fmt: skip
+
+
+class World:
+    """Supervisor, stages, clients and time, around one scheduler."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy = "shortest",
+        *,
+        random: Random | None = None,
+        nature: Nature | None = None,
+        fused: bool = False,
+        scheduler: type[Scheduler] = Scheduler,
+        trace: bool = False,
+    ) -> None:
+        self.random = random or Random(0)
+        self.nature = nature or Nature()
+        self.now = 0.0
+        self.scheduler = scheduler(capacity, policy)
+        self.observer = Observer(capacity, policy)
+        self.memory = Memory(capacity)
+        self.specs: dict[str, TaskSpec] = {}
+        self.poison: dict[str, StageName] = {}
+        """Tasks that kill the process of a stage."""
+        self.processes: dict[StageName, Process] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.log: list[tuple[float, Action]] = []
+        self.groups: list[tuple[StageName, ...]] = [STAGES] if fused else [(stage,) for stage in STAGES]
+        self._trace = trace
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        self._starting: set[tuple[StageName, ...]] = set()
+        self._epoch = 0
+        self._tick_at = float("inf")
+        self._ghosts: list[Any] = []
+        """Reports of dead processes, still to be heard."""
+        self._poisonings: collections.Counter[str] = collections.Counter()
+        for group in self.groups:
+            self._start(group)
+
+    # --- clock --------------------------------------------------------------------------------------------------------
+
+    def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._heap, (when, next(self._order), what, arguments))
+
+    def run(self) -> collections.Counter[str]:
+        """Until nothing is left to happen; raises `Violation`."""
+        for count in itertools.count():
+            if not self._heap:
+                break
+            demand(count < MAX_EVENTS, "the history does not drain")
+            self.now, _, what, arguments = heapq.heappop(self._heap)
+            what(*arguments)
+        self.observer.judge_the_end()
+        demand(self.memory.empty(), f"slots have leaked: {vars(self.memory)}")
+        demand(not len(self.scheduler), "tasks are remembered though all is over")
+        demand(not self.scheduler.waiting and not self.scheduler.running, "tasks are counted though all is over")
+        demand(not self.scheduler.check(), f"{self.scheduler.check()}")
+        return self.counts
+
+    def latency(self) -> float:
+        return self.random.random() * self.nature.lag if self.nature.lag else 0.0
+
+    # --- the supervisor's part ----------------------------------------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        """Tell the scheduler, have its actions judged, carry them out."""
+        if self._trace:
+            print(f"{self.now:9.3f}  {event}")
+        self.counts[type(event).__name__] += 1
+        self.observer.hear(event, self.now)
+        actions = self.scheduler.on(event, self.now)
+        if self._trace:
+            print("".join(f"           -> {action}\n" for action in actions), end="")
+        self.observer.judge(actions, self.now)
+        for action in actions:
+            self._carry_out(action)
+        self._check_now_and_then()
+        wakeup = self.scheduler.next_wakeup(self.now)
+        if wakeup is not None and wakeup < self._tick_at:
+            self._tick_at = wakeup
+            self.at(wakeup, self._tick)
+
+    def _check_now_and_then(self) -> None:
+        self.counts["events"] += 1
+        if self.counts["events"] % 4 == 0:
+            problems = self.scheduler.check()
+            demand(not problems, f"{problems}")
+
+    def _tick(self) -> None:
+        self._tick_at = float("inf")
+        self.tell(Tick())
+
+    def _carry_out(self, action: Action) -> None:
+        self.log.append((self.now, action))
+        match action:
+            case BeginTask() | Grant() | DropTask():
+                self.processes[action.stage].receive(action)
+                self._haunt(action)
+            case Purge(stage, id):
+                self._purge(stage, id)
+            case Restart(stage, delay):
+                group = next(group for group in self.groups if stage in group)
+                if group not in self._starting:
+                    self._starting.add(group)
+                    self.at(self.now + delay, self._start, group)
+            case Finish():
+                self.counts["finished"] += 1
+            case Fail(_, error):
+                self.counts[f"failed: {error.code}"] += 1
+
+    def _haunt(self, action: BeginTask | Grant | DropTask) -> None:
+        """Whenever a process is told of a task, it is the worst moment to hear what a dead one had to say about it."""
+        for ghost in [g for g in self._ghosts if (g.stage, g.id) == (action.stage, action.id)]:
+            self._ghosts.remove(ghost)
+            self.at(self.now, self.tell, ghost)
+
+    def _purge(self, stage: StageName, id: str) -> None:
+        process = self.processes.get(stage)
+        knows = process is not None and process.alive and (stage, id) in process.known
+        demand(not knows, f"{stage} is purged of {id}, which it knows")
+        busy = any(process.busy(id, FEEDERS[stage]) for process in self.processes.values())
+        demand(not busy, f"{stage} is purged of {id}, which is still being made for it")
+        self.memory.free(stage, id)
+
+    # --- what happens to it -------------------------------------------------------------------------------------------
+
+    def submit(self, spec: TaskSpec) -> None:
+        self.specs[spec.id] = spec
+        self.tell(Submitted(spec))
+
+    def cancel(self, id: str) -> None:
+        self.tell(CancelAsked(id, Failure("cancelled", "the client went away")))
+
+    def begin_quantum(self, process: Process, grant: Grant) -> None:
+        random, nature, spec = self.random, self.nature, self.specs[grant.id]
+        seconds = spec.cost[grant.phase] * nature.slowness.get(grant.phase, 1.0) * random.uniform(*nature.jitter)
+        if self.poison.get(grant.id) == grant.stage:
+            self.at(self.now + seconds * random.random(), self._poisoned, process, grant.id)
+            return
+        if self.now < nature.faults_until and random.random() < nature.crashes:
+            self.at(self.now + seconds * random.random(), self.kill, random.choice(STAGES))
+        error = Failure("numerical_error", "not finite") if random.random() < nature.errors else None
+        self.at(self.now + seconds, process.finish, grant, seconds, error)
+
+    def _poisoned(self, process: Process, id: str) -> None:
+        if process.alive:
+            self.counts["poisonings"] += 1
+            self._die(process)
+            # What was said last and not heard leaves it open who was running.
+            self._poisonings[id] += not process.muted
+            demand(self._poisonings[id] <= 2, f"{id} has killed {self._poisonings[id]} processes")
+
+    def kill(self, stage: StageName) -> None:
+        if stage in self.processes and self.processes[stage].alive:
+            self.counts["kills"] += 1
+            self._die(self.processes[stage])
+
+    def _die(self, process: Process) -> None:
+        """What it said last is heard before its death, is lost, or comes when its successor is at the same task."""
+        process.alive = False
+        noticed = self.now + self.latency()
+        fate = self.random.choice(("heard", "lost", "late"))
+        if fate == "heard":
+            noticed = max(noticed, process.heard_until)
+        process.muted = fate != "heard"
+        self.at(noticed, self._lose, process.stages, process.epoch)
+        if fate == "late":
+            self._ghosts += process.unheard
+
+    def _lose(self, stages: tuple[StageName, ...], epoch: int) -> None:
+        for stage in self.random.sample(stages, len(stages)):
+            self.tell(StageLost(stage, epoch))
+
+    def _start(self, stages: tuple[StageName, ...]) -> None:
+        self._starting.discard(stages)
+        self._epoch += 1
+        random, nature = self.random, self.nature
+        ready = self.now + random.uniform(0, nature.load)
+        trouble = self.now < nature.faults_until
+        if trouble and random.random() < nature.gone:
+            self.at(ready, self._vanish, stages)
+        elif trouble and random.random() < nature.start_failures:
+            self.counts["start failures"] += 1
+            self.at(ready, self._lose, stages, self._epoch)
+        else:
+            self.at(ready, self._come_up, Process(self, stages, self._epoch))
+
+    def _come_up(self, process: Process) -> None:
+        self.processes.update(dict.fromkeys(process.stages, process))
+        for stage in process.stages:
+            self.tell(StageUp(stage, process.epoch))
+
+    def _vanish(self, stages: tuple[StageName, ...]) -> None:
+        for stage in stages:
+            self.tell(StageGone(stage, Failure("bad_checkpoint", "a tensor is missing; fetch it again")))
+
+
+def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool = False) -> World:
+    """Everything about a history that does not depend on what the scheduler does."""
+    random = Random(seed)
+    fused, top = random.random() < 0.25, random.choice((1, 2, 4))
+    capacity = Capacity(
+        devices=DEVICES[-1] if fused else random.choice(DEVICES), prompts=random.randint(1, top + 1),
+        init_latents=random.randint(1, top), states=random.randint(1, top), latents=random.randint(1, top),
+        frames=random.randint(1, top + 1),
+    )  # fmt: skip
+    phases: tuple[Phase, ...] = ("text", "encode", "denoise", "decode", "write")
+    nature = Nature(
+        eager=random.random() < 0.5,
+        slowness={phase: random.uniform(0.4, 2.0) for phase in phases}, jitter=(0.9, 1.4),
+        load=random.choice((0.1, 2.0)),
+        lag=random.choice((0.0, 0.0, 0.01, 0.5)),
+    )  # fmt: skip
+    world_policy: Policy = random.choice(("shortest", "fifo"))
+    quiet = random.random() < 0.3
+    if not quiet:
+        nature.errors = random.choice((0.0, 0.0, 0.02))
+        nature.crashes = random.choice((0.0, 0.05, 0.1, 0.2))
+        nature.start_failures = random.choice((0.0, 0.0, 0.0, 0.2, 0.2, 0.95))
+        nature.gone = random.choice((0.0, 0.0, 0.0, 0.05))
+        nature.faults_until = 30.0
+    world = World(
+        capacity, world_policy, random=random, nature=nature, fused=fused, scheduler=scheduler, trace=trace
+    )  # fmt: skip
+    spread = random.choice((0.0, 2.0, 20.0))
+    for number in range(random.randint(1, random.choice((2, 4, 7)))):
+        _draw_task(world, f"task{number}", random.uniform(0, spread), quiet)
+    for _ in range(0 if quiet else random.choice((0, 0, 0, 3))):
+        world.at(random.uniform(0, 10), world.kill, random.choice(STAGES))
+    return world
+
+
+def _draw_task(world: World, id: str, when: float, quiet: bool) -> None:
+    random = world.random
+    scale = random.choice((0.3, 1.0, 5.0))
+    spec = TaskSpec(
+        id=id, encode=random.random() < 0.3, denoise=random.randint(1, 4), chunks=random.choice((1, 2, 3, 5)),
+        priority=random.choice((0, 0, 0, 1, -3)),
+        deadline=when + random.uniform(-1, 30) * scale if random.random() < 0.15 else None,
+        cost={"text": 0.05, "encode": 0.1 * scale, "denoise": 0.2 * scale, "decode": 0.1 * scale,
+              "write": random.choice((0.02, 0.2)) * scale},
+    )  # fmt: skip
+    world.at(when, world.submit, spec)
+    if not quiet and random.random() < 0.05:
+        world.poison[id] = random.choice(STAGES)
+    if random.random() < 0.15:
+        for _ in range(random.choice((1, 2))):
+            world.at(when + random.uniform(0, 4) * scale, world.cancel, id)
+
+
+def simulate(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool = False) -> collections.Counter[str]:
+    """Run one history; what happened in it, counted. A `Violation` names the seed and how to replay it."""
+    try:
+        return random_world(seed, scheduler, trace).run()
+    except (Violation, AssertionError, KeyError, IndexError) as error:
+        replay = f"python -m tests.engine.simulator --seed {seed} --trace"
+        raise Violation(f"seed {seed}: {type(error).__name__}: {error}\nreplay: {replay}") from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0:10000", metavar="FIRST:END")
+    parser.add_argument("--seed", type=int, help="run only this history")
+    parser.add_argument("--trace", action="store_true", help="print every event and action")
+    arguments = parser.parse_args()
+    first, end = (int(part) for part in arguments.seeds.split(":"))
+    seeds = range(first, end) if arguments.seed is None else range(arguments.seed, arguments.seed + 1)
+    counts: collections.Counter[str] = collections.Counter()
+    started = time.monotonic()
+    for seed in seeds:
+        try:
+            counts.update(simulate(seed, trace=arguments.trace))
+        except Violation as violation:
+            print(violation, file=sys.stderr)
+            return 1
+    print(f"{len(seeds)} histories, seeds {seeds.start} to {seeds.stop - 1}, {time.monotonic() - started:.1f} s")
+    for name, count in sorted(counts.items()):
+        print(f"{count:10} {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

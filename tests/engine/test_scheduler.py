@@ -1,0 +1,305 @@
+"""The scheduler, event by event and action by action; `test_scheduler_histories.py` tests it by the thousand."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.events import (
+    BeginTask,
+    CancelAsked,
+    DeclareFailed,
+    DropTask,
+    Fail,
+    Finish,
+    Grant,
+    Purge,
+    QuantumEnded,
+    Report,
+    Restart,
+    StageGone,
+    StageLost,
+    StageUp,
+    Submitted,
+    TaskDropped,
+    Tick,
+)
+from engine.params import STAGES
+from engine.scheduler import Scheduler, Snapshot
+from ipc.errors import Failure
+from tests.engine.scheduling import FOUR_DEVICES, Stages, capacity, task
+
+CANCELLED = Failure("cancelled", "the request was cancelled")
+
+# --- the way of one task ----------------------------------------------------------------------------------------------
+
+
+def test_one_task_from_submission_to_file() -> None:
+    """A task of two steps and one chunk visits text, dit, vae and writer; each is told of it once and drops it once,
+    the dit always has the next step in hand, and after the last drop nothing of the task is remembered."""
+    s = Stages()
+    assert s.submit(task(denoise=3, chunks=1)) == [BeginTask("text", "a"), Grant("text", "a", "text", 0)]
+    assert s.ended("a", "text") == [
+        DropTask("text", "a"), BeginTask("dit", "a"), Grant("dit", "a", "denoise", 0), Grant("dit", "a", "denoise", 1),
+    ]  # fmt: skip
+    assert s.ended("a", "denoise", 0) == [Grant("dit", "a", "denoise", 2)]
+    assert s.scheduler.snapshot("a") == Snapshot("running", "denoise", 1, 3)
+    assert s.ended("a", "denoise", 1) == []
+    assert s.ended("a", "denoise", 2) == [DropTask("dit", "a"), BeginTask("vae", "a"), Grant("vae", "a", "decode", 0)]
+    assert s.ended("a", "decode") == [BeginTask("writer", "a"), Grant("writer", "a", "write", 0)]
+    assert s.ended("a", "write") == [Finish("a"), DropTask("vae", "a"), DropTask("writer", "a")]
+    assert s.scheduler.snapshot("a") is None
+    for stage in STAGES:
+        assert len(s.scheduler) == 1
+        s.dropped("a", stage)
+    assert len(s.scheduler) == 0
+
+
+def test_text_and_encode_run_side_by_side() -> None:
+    """With devices of their own, text and encode of a task are granted at once, and the first step waits for both."""
+    s = Stages(capacity(FOUR_DEVICES))
+    assert s.submit(task(encode=True)) == [
+        BeginTask("vae", "a"), Grant("vae", "a", "encode", 0), BeginTask("text", "a"), Grant("text", "a", "text", 0),
+    ]  # fmt: skip
+    assert s.ended("a", "text") == [DropTask("text", "a")]
+    assert Grant("dit", "a", "denoise", 0) in s.ended("a", "encode")
+
+
+def test_every_quantum_is_reported_with_the_time_left() -> None:
+    """Submission is reported as queued and each quantum as a step; the seconds left fall, and include the tasks
+    ahead."""
+    scheduler = Scheduler(capacity())
+    scheduler.on(StageUp("text", 1), 0)
+    reports = [a for a in scheduler.on(Submitted(task("a", denoise=10)), 0) if isinstance(a, Report)]
+    assert reports == [Report("a", "queued", 0, 1, pytest.approx(0.1 + 10 + 0.4))]  # type: ignore[arg-type]
+    scheduler.on(Submitted(task("b", denoise=20)), 0)
+    assert scheduler.seconds_left("b") == pytest.approx(10.5 + 20.5)
+    event = QuantumEnded("text", 1, "a", "text", 0, seconds=0.1)
+    reports = [a for a in scheduler.on(event, 1) if isinstance(a, Report)]
+    assert reports == [Report("a", "text", 1, 1, pytest.approx(10.4))]  # type: ignore[arg-type]
+    assert scheduler.seconds_left("b") == pytest.approx(10.4 + 20.5)
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_is_heard_at_once_and_the_dit_is_freed_when_text_is_through() -> None:
+    """A task is cancelled while its prompt is encoded. It fails at once; the embedding that is still on its way to
+    the dit is purged when text is through with it, not before, or it would be left behind."""
+    s = Stages()
+    s.submit(task())
+    assert s.tell(CancelAsked("a", CANCELLED)) == [Fail("a", CANCELLED), DropTask("text", "a")]
+    assert s.scheduler.snapshot("a") is None
+    assert s.ended("a", "text") == [Purge("dit", "a")]
+    s.dropped("a", "text")
+    assert len(s.scheduler) == 0
+
+
+def test_cancel_in_the_last_step_frees_the_latents() -> None:
+    """Cancelled while the last step runs: the dit drops at once, what it leaves for the vae is purged after its
+    answer, and the acknowledgement may come first."""
+    s = Stages()
+    s.submit(task(denoise=1))
+    s.ended("a", "text")
+    assert s.tell(CancelAsked("a", CANCELLED)) == [Fail("a", CANCELLED), DropTask("dit", "a")]
+    s.dropped("a", "text")
+    assert s.dropped("a", "dit") == []
+    assert s.ended("a", "denoise") == [Purge("vae", "a")]
+    assert len(s.scheduler) == 0
+
+
+def test_cancel_twice_or_too_late_does_nothing() -> None:
+    """A second cancel, and one of a task that is unknown, change nothing."""
+    s = Stages()
+    s.submit(task())
+    s.tell(CancelAsked("a", CANCELLED))
+    assert s.tell(CancelAsked("a", CANCELLED)) == []
+    assert s.tell(CancelAsked("never", CANCELLED)) == []
+
+
+def test_a_deadline_ends_the_task() -> None:
+    """The scheduler wants to be woken at the deadline, and then the task fails with a sentence that says what to do."""
+    s = Stages(up=())
+    s.submit(task(deadline=5.0))
+    assert s.scheduler.next_wakeup(1.0) == 5.0
+    assert s.tell(Tick(), 4.9) == []
+    (fail,) = s.tell(Tick(), 5.0)
+    assert isinstance(fail, Fail) and fail.error.code == "deadline_exceeded" and "fewer steps" in fail.error.message
+    assert s.scheduler.next_wakeup(5.0) is None
+
+
+def test_an_error_fails_only_its_task() -> None:
+    """A step that is not finite fails its request; the next task is begun, and the quantum granted ahead is ignored."""
+    s = Stages(capacity(FOUR_DEVICES))
+    s.submit(task("a"))
+    s.submit(task("b"))
+    s.ended("a", "text")
+    s.ended("b", "text")
+    error = Failure("numerical_error", "step 0 is not finite")
+    actions = s.ended("a", "denoise", 0, error=error)
+    assert actions == [
+        Fail("a", error), DropTask("dit", "a"), BeginTask("dit", "b"), Grant("dit", "b", "denoise", 0),
+    ]  # fmt: skip
+    assert s.ended("a", "denoise", 1, dropped=True) == [Grant("dit", "b", "denoise", 1)]
+    assert s.scheduler.snapshot("b") == Snapshot("running", "text", 1, 1)
+
+
+# --- crashes ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_dit_resumes_after_the_last_reported_step() -> None:
+    """The dit dies with two steps outstanding: when it is up again, it is told of the task and asked for both."""
+    s = Stages()
+    s.submit(task(denoise=5))
+    s.ended("a", "text")
+    s.ended("a", "denoise", 0)
+    assert s.lost("dit") == [Restart("dit", 0.0)]
+    assert s.up("dit", 9) == [
+        BeginTask("dit", "a"), Grant("dit", "a", "denoise", 1), Grant("dit", "a", "denoise", 2),
+    ]  # fmt: skip
+    assert s.tell(QuantumEnded("dit", 2, "a", "denoise", 1)) == []
+    assert s.ended("a", "denoise", 1) == [Grant("dit", "a", "denoise", 3)]
+
+
+def test_the_vae_resumes_at_the_first_chunk_that_was_not_reported() -> None:
+    """The vae dies while it decodes; the slots of its chunks are kept, and decoding goes on where it was."""
+    s = Stages(capacity(frames=2))
+    s.denoised(task(chunks=3))
+    s.ended("a", "decode", 0)
+    s.lost("vae")
+    s.ended("a", "write", 0)
+    assert s.up("vae", 9) == [BeginTask("vae", "a"), Grant("vae", "a", "decode", 1), Grant("vae", "a", "decode", 2)]
+
+
+def test_a_lost_file_is_decoded_again_from_the_start() -> None:
+    """The writer dies over its file while the vae decodes: when the vae is through, the frames are purged, and
+    everything is decoded and written again, into one file, in order."""
+    s = Stages()
+    s.denoised(task(chunks=3))
+    s.ended("a", "decode", 0)
+    s.ended("a", "write", 0)
+    s.ended("a", "decode", 1)
+    assert s.lost("writer") == [Restart("writer", 0.0)]
+    assert s.up("writer", 9) == []
+    assert s.ended("a", "decode", 2) == [
+        Purge("writer", "a"), Grant("vae", "a", "decode", 0), Grant("vae", "a", "decode", 1),
+    ]  # fmt: skip
+    assert s.ended("a", "decode", 0) == [
+        BeginTask("writer", "a"), Grant("writer", "a", "write", 0), Grant("vae", "a", "decode", 2),
+    ]  # fmt: skip
+
+
+def test_a_writer_that_dies_before_the_file_is_begun_costs_nothing() -> None:
+    """No write was granted yet, so all chunks are still in the queue: nothing is decoded twice."""
+    s = Stages()
+    s.denoised(task(chunks=2))
+    assert s.lost("writer") == [Restart("writer", 0.0)]
+    s.ended("a", "decode", 0)
+    assert s.up("writer", 9) == [BeginTask("writer", "a"), Grant("writer", "a", "write", 0)]
+
+
+def test_a_dead_stage_is_purged_of_what_it_was_dropping() -> None:
+    """The dit dies before it has answered a drop: nobody else will free the slots, so they are purged, and count as
+    free."""
+    s = Stages(capacity(prompts=1))
+    s.submit(task("a"))
+    s.submit(task("b"))
+    s.ended("a", "text")
+    s.tell(CancelAsked("a", CANCELLED))
+    assert s.lost("dit") == [
+        Purge("dit", "a"), Restart("dit", 0.0), BeginTask("text", "b"), Grant("text", "b", "text", 0),
+    ]  # fmt: skip
+
+
+def test_a_fused_process_dies_once() -> None:
+    """One process carries all stages and dies: the first event speaks for all, nothing is granted to a dead process,
+    and the task it was running is blamed once."""
+    s = Stages(capacity(dict.fromkeys(STAGES, "process")), up=())
+    for epoch in (1, 2):
+        for stage in STAGES:
+            s.up(stage, epoch)
+        if epoch == 1:
+            s.submit(task())
+            s.ended("a", "text")
+            assert s.lost("writer") == [Restart(stage, 0.0) for stage in STAGES]
+            assert [s.lost(stage) for stage in STAGES] == [[], [], [], []]
+    assert s.scheduler.snapshot("a") == Snapshot("running", "text", 1, 1)
+
+
+def test_a_poisoned_request_is_set_aside() -> None:
+    """The task that was running when its stage died twice fails; the one that was only granted ahead goes on."""
+    s = Stages(capacity(FOUR_DEVICES))
+    s.submit(task("bad", denoise=1))
+    s.submit(task("good", denoise=2))
+    s.ended("bad", "text")
+    s.ended("good", "text")
+    s.lost("dit")
+    s.up("dit", 9)
+    fail, *rest = s.lost("dit")
+    assert isinstance(fail, Fail) and fail.id == "bad" and fail.error.code == "poisoned_request"
+    assert rest == [Purge("dit", "bad"), Purge("vae", "bad"), Restart("dit", 0.5)]
+    assert Grant("dit", "good", "denoise", 0) in s.up("dit", 10)
+
+
+def test_restarts_grow_rarer_and_end() -> None:
+    """A stage that dies at every start is restarted five times in a minute, after growing delays; then it is FAILED,
+    tasks that need it fail with a sentence that says what to do, and so do those that come later."""
+    s = Stages(up=())
+    s.submit(task("a"))
+    deaths = [s.tell(StageLost("dit", epoch), float(epoch)) for epoch in range(1, 6)]
+    assert deaths == [[Restart("dit", delay)] for delay in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    declared, fail = s.tell(StageLost("dit", 6), 6.0)
+    assert isinstance(declared, DeclareFailed) and "restart the engine" in declared.error.message
+    assert isinstance(fail, Fail) and fail.error.code == "stage_failed" and "restart the engine" in fail.error.message
+    (later,) = s.submit(task("b"))
+    assert isinstance(later, Fail) and later.error == fail.error
+    assert len(s.scheduler) == 0
+
+
+def test_old_deaths_are_forgiven() -> None:
+    """Five deaths long ago do not count: the sixth, after a minute, is answered by a restart without delay."""
+    s = Stages(up=())
+    for epoch in range(1, 6):
+        s.tell(StageLost("vae", epoch), float(epoch))
+    assert s.tell(StageLost("vae", 6), 66.0) == [Restart("vae", 0.0)]
+
+
+def test_a_stage_that_cannot_be_started_fails_its_tasks() -> None:
+    """A bad checkpoint: restarting cannot help. Tasks that still need the stage fail with its reason, others go on."""
+    s = Stages()
+    s.denoised(task("a"))
+    s.dropped("a", "dit")
+    s.submit(task("b"))
+    error = Failure("bad_checkpoint", "transformer: the file is truncated; fetch it again")
+    declared, fail = s.tell(StageGone("dit", error))
+    assert declared == DeclareFailed("dit", error)
+    assert isinstance(fail, Fail) and fail.id == "b" and "fetch it again" in fail.error.message
+    assert s.scheduler.snapshot("a") is not None
+
+
+def test_a_stage_that_comes_back_is_used_again() -> None:
+    """An operator repaired the stage and a new process came up: tasks are accepted again, and words of the old
+    process are ignored."""
+    s = Stages(up=("text",))
+    s.tell(StageGone("dit", Failure("bad_checkpoint", "the file is truncated; fetch it again")))
+    s.up("dit", 7)
+    assert s.submit(task()) == [BeginTask("text", "a"), Grant("text", "a", "text", 0)]
+    assert s.tell(StageLost("dit", 6)) == s.tell(StageUp("dit", 6)) == []
+    assert Grant("dit", "a", "denoise", 0) in s.ended("a", "text")
+
+
+def test_an_acknowledgement_of_a_dead_process_frees_nothing() -> None:
+    """The vae died while it decoded; its successor is told of the task again, and to drop it when it is cancelled. A
+    late acknowledgement of the dead one does not count."""
+    s = Stages()
+    s.denoised(task())
+    s.lost("vae")
+    s.up("vae", 9)
+    assert DropTask("vae", "a") in s.tell(CancelAsked("a", CANCELLED))
+    s.tell(TaskDropped("vae", 3, "a"))
+    for quantum in (0, 1):
+        s.ended("a", "decode", quantum, dropped=True)
+    s.dropped("a", "text")
+    s.dropped("a", "dit")
+    assert len(s.scheduler) == 1
+    s.dropped("a", "vae")
+    assert len(s.scheduler) == 0

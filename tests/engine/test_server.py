@@ -1,0 +1,332 @@
+"""The server around a real supervisor: limits, slow readers, other users, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.params import SystemParams
+from engine.paths import SocketClaim
+from engine.server import LISTED_PROMPT, Limits, Server, fitting
+from engine.supervisor import Supervisor
+from ipc.frames import MAX_FRAME
+from ipc.messages import TaskInfo
+from tests.engine.wire import RawClient, environment, frame
+
+STATUS = frame(type="status", ref=9)
+Wait = Callable[..., Coroutine[Any, Any, None]]
+
+
+@asynccontextmanager
+async def serving(directory: Path, limits: Limits | None = None, **system: Any) -> AsyncIterator[Server]:
+    """A server in this process. Its stages are left to load; nothing here needs them."""
+    claim = SocketClaim(directory / "engine.sock")
+    async with Supervisor(SystemParams(placement="fused", device="cpu", threads=1, **system)) as supervisor:
+        server = Server(supervisor, claim, limits)
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
+    assert server.clients == 0
+
+
+async def in_thread(directory: Path, talk: Callable[[RawClient], Any], greet: bool = True) -> Any:
+    """A blocking conversation beside the loop."""
+
+    def run() -> Any:
+        with RawClient(directory / "engine.sock", greet) as client:
+            return talk(client)
+
+    return await asyncio.to_thread(run)
+
+
+async def test_one_client_too_many_is_told_so(short_dir: Path, wait_until: Wait) -> None:
+    """At the limit a new connection gets `busy` with a time to wait; when a client has left, the next is welcome."""
+    async with serving(short_dir, Limits(clients=2)) as server:
+        clients = [await asyncio.to_thread(RawClient, short_dir / "engine.sock") for _ in range(2)]
+        refusal = await in_thread(short_dir, lambda c: (c.receive(), c.receive()), greet=False)
+        assert refusal[0]["error"]["code"] == "busy"
+        assert refusal[0]["retry_after"] > 0
+        assert refusal[1] is None
+        clients.pop().close()
+        await wait_until(lambda: server.clients == 1, "the first client to be forgotten")
+        assert (await in_thread(short_dir, lambda c: c.ask(STATUS)))["type"] == "status"
+        clients.pop().close()
+
+
+async def test_a_client_that_says_nothing_is_hung_up_on(short_dir: Path) -> None:
+    """Without a hello before the deadline: `protocol_error`, then the end."""
+    async with serving(short_dir, Limits(handshake=0.1)):
+        error = await in_thread(short_dir, lambda c: c.refusal_then_end(), greet=False)
+        assert error == {"code": "protocol_error", "message": "no hello came within 0.1 seconds"}
+
+
+async def test_a_frame_that_drips_is_cut_off(short_dir: Path) -> None:
+    """A byte now and then does not keep an unfinished frame alive past its deadline."""
+
+    def drip(client: RawClient) -> dict[str, Any]:
+        client.socket.settimeout(0.05)
+        data = iter(frame(type="list", ref=1) * 10**4)
+        client.send(b"\x00\x0f\xff\xff")
+        while True:
+            try:
+                return client.refusal_then_end()
+            except TimeoutError:
+                client.send(bytes([next(data)]))
+
+    async with serving(short_dir, Limits(frame=0.5)):
+        error = await in_thread(short_dir, drip)
+        assert error == {"code": "protocol_error", "message": "a frame was not complete after 0.5 seconds"}
+
+
+async def test_an_idle_client_is_kept(short_dir: Path) -> None:
+    """The deadlines are for the handshake and for started frames; between messages a client may be silent."""
+    async with serving(short_dir, Limits(handshake=0.1, frame=0.1)):
+
+        def talk(client: RawClient) -> str:
+            client.socket.settimeout(0.4)
+            with pytest.raises(TimeoutError):
+                client.receive()
+            client.socket.settimeout(10)
+            return str(client.ask(STATUS)["type"])
+
+        assert await in_thread(short_dir, talk) == "status"
+
+
+async def test_who_does_not_read_is_cut_off_and_nobody_else_waits(short_dir: Path, wait_until: Wait) -> None:
+    """A client asks 20,000 times and reads nothing: what the server keeps for it stays small, others are served
+    meanwhile, and at the deadline the connection is gone."""
+    async with serving(short_dir, Limits(drain=1.0)) as server:
+        loop = asyncio.get_running_loop()
+        greedy = await asyncio.to_thread(RawClient, short_dir / "engine.sock")
+        greedy.socket.setblocking(False)
+        flood = memoryview(STATUS * 20_000)
+
+        async def ask_on() -> None:
+            await loop.sock_sendall(greedy.socket, flood)
+
+        asking = asyncio.create_task(ask_on())
+        connection = next(iter(server._connections.values()))
+        transport = connection._writer.transport
+        await wait_until(lambda: transport.get_write_buffer_size() > 64 * 1024, "the server to have answers to keep")
+        assert transport.get_write_buffer_size() < 128 * 1024
+        assert (await in_thread(short_dir, lambda c: c.ask(STATUS)))["type"] == "status"
+        await wait_until(lambda: server.clients == 0, "the greedy client to be cut off", timeout=10)
+        asking.cancel()
+        await asyncio.wait([asking])
+        greedy.close()
+
+
+async def test_a_task_is_followed_once_per_connection_and_up_to_a_limit(short_dir: Path) -> None:
+    """Subscribing again gives `ok` and no second stream; over the limit it is `busy`, and nothing is accepted."""
+    async with serving(short_dir, Limits(followed=2)) as server:
+
+        def submit(ref: int, subscribe: bool) -> bytes:
+            params = {"prompt": "x", "output": str(short_dir / f"{ref}.mp4")}
+            return frame(type="submit", ref=ref, params=params, subscribe=subscribe)
+
+        def reply(client: RawClient, data: bytes) -> dict[str, Any]:
+            got = client.ask(data)
+            while got["ref"] is None:
+                got = client.receive() or {}
+            return got
+
+        def talk(client: RawClient) -> None:
+            first = reply(client, submit(11, True))
+            assert (first["type"], first["ref"]) == ("accepted", 11)
+            assert reply(client, frame(type="subscribe", ref=12, id=first["id"]))["type"] == "ok"
+            second = reply(client, submit(13, False))
+            assert reply(client, frame(type="subscribe", ref=14, id=second["id"]))["type"] == "ok"
+            third = reply(client, submit(15, True))
+            assert (third["error"]["code"], third["ref"]) == ("busy", 15)
+            fourth = reply(client, submit(16, False))
+            assert fourth["type"] == "accepted"
+            assert reply(client, frame(type="subscribe", ref=17, id=fourth["id"]))["error"]["code"] == "busy"
+
+        await in_thread(short_dir, talk)
+        assert len(server.supervisor.tasks()) == 3
+
+
+async def test_a_disconnect_cancels_nothing(short_dir: Path, wait_until: Wait) -> None:
+    """The client leaves after `accepted`; its task is still there, and another client can follow it."""
+    async with serving(short_dir) as server:
+        params = {"prompt": "x", "output": str(short_dir / "v.mp4")}
+        accepted = await in_thread(short_dir, lambda c: c.ask(frame(type="submit", ref=2, params=params)))
+        await wait_until(lambda: server.clients == 0, "the client to be gone")
+        [task] = server.supervisor.tasks()
+        assert (task.id, task.state) == (accepted["id"], "queued")
+
+        def follow(client: RawClient) -> Any:
+            assert client.ask(frame(type="subscribe", ref=2, id=task.id))["type"] == "ok"
+            return client.receive()
+
+        event = await in_thread(short_dir, follow)
+        assert (event["type"], event["id"]) == ("progress", task.id)
+
+
+async def test_a_full_queue_says_when_to_come_back(short_dir: Path) -> None:
+    """`busy` carries `retry_after` on the wire."""
+    async with serving(short_dir, max_queue=1):
+
+        def talk(client: RawClient) -> dict[str, Any]:
+            def ask(ref: int) -> dict[str, Any]:
+                params = {"prompt": "x", "output": f"{short_dir}/{ref}.mp4"}
+                return client.ask(frame(type="submit", ref=ref, subscribe=False, params=params))
+
+            assert ask(2)["type"] == "accepted"
+            return ask(3)
+
+        refused = await in_thread(short_dir, talk)
+        assert refused["error"]["code"] == "busy"
+        assert refused["retry_after"] > 0
+
+
+async def test_listeners_hear_the_end_when_the_engine_stops(short_dir: Path) -> None:
+    """A followed task that is not finished when the engine stops ends with `server_unavailable`; then the connection
+    ends, and by then the path is free for the next engine."""
+    path = short_dir / "engine.sock"
+    claim = SocketClaim(path)
+    supervisor = Supervisor(SystemParams(placement="fused", device="cpu"))
+    server = Server(supervisor, claim)
+    await supervisor.start()
+    await server.start()
+    accepted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def talk(client: RawClient) -> list[dict[str, Any]]:
+        params = {"prompt": "x", "output": str(short_dir / "v.mp4")}
+        assert client.ask(frame(type="submit", ref=2, params=params))["type"] == "accepted"
+        loop.call_soon_threadsafe(accepted.set)
+        events = []
+        while (event := client.receive()) is not None:
+            events.append(event)
+        SocketClaim(path).close()
+        return events
+
+    talking = asyncio.create_task(in_thread(short_dir, talk))
+    await accepted.wait()
+    await supervisor.stop()
+    await server.stop()
+    events = await talking
+    assert (events[-1]["type"], events[-1]["error"]["code"]) == ("failed", "server_unavailable")
+    assert not path.exists()
+
+
+async def test_a_failing_answer_is_the_engines_fault_and_stays_small(
+    short_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug while answering is logged with its traceback; the client learns that it happened, and goes on."""
+    async with serving(short_dir) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(server.supervisor, "tasks", lambda: 1 // 0)
+            refused = await in_thread(short_dir, lambda c: (c.ask(frame(type="list", ref=2)), c.ask(STATUS)))
+    assert refused[0]["error"] == {"code": "internal", "message": "the engine failed; its log says more"}
+    assert refused[1]["type"] == "status"
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+async def test_another_user_is_refused_even_if_the_modes_let_it_in(short_dir: Path) -> None:
+    """With the modes opened by hand, a process of uid 65534 gets `permission_denied`."""
+    code = textwrap.dedent(
+        """
+        import os, socket, sys
+        os.setuid(65534)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(sys.argv[1])
+            print(client.recv(65536))
+        """
+    )
+    async with serving(short_dir):
+        path = short_dir / "engine.sock"
+        os.chmod(short_dir, 0o755)
+        os.chmod(path, 0o666)
+        ran = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", code, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert "permission_denied" in ran.stdout, ran.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_root_may_ask_but_not_shut_down_anothers_engine(short_dir: Path) -> None:
+    """An engine of uid 65534 answers root's status and refuses root's shutdown."""
+    code = textwrap.dedent(
+        """
+        import asyncio, os, sys
+        from pathlib import Path
+        from engine.params import SystemParams
+        from engine.paths import SocketClaim
+        from engine.server import Server
+        from engine.supervisor import Supervisor
+        async def main():
+            async with Supervisor(SystemParams(placement="fused", device="cpu")) as supervisor:
+                os.seteuid(65534)
+                server = Server(supervisor, SocketClaim(Path(sys.argv[1])))
+                await server.start()
+                print("listening", flush=True)
+                await asyncio.to_thread(sys.stdin.read)
+                await server.stop()
+                os.seteuid(0)
+        asyncio.run(main())
+        """
+    )
+    os.chown(short_dir, 65534, 65534)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(short_dir / "engine.sock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"listening\n"
+        with RawClient(short_dir / "engine.sock") as client:
+            answers = [client.ask(data) for data in (STATUS, frame(type="shutdown", ref=2), STATUS)]
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert [answer["type"] for answer in answers] == ["status", "refused", "status"]
+    assert answers[1]["error"]["code"] == "permission_denied"
+
+
+def test_a_list_is_cut_to_one_frame() -> None:
+    """Of more tasks than fit, unfinished ones and the newest finished ones are kept, in order, and the rest counted."""
+    rows = [
+        TaskInfo(
+            id=f"{n:032x}", state="queued" if n % 100 == 0 else "done", phase="queued", step=0, steps=0, priority=0,
+            submitted_at=float(n), prompt="p" * 5000, path="/" + "d" * 1000,
+        )
+        for n in range(2000)
+    ]  # fmt: skip
+    kept, omitted = fitting(rows)
+    assert len(kept) + omitted == 2000
+    assert omitted > 0
+    assert [row.submitted_at for row in kept] == sorted(row.submitted_at for row in kept)
+    assert sum(row.state == "queued" for row in kept) == 20
+    assert kept[-1].id == rows[-1].id
+    assert all(len(row.prompt) == LISTED_PROMPT for row in kept)
+    assert MAX_FRAME // 2 < len(msgspec.msgpack.encode(kept)) <= MAX_FRAME
+    assert fitting(rows[:10])[1] == 0
+
+
+async def test_it_serves_on_any_loop_and_leaves_signals_alone(short_dir: Path) -> None:
+    """Embedded in somebody's asyncio service, on the standard loop, the server changes no signal handler."""
+    import signal
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+    async with serving(short_dir):
+        assert (await in_thread(short_dir, lambda c: c.ask(STATUS)))["type"] == "status"
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before

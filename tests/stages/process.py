@@ -1,0 +1,74 @@
+"""A real stage process, driven as the supervisor drives it, but one message at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ipc.channel import Channel
+from ipc.counters import ProgressCounter
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Ready, StageName, Stop
+from tests.stages.rig import STAGES, Rig
+
+ROOT = Path(__file__).parents[2]
+WAIT = 60.0
+"""Seconds that anything may take on a busy machine."""
+
+
+class WorkerProcess:
+    """`python -m stages.worker` with these stages."""
+
+    def __init__(self, rig: Rig, stages: tuple[StageName, ...] = STAGES, **fields: Any) -> None:
+        self.rig = rig
+        self.stages = stages
+        self.counter = ProgressCounter.create()
+        ours, theirs = Channel.pair()
+        with theirs:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "stages.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
+        start = rig.start(stages, **fields)
+        self.channel.send(start, [self.counter.fd, *rig.memory.fds(stages)], timeout=WAIT)
+
+    def tell(self, message: AnyStageProcessMessage) -> None:
+        self.channel.send(message, timeout=WAIT)
+
+    def hear(self) -> AnyStageReport:
+        return self.channel.receive(WAIT).message
+
+    def ask(self, message: AnyStageProcessMessage) -> AnyStageReport:
+        self.tell(message)
+        return self.hear()
+
+    def ready(self) -> Ready:
+        report = self.hear()
+        assert isinstance(report, Ready), report
+        return report
+
+    def kill(self) -> None:
+        """SIGKILL, reap, and give back what it had in hand."""
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait(WAIT)
+        self.rig.reclaim(*self.stages)
+
+    def stop(self) -> int:
+        """Ask it to leave; its exit status."""
+        self.tell(Stop())
+        return self.popen.wait(WAIT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.popen.kill()
+        self.popen.wait(WAIT)
+        self.channel.close()
+        self.counter.close()
