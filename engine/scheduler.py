@@ -116,7 +116,7 @@ class Scheduler:
         self._plan()
         return self._actions
 
-    # --- events -------------------------------------------------------------------------------------------------------
+    # Events.
 
     def handle_submitted(self, event: Submitted) -> None:
         """A new task waits in line, or fails at once if a stage it needs has failed."""
@@ -198,7 +198,7 @@ class Scheduler:
             self._lose([stage], stage.epoch)
         self._declare_failed(stage, event.error)
 
-    # --- a task's way -------------------------------------------------------------------------------------------------
+    # A task's way.
 
     def _advance(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
         """A quantum is done."""
@@ -273,7 +273,7 @@ class Scheduler:
             message = "the deadline passed before the video was done; allow more time, or ask for fewer steps or frames"
             self._fail(self._deadlines[0][2], to_failure(DeadlineExceeded(message)))
 
-    # --- crashes ------------------------------------------------------------------------------------------------------
+    # Crashes.
 
     def _lose(self, stages: list[StageRecord], epoch: int) -> None:
         """These processes are gone, with what was outstanding there; every task goes back to what was reported done."""
@@ -317,7 +317,7 @@ class Scheduler:
                 if task.needs(stage.name):
                     self._fail(task, error)
 
-    # --- grants -------------------------------------------------------------------------------------------------------
+    # Grants.
 
     def _plan(self) -> None:
         """Grant all that may be granted."""
@@ -382,7 +382,7 @@ class Scheduler:
             return Snapshot("running" if task.admitted else "queued", phase, 0, 1)
         return Snapshot("running", phase, task.done[phase], task.total[phase])
 
-    # --- views --------------------------------------------------------------------------------------------------------
+    # Views.
 
     def __len__(self) -> int:
         """Tasks it remembers: those that have not ended, and those that some stage has not dropped yet."""

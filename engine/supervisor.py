@@ -95,8 +95,11 @@ class Supervisor:
         self._admitting = 0
         self._outputs: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
-        self._phase: Literal["new", "open", "draining", "closed"] = "new"
+        self._phase: Literal["new", "open", "draining", "closing", "closed"] = "new"
         self._idle = asyncio.Event()
+        self._idle.set()
+        self._no_admissions = asyncio.Event()
+        self._no_admissions.set()
         self._closed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._started_at = time.time()
@@ -116,11 +119,15 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
         entries = await self._journal.open() if self._journal is not None else []
-        self._memory = EngineMemory(self.model)
-        self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
+        try:
+            self._memory = EngineMemory(self.model)
+            self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
+        except BaseException:
+            if self._journal is not None:
+                await self._journal.close()
+            raise
         self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
         self._phase = "open"
-        self._idle.set()
         for stages in self._crew.groups:
             self._crew.start(stages)
         for entry in entries:
@@ -134,28 +141,34 @@ class Supervisor:
         """Stop accepting; with `drain`, finish what was accepted first. Then end all processes and free all memory.
 
         Tasks that are not finished end for their listeners with `ServerUnavailable`; they stay in the journal, if there
-        is one, and continue at the next start.
+        is one, and continue at the next start. May be called again, without `drain`, while a drain is under way.
         """
-        if self._phase in ("new", "closed"):
+        if self._phase == "new":
             self._phase = "closed"
             self._closed.set()
-            return
-        if self._phase == "draining" and drain:
-            await self._closed.wait()
-            return
-        self._phase = "draining"
+        elif self._phase == "open":
+            self._phase = "draining"
         if drain:
             await self._idle.wait()
+        if self._phase == "draining":
+            self._phase = "closing"
+            self._closing = self._loop.create_task(self._shut_down())
+        await self._closed.wait()
+
+    async def _shut_down(self) -> None:
+        """The end of every task, process, memory and file; runs to its end whoever waits for it."""
         unfinished = self._pool.unfinished()
         kept = "it stays in the journal and continues at the next start" if self._journal else "submit it again"
         for task in unfinished:
             error = ServerUnavailable(f"the engine stopped before this request was finished; {kept}")
             self._pool.end(task, Failed(id=task.id, error=to_failure(error)))
+        self._idle.set()
         if self._timer is not None:
             self._timer.cancel()
         await self._crew.stop()
         for task in self._pool:
             _unlink(task.job.partial)
+        await self._no_admissions.wait()
         if self._background:
             await asyncio.wait(self._background)
         self._memory.close()
@@ -166,7 +179,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """Kill the stage processes now; `stop`, under way or to come, then returns at once. For a host in a hurry."""
-        if self._phase in ("open", "draining"):
+        if self._phase in ("open", "draining", "closing"):
             self._crew.kill()
 
     async def wait_closed(self) -> None:
@@ -178,6 +191,7 @@ class Supervisor:
         """Check a request completely, journal it, queue it. Raises `BadRequest`, `Busy` or `ServerUnavailable`."""
         self._check_accepting()
         self._admitting += 1
+        self._no_admissions.clear()
         try:
             job = await asyncio.to_thread(self._check, user)
             if job.output in self._outputs:
@@ -190,6 +204,8 @@ class Supervisor:
                 raise
         finally:
             self._admitting -= 1
+            if not self._admitting:
+                self._no_admissions.set()
 
     def events(self, identity: str) -> AsyncIterator[TaskEvent]:
         """The events of a task from its present state to its end. `NotFound` if there is none."""
@@ -239,12 +255,15 @@ class Supervisor:
         return self._memory.check_integrity() + self._scheduler.check()
 
     def _check_accepting(self) -> None:
-        if self._phase != "open":
-            raise ServerUnavailable("the engine is stopping and accepts no more requests")
+        self._check_open()
         unfinished = len(self._pool.unfinished()) + self._admitting
         if unfinished >= self.params.max_queue:
             wait = self._scheduler.retry_after()
             raise Busy(f"{unfinished} requests are waiting or running, which is the limit; try again", wait)
+
+    def _check_open(self) -> None:
+        if self._phase != "open":
+            raise ServerUnavailable("the engine is stopping and accepts no more requests")
 
     def _check(self, user: UserParams) -> Job:
         """Everything that can be wrong with a request. May block on the file system: runs in a thread."""
@@ -258,8 +277,12 @@ class Supervisor:
             job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
             deadline_at=now + user.deadline if user.deadline is not None else None,
         )  # fmt: skip
+        self._check_open()
         if self._journal is not None:
             await self._journal.add(entry)
+            if self._phase != "open":
+                await self._journal.remove(job.id)
+        self._check_open()
         position = len(self._pool.unfinished())
         self._take_up(entry)
         return Accepted(id=job.id, position=position, params=entry.params)
@@ -285,7 +308,7 @@ class Supervisor:
 
     def _dispatch(self, event: Event) -> None:
         """Tell the scheduler, do what it says, wake up when it wants to."""
-        if self._phase == "closed":
+        if self._phase not in ("open", "draining"):
             return
         now = self._loop.time()
         for action in self._scheduler.on(event, now):

@@ -40,8 +40,8 @@ def load_weights(
     """Load a component's `directory` into `module` (on meta); return the content hash of what was read.
 
     `dtype` gives the dtype each tensor is cast to. `aliases` maps second names of a tensor, in the module
-    or in the checkpoint, to its first. `beat` is called as tensors arrive. Raises `BadCheckpoint` and leaves the module on meta if
-    the checkpoint does not fit it.
+    or in the checkpoint, to its first. `beat` is called as tensors arrive. Raises `BadCheckpoint` and leaves the module
+    on meta if the checkpoint does not fit it.
     """
     aliases = aliases or {}
     table = _renamed(tensor_table(directory, component), aliases)

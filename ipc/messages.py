@@ -242,7 +242,7 @@ class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only
 class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """The first message to a process: become these stages. The writer has no device.
 
-    Descriptors, in this order: the progress counter's memfd; then for each queue its descriptors; then the state slots'.
+    Descriptors, in this order: the progress counter's memfd; those of each queue; those of the state slots.
     """
 
     stages: list[StageName]
@@ -284,7 +284,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     flow_shift: float
     init: str | None
     start_step: int
-    """First schedule index that is run: 0, or later with an init video (`engine/admission.py` derives it from strength)."""
+    """First schedule index that is run: 0, or later with an init video (from strength: `engine/admission.py`)."""
     output: str
     metadata_json: bool
     metadata: dict[str, Any]
@@ -298,8 +298,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
-    """Know this job on this stage; its quanta follow. Sent before the stage's first `Run` of the job, and again to a new
-    process; forgotten at the `Drop` of the same stage, so that every `Begin` has one `Drop`."""
+    """Know this job on this stage; its quanta follow. Sent before the stage's first `Run` of the job, and again to a
+    new process; forgotten at the `Drop` of the same stage, so that every `Begin` has one `Drop`."""
 
     stage: StageName
     job: Job

@@ -189,7 +189,7 @@ class StateSlots:
         self._headers.close()
         self._payload.close()
 
-    # --- for StateSlot ----------------------------------------------------------------------------
+    # For StateSlot.
 
     def _committed(self, slot: int) -> int:
         committed = self._words[_word(slot, _COMMITTED)]
@@ -207,7 +207,7 @@ class StateSlots:
         first = _word(slot, _FIRST_HALF + side * _HALF_WORDS)
         return _Half(self._words, self._bytes, first, self._payload.view(2 * slot + side))
 
-    # --- inside -----------------------------------------------------------------------------------
+    # Inside.
 
     def _taken(self) -> dict[int, bytes]:
         slots = [slot for slot in range(self._spec.slots) if self._words[_word(slot, _STATE)] == _TAKEN]

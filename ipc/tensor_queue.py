@@ -119,7 +119,7 @@ class TensorQueue:
         """FDS_PER_QUEUE descriptors, in the order that `attach` wants; they stay owned by this object."""
         return [self._table.fd, *self._payload.fds, self._ready_fd, self._free_fd]
 
-    # --- producer ---------------------------------------------------------------------------------
+    # Producer.
 
     @contextlib.contextmanager
     def put(self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float) -> Iterator[memoryview]:
@@ -152,7 +152,7 @@ class TensorQueue:
         """Whether this tensor is already there: a quantum that is run again after a crash need not put it again."""
         return self._table.find(self._key(task, sequence), _HELD) is not None
 
-    # --- consumer ---------------------------------------------------------------------------------
+    # Consumer.
 
     def take(self, task: str, sequence: int, timeout: float) -> Slot:
         """Wait up to `timeout` seconds for this tensor, whatever was put before it. It may be taken again."""
@@ -184,7 +184,7 @@ class TensorQueue:
             self._table.transition(slot, SlotState.READING, SlotState.FREE)
             os.eventfd_write(self._free_fd, 1)
 
-    # --- supervisor -------------------------------------------------------------------------------
+    # Supervisor.
 
     def reclaim(self, dead: Side) -> int:
         """Give back what a side that is dead and reaped had in hand; how many slots.
@@ -227,7 +227,7 @@ class TensorQueue:
         """Broken rules, one sentence each; empty when all is well. Call it while neither side moves a slot."""
         return [f"queue {self._spec.name!r}: {problem}" for problem in self._table.problems(self._spec.slot_bytes)]
 
-    # --- all --------------------------------------------------------------------------------------
+    # All.
 
     def close(self) -> None:
         if self._ready_fd < 0:

@@ -36,7 +36,9 @@ class Video:
             self.pixel_format = stream.codec_context.pix_fmt
             self.fps = float(stream.average_rate or 0)
             self.metadata = dict(container.metadata)
-            self.frames: npt.NDArray[np.uint8] = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+            self.frames: npt.NDArray[np.uint8] = np.stack(
+                [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            )
 
     @property
     def sha256(self) -> str:

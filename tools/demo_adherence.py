@@ -1,11 +1,13 @@
-"""Does `wan-demo` show what the prompt says? Samples prompts whose shape-colour-direction combination was never trained,
-and judges the clips from pixels alone (`tools/demo_judge.py`).
+"""Does `wan-demo` show what the prompt says?
+
+Samples prompts whose shape-colour-direction combination was never trained, and judges the clips from pixels alone
+(`tools/demo_judge.py`).
 
     python -m tools.demo_adherence --model configs/demo --prompts 320
 
-`--shuffle` judges each clip against another clip's prompt: every figure must fall to chance. `--real` judges drawn clips
-of the same scenes instead of sampled ones: what the judge itself gets right. One prompt in four has two shapes; an
-attribute counts as right there only if it is right for both.
+`--shuffle` judges each clip against another clip's prompt: every figure must fall to chance. `--real` judges drawn
+clips of the same scenes instead of sampled ones: what the judge itself gets right. One prompt in four has two shapes;
+an attribute counts as right there only if it is right for both.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from random import Random
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -43,11 +46,18 @@ def main() -> None:
     print(describe_machine(torch.device(options.device)))
     scenes, prompts = held_out_prompts(options.prompts, options.prompt_seed)
     started = time.monotonic()
-    clips = drawn(scenes, options.revision) if options.real else sampled(options, prompts)
-    print(f"{len(clips)} clips in {time.monotonic() - started:.1f} s")
+    if options.clips is not None and options.clips.exists():
+        clips = load_file(options.clips, device=options.device)["clips"]
+    else:
+        clips = drawn(scenes, options.revision) if options.real else sampled(options, prompts)
+        print(f"{len(clips)} clips in {time.monotonic() - started:.1f} s")
+    if options.clips is not None:
+        save_file({"clips": clips.contiguous()}, options.clips)
     if options.sheet is not None:
         contact_sheet(clips[: options.sheet_clips], prompts[: options.sheet_clips], options.sheet)
-    judged = Scenes(**{name: value.roll(1, 0) for name, value in scenes.tensors().items()}) if options.shuffle else scenes
+    judged = (
+        Scenes(**{name: value.roll(1, 0) for name, value in scenes.tensors().items()}) if options.shuffle else scenes
+    )
     for line in report(clips, judged):
         print(line)
 
@@ -68,6 +78,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first clips here")
     parser.add_argument("--sheet-clips", type=int, default=24)
+    parser.add_argument(
+        "--clips", type=Path, help="judge the clips in this file; if it does not exist, sample and write it"
+    )
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--shuffle", action="store_true", help="judge against another prompt: must fall to chance")
     control.add_argument("--real", action="store_true", help="judge drawn clips: what the judge gets right")
@@ -104,15 +117,21 @@ def report(clips: Tensor, scenes: Scenes) -> list[str]:
     everything = torch.ones_like(scenes.count, dtype=torch.bool)
     named = torch.arange(len(scenes), device=clips.device) < (len(scenes) + 1) // 2
     groups = {"all": everything, "one shape": scenes.count == 1, "two shapes": scenes.count == 2}
-    lines = [f"{'':12}" + "".join(f"{f'{name} ({int(mask.sum())})':>18}" for name, mask in groups.items()) + "   target"]
+    lines = [
+        f"{'':12}" + "".join(f"{f'{name} ({int(mask.sum())})':>18}" for name, mask in groups.items()) + "   target"
+    ]
     for name in ATTRIBUTES:
         counted = named if name in ("size", "speed") else everything
         shares = [float(right[name][mask & counted].float().mean()) for mask in groups.values()]
         target = f"   >= {TARGETS[name]:.0%}" if name in TARGETS else ""
         lines.append(f"{name:12}" + "".join(f"{share:>17.1%} " for share in shares) + target)
     both = right["colour"] & right["shape"] & right["direction"] & right["background"] & right["count"]
-    lines.append(f"{'all of them':12}" + "".join(f"{float(both[mask].float().mean()):>17.1%} " for mask in groups.values()))
-    lines.append(f"outline-coloured pixels around shapes: {float(verdict.ink.mean()):.1%} (styles: {', '.join(STYLES)})")
+    lines.append(
+        f"{'all of them':12}" + "".join(f"{float(both[mask].float().mean()):>17.1%} " for mask in groups.values())
+    )
+    lines.append(
+        f"outline-coloured pixels around shapes: {float(verdict.ink.mean()):.1%} (styles: {', '.join(STYLES)})"
+    )
     return lines
 
 

@@ -1,7 +1,7 @@
 """Captions for the procedural scenes, in many wordings and orders.
 
 `caption` draws one sentence for one scene. Shape, colour, direction and background are always named unless
-`Wording.omissions` allows otherwise; size and speed are named about two times in three, and are random where they are not.
+`Wording.omissions` allows otherwise; size and speed are named about two times in three, and are random otherwise.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ DIRECTION_WORDS = {
     "right": ("right", "right", "to the right", "rightwards", "rightward", "toward the right"),
     "up": ("up", "up", "upwards", "upward", "to the top"),
     "down": ("down", "down", "downwards", "downward", "to the bottom"),
-    "up-left": ("up and left", "up-left", "up and to the left", "diagonally up and left", "to the upper left", "to the top left"),
+    "up-left": (
+        "up and left", "up-left", "up and to the left", "diagonally up and left", "to the upper left",
+        "to the top left",
+    ),
     "up-right": (
-        "up and right", "up-right", "up and to the right", "diagonally up and right", "to the upper right", "to the top right",
+        "up and right", "up-right", "up and to the right", "diagonally up and right", "to the upper right",
+        "to the top right",
     ),
     "down-left": (
         "down and left", "down-left", "down and to the left", "diagonally down and left", "to the lower left",
@@ -47,7 +51,11 @@ DIRECTION_WORDS = {
         "to the bottom right",
     ),
 }  # fmt: skip
-SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "medium": ("medium", "medium-sized"), "large": ("large", "big", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "small", "little", "tiny"),
+    "medium": ("medium", "medium-sized"),
+    "large": ("large", "big", "huge"),
+}
 SPEED_WORDS = {
     "slow": ("slowly", "slowly", "gently", "at a slow speed"),
     "medium": ("steadily", "at medium speed", "at a moderate speed"),
@@ -62,9 +70,26 @@ BACKGROUND_WORDS = {
 }
 VERBS = (("moves", "moving"), ("moves", "moving"), ("goes", "going"), ("drifts", "drifting"), ("slides", "sliding"),
          ("travels", "travelling"), ("glides", "gliding"), ("floats", "floating"))  # fmt: skip
-STILL_WORDS = ("stays still", "standing still", "not moving", "is still", "at rest", "is stationary", "does not move", "remains still")
+STILL_WORDS = (
+    "stays still",
+    "standing still",
+    "not moving",
+    "is still",
+    "at rest",
+    "is stationary",
+    "does not move",
+    "remains still",
+)
 STILL_ADJECTIVES = ("still", "stationary", "motionless")
-PREFIXES = ("a video of ", "an animation of ", "a short clip of ", "animation: ", "video: ", "please show ", "a scene with ")
+PREFIXES = (
+    "a video of ",
+    "an animation of ",
+    "a short clip of ",
+    "animation: ",
+    "video: ",
+    "please show ",
+    "a scene with ",
+)
 SUFFIXES = (", high quality", ", 4k", ", simple animation", ", flat design", ", smooth motion", ", 8 fps", " please")
 
 
@@ -160,7 +185,7 @@ def _item(rng: Random, item: Item) -> str:
     if adjective:
         words.insert(0, rng.choice(STILL_ADJECTIVES))
     article = rng.choice(("a", "a", "a", "one", "the", ""))
-    if article == "a" and (words + [shape])[0][0] in "aeiou":
+    if article == "a" and [*words, shape][0][0] in "aeiou":
         article = "an"
     noun = " ".join([*([article] if article else []), *words, shape]) + after
     motion = "" if adjective or item.direction is None else " " + _motion(rng, item)
@@ -184,14 +209,16 @@ def _motion(rng: Random, item: Item) -> str:
 def _sentence(rng: Random, phrases: list[str], background: str | None) -> str:
     scene = phrases[0]
     if len(phrases) == 2:
-        joined = rng.choice(("{0} and {1}", "{0} and {1}", "{0}, {1}", "{0} while {1}", "two shapes: {0} and {1}", "{0}; {1}",
+        joined = rng.choice(("{0} and {1}", "{0} and {1}", "{0}, {1}", "{0} while {1}", "two shapes: {0} and {1}",
+                             "{0}; {1}",
                              "{0} with {1}", "two shapes, {0} and {1}"))  # fmt: skip
         scene = joined.format(*phrases)
     if background is None:
         return scene
     colour = rng.choice(BACKGROUND_WORDS[background])
     form = rng.choice((
-        "{scene} on a {bg} background", "{scene} on a {bg} background", "{scene} over {bg}", "{scene} against a {bg} backdrop",
+        "{scene} on a {bg} background", "{scene} on a {bg} background", "{scene} over {bg}",
+        "{scene} against a {bg} backdrop",
         "{scene} on {bg}", "{scene}, {bg} background", "on a {bg} background, {scene}", "{bg} background: {scene}",
         "over a {bg} background {scene}", "{scene} in front of a {bg} background", "{scene}, the background is {bg}",
     ))  # fmt: skip

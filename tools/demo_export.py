@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
-from stages.models.transformer import WanTransformer
-from stages.models.vae import WanVae
-from tools.demo_networks import Architecture, Networks, build, text_encoder_config
+from tools.demo_networks import Architecture, Networks, build
 from tools.demo_training import save_module
 
 DIFFUSERS_VERSION = "0.42.1"
@@ -57,11 +55,15 @@ def load(folder: Path, architecture: Architecture, transformer_folder: Path | No
 
 def architecture_of(folder: Path) -> Architecture:
     """The numbers in a checkpoint's `config.json` files."""
-    documents = {name: json.loads((folder / name / "config.json").read_text()) for name in ("text_encoder", "transformer", "vae")}
+    documents = {
+        name: json.loads((folder / name / "config.json").read_text()) for name in ("text_encoder", "transformer", "vae")
+    }
     transformer = _known(TransformerConfig, documents["transformer"])
     vae = documents["vae"] | {"temporal_downsample": documents["vae"]["temperal_downsample"]}
     return Architecture(
-        text_encoder=_known(TextEncoderConfig, documents["text_encoder"]), transformer=transformer, vae=_known(VaeConfig, vae)
+        text_encoder=_known(TextEncoderConfig, documents["text_encoder"]),
+        transformer=transformer,
+        vae=_known(VaeConfig, vae),
     )
 
 
@@ -80,12 +82,14 @@ def vae_document(config: VaeConfig) -> dict[str, object]:
     values = msgspec.to_builtins(config)
     values["temperal_downsample"] = values.pop("temporal_downsample")
     return {
-        "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS_VERSION, **values, "attn_scales": [], "dropout": 0.0,
+        "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS_VERSION, **values, "attn_scales": [],
+        "dropout": 0.0,
     }  # fmt: skip
 
 
 SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "beta_end": 0.02, "beta_schedule": "linear",
+    "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "beta_end": 0.02,
+    "beta_schedule": "linear",
     "beta_start": 0.0001, "disable_corrector": [], "dynamic_thresholding_ratio": 0.995, "final_sigmas_type": "zero",
     "flow_shift": FLOW_SHIFT, "lower_order_final": True, "num_train_timesteps": 1000, "predict_x0": True,
     "prediction_type": "flow_prediction", "rescale_betas_zero_snr": False, "sample_max_value": 1.0, "solver_order": 2,
@@ -117,7 +121,9 @@ def _check_range(networks: Networks) -> None:
 
 
 def _known(kind: type[msgspec.Struct], document: dict[str, object]) -> msgspec.Struct:
-    return msgspec.convert({key: document[key] for key in kind.__struct_fields__ if key in document}, kind, strict=False)
+    return msgspec.convert(
+        {key: document[key] for key in kind.__struct_fields__ if key in document}, kind, strict=False
+    )
 
 
 def _write_json(path: Path, document: dict[str, object]) -> None:

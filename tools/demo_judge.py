@@ -40,8 +40,9 @@ TEMPLATE_FRAMES = 3
 class Verdict:
     """What B clips show. Slot 0 is the shape with more pixels; slot 1 is meaningless where `count` is 1.
 
-    count, background [B]; shape, colour, direction, size, speed [B, 2] int64; ink [B] share of the pixels around the
-    shapes that have the outline's colour.
+    count [B]: shapes that were read, plus one where enough coloured pixels belong to neither. background [B]; shape,
+    colour, direction, size, speed [B, 2] int64; ink [B] share of the pixels around the shapes that have the outline's
+    colour.
     """
 
     count: Tensor
@@ -106,9 +107,10 @@ def _judge(frames: Tensor) -> Verdict:
     cores = torch.stack([_erode(label == colour) for colour in range(len(COLOURS))], dim=1)  # [B, 8, T, H, W]
     areas = cores.flatten(2).sum(dim=2) / label.shape[1]
     top = areas.topk(2, dim=1)
-    count = 1 + (top.values[:, 1] > MIN_AREA).long()
     rows = torch.arange(len(frames), device=device)[:, None]
     cells = _cells(cores[rows, top.indices], top.values)
+    stray = (cores.any(dim=1) & ~cells.any(dim=1)).flatten(1).sum(dim=1) / label.shape[1]
+    count = 1 + (top.values[:, 1] > MIN_AREA).long() + (stray > MIN_AREA).long()
     masks = cells & (label[:, None] == top.indices[:, :, None, None, None])  # [B, 2, T, H, W]
     centroid, area = _centroids(masks)
     direction, pixels_per_frame = _motion(centroid)
@@ -128,7 +130,11 @@ def _judge(frames: Tensor) -> Verdict:
 def _background(pixels: Tensor) -> Tensor:
     """Nearest background of the median of the outermost two pixels, [B]."""
     border = torch.cat(
-        [part.flatten(1, 3) for part in (pixels[:, :, :2], pixels[:, :, -2:], pixels[:, :, :, :2], pixels[:, :, :, -2:])], dim=1
+        [
+            part.flatten(1, 3)
+            for part in (pixels[:, :, :2], pixels[:, :, -2:], pixels[:, :, :, :2], pixels[:, :, :, -2:])
+        ],
+        dim=1,
     )
     table = torch.tensor(BACKGROUND_RGB, device=pixels.device, dtype=torch.float32)
     return torch.cdist(border.median(dim=1).values, table).argmin(dim=1)

@@ -32,7 +32,9 @@ class Architecture:
     vae: VaeConfig
 
 
-def vae_config(mean: tuple[float, ...] = (0.0,) * Z_DIM, std: tuple[float, ...] = (1.0,) * Z_DIM, **numbers: object) -> VaeConfig:
+def vae_config(
+    mean: tuple[float, ...] = (0.0,) * Z_DIM, std: tuple[float, ...] = (1.0,) * Z_DIM, **numbers: object
+) -> VaeConfig:
     """The demo's VAE with given latent statistics."""
     return VaeConfig(**{"base_dim": 16, "dim_mult": (1, 2, 2, 3), "num_res_blocks": 1, **numbers,
                         "z_dim": Z_DIM, "latents_mean": mean, "latents_std": std})  # fmt: skip
@@ -40,7 +42,9 @@ def vae_config(mean: tuple[float, ...] = (0.0,) * Z_DIM, std: tuple[float, ...] 
 
 DEMO = Architecture(
     text_encoder=TextEncoderConfig(vocab_size=512, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4),
-    transformer=TransformerConfig(num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=384, text_dim=128),
+    transformer=TransformerConfig(
+        num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=384, text_dim=128
+    ),
     vae=vae_config(),
 )
 TINY = Architecture(
@@ -104,12 +108,18 @@ def prompt_embeds(encoder: UMT5EncoderModel, ids: Tensor, text_len: int = 512) -
 
 
 def training_velocity(
-    transformer: WanTransformer, latents: Tensor, timestep: Tensor, rows: Tensor, rope: Tensor, run_block: RunBlock | None = None
+    transformer: WanTransformer,
+    latents: Tensor,
+    timestep: Tensor,
+    rows: Tensor,
+    rope: Tensor,
+    run_block: RunBlock | None = None,
 ) -> Tensor:
     """`transformer.forward` for prompt rows [B, N, text_dim] of which the rest up to `text_len` are zero.
 
-    `run_block` is `training_block` or a compiled version of it. All those zero rows have the same key and value, so one of them with log(text_len - N) added to its score has the
-    same share of the softmax as all of them: exact, and cross-attention over N+1 rows instead of 512.
+    All those zero rows have the same key and value, so one of them with log(text_len - N) added to its score has the
+    same share of the softmax as all of them: exact, and cross-attention over N+1 rows instead of 512. `run_block` is
+    `training_block` or a compiled version of it.
     """
     text_len = transformer.config.text_len
     text = transformer.condition_embedder.text_embedder(F.pad(rows, (0, 0, 0, 1)).to(transformer.dtype))

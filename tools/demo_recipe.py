@@ -48,17 +48,18 @@ class Recipe:
     """Captions are padded to so many tokens in training; all of them fit."""
 
 
+# Steps are those of the weights in configs/demo; seconds are three times what an H200 took.
 FULL = Recipe(
     architecture=DEMO,
     vae=(
         # Single frames first: 2D features for a tenth of the cost.
-        VaePhase(256, 1, 48, 65_536, Schedule(2_000, 35, rate=1.5e-3, final=0.5), compiled=False),
+        VaePhase(256, 1, 48, 65_536, Schedule(1_280, 120, rate=1.5e-3, final=0.5), compiled=False),
         # Squares around the shapes: four times the foreground of whole clips for the same time.
-        VaePhase(64, FRAMES, 48, 65_536, Schedule(9_000, 250, rate=1.5e-3, final=0.1)),
-        VaePhase(32, FRAMES, SIZE, 16_384, Schedule(2_500, 150, rate=4e-4)),
+        VaePhase(64, FRAMES, 48, 65_536, Schedule(7_400, 750, rate=1.5e-3, final=0.1)),
+        VaePhase(32, FRAMES, SIZE, 16_384, Schedule(1_870, 450, rate=4e-4)),
     ),
-    transformer=TransformerPhase(384, 98_304, Schedule(50_000, 600, rate=1e-3, warmup=500)),
-    style=TransformerPhase(384, 32_768, Schedule(8_000, 100, rate=4e-4), style=1),
+    transformer=TransformerPhase(384, 98_304, Schedule(21_600, 1_260, rate=1e-3, warmup=500)),
+    style=TransformerPhase(384, 32_768, Schedule(4_250, 300, rate=4e-4), style=1),
     statistics_clips=4_096,
     validation_clips=256,
 )

@@ -29,11 +29,15 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(networks: Networks, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, chunk: int = 32) -> Tensor:
+def generate(
+    networks: Networks, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, chunk: int = 32
+) -> Tensor:
     """Clips [B, 3, FRAMES, SIZE, SIZE] uint8 on the networks' device; the empty prompt is the negative one."""
     parts = []
     for at in range(0, len(prompts), chunk):
-        latents = denoise(networks, tokenizer, prompts[at : at + chunk], dataclasses.replace(sampling, seed=sampling.seed + at))
+        latents = denoise(
+            networks, tokenizer, prompts[at : at + chunk], dataclasses.replace(sampling, seed=sampling.seed + at)
+        )
         parts.append(to_uint8(networks.vae.decode(latents)))
     return torch.cat(parts)
 
@@ -43,7 +47,13 @@ def denoise(networks: Networks, tokenizer: Tokenizer, prompts: list[str], sampli
     transformer = networks.transformer
     device = next(transformer.parameters()).device
     noise = [
-        torch.randn(16, 1 + (FRAMES - 1) // 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(sampling.seed + row))
+        torch.randn(
+            16,
+            1 + (FRAMES - 1) // 4,
+            SIZE // 8,
+            SIZE // 8,
+            generator=torch.Generator().manual_seed(sampling.seed + row),
+        )
         for row in range(len(prompts))
     ]
     sample = torch.stack(noise).to(device)
@@ -65,7 +75,9 @@ def denoise(networks: Networks, tokenizer: Tokenizer, prompts: list[str], sampli
     return sample
 
 
-def contact_sheet(clips: Tensor, titles: list[str], path: Path, shown: tuple[int, ...] = (0, 4, 8, 12, 16), columns: int = 2) -> None:
+def contact_sheet(
+    clips: Tensor, titles: list[str], path: Path, shown: tuple[int, ...] = (0, 4, 8, 12, 16), columns: int = 2
+) -> None:
     """A PNG with a row of frames and a title per clip; clips [B, 3, T, H, W] uint8."""
     height, width = clips.shape[-2:]
     gap, title_height = 6, 13

@@ -26,7 +26,8 @@ STYLES = ("flat", "outlined")
 STILL = DIRECTIONS.index("still")
 
 COLOUR_RGB = (
-    (225, 40, 40), (40, 175, 70), (45, 95, 235), (250, 215, 45), (245, 135, 25), (140, 60, 190), (40, 205, 225), (250, 130, 190),
+    (225, 40, 40), (40, 175, 70), (45, 95, 235), (250, 215, 45), (245, 135, 25), (140, 60, 190), (40, 205, 225),
+    (250, 130, 190),
 )  # fmt: skip
 BACKGROUND_RGB = ((10, 10, 10), (245, 245, 245), (130, 130, 130), (20, 25, 85), (222, 200, 160))
 INK_RGB = ((245, 245, 245), (10, 10, 10), (10, 10, 10), (245, 245, 245), (10, 10, 10))
@@ -251,7 +252,7 @@ def _velocity(direction: Tensor, speed: Tensor) -> Tensor:
 
 
 def _place(scenes: Scenes, generator: torch.Generator, margin: float, tries: int = 48) -> Tensor:
-    """Centres at frame 0, [B, 2, 2]: inside the canvas all along, and two shapes at least 3 pixels apart if possible."""
+    """Centres at frame 0, [B, 2, 2]: inside the canvas all along, two shapes 3 pixels or more apart if possible."""
     device = scenes.count.device
     travel = scenes.velocity * (FRAMES - 1)
     extent = scenes.extent[..., None] + margin

@@ -1,4 +1,4 @@
-"""Makes the tokenizer of `wan-demo`: a unigram model of the words of its captions with byte fallback, in UMT5's conventions.
+"""Makes the tokenizer of `wan-demo`: a unigram model of its captions' words with byte fallback, in UMT5's conventions.
 
 Pad is id 0, `</s>` is id 1 and is appended to every prompt, unknown is id 2. Text is lower-cased and NFKC-normalised.
 Characters that captions never use become their UTF-8 bytes, so that no text fails.

@@ -94,7 +94,10 @@ def train(
             mean = float(stepper.loss_sum) / count
             stepper.loss_sum.zero_()
             now = time.monotonic()
-            print(f"{name}: step {step} loss {mean:.5f} {count / (now - window):.1f} steps/s {now - start:.0f} s", flush=True)
+            print(
+                f"{name}: step {step} loss {mean:.5f} {count / (now - window):.1f} steps/s {now - start:.0f} s",
+                flush=True,
+            )
             window = now
             if not math.isfinite(mean):
                 raise FloatingPointError(f"{name}: loss is {mean} at step {step}")
@@ -108,7 +111,11 @@ class _Stepper:
     """One training step, recorded as a CUDA graph after `WARMUP_CALLS` ordinary ones."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor], schedule: Schedule, device: torch.device
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        loss: Callable[[], Tensor],
+        schedule: Schedule,
+        device: torch.device,
     ) -> None:
         self.parameters, self.loss, self.schedule = list(parameters.values()), loss, schedule
         self.rate = torch.tensor(schedule.rate, device=device)
@@ -121,7 +128,11 @@ class _Stepper:
         rest = [p for p in self.parameters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self.rate if self.on_cuda else schedule.rate, betas=schedule.betas, capturable=self.on_cuda, fused=True
+            groups,
+            lr=self.rate if self.on_cuda else schedule.rate,
+            betas=schedule.betas,
+            capturable=self.on_cuda,
+            fused=True,
         )
         self.stream = torch.cuda.Stream(device) if self.on_cuda else None
 

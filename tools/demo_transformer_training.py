@@ -1,7 +1,7 @@
 """Second stage of the demo's training: transformer and text encoder together, by flow matching on encoded clips.
 
-x_sigma = (1 - sigma) x0 + sigma noise, the transformer predicts noise - x0, timestep 1000 sigma. A tenth of the captions
-are replaced by the empty one, so that guidance against the empty prompt works.
+x_sigma = (1 - sigma) x0 + sigma noise, the transformer predicts noise - x0, timestep 1000 sigma. A tenth of the
+captions are replaced by the empty one, so that guidance against the empty prompt works.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def make_latent_pool(
     chunk = min(256, phase.clips)
     encode = torch.compile(vae.encode, dynamic=False) if generator.device.type == "cuda" else vae.encode
     latents = []
-    with torch.no_grad(), torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"):
+    with (
+        torch.no_grad(),
+        torch.autocast(generator.device.type, torch.bfloat16, enabled=generator.device.type == "cuda"),
+    ):
         for at in range(0, phase.clips, chunk):
             clips = render(scenes[at : at + chunk], style=phase.style)
             # The decoder is trained on 8-bit clips; encode what it saw.

@@ -100,10 +100,7 @@ def reconstruct(vae: WanVae, frames: Tensor, chunk: int = 32) -> Tensor:
 def psnr(frames: Tensor, decoded: Tensor, mask: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio of uint8 clips in dB, over the pixels of `mask` [B, 1, T, H, W] if given."""
     error = (frames.float() - decoded.float()).square()
-    if mask is None:
-        mean = error.mean()
-    else:
-        mean = (error * mask).sum() / (mask.sum() * error.shape[1])
+    mean = error.mean() if mask is None else (error * mask).sum() / (mask.sum() * error.shape[1])
     return 10 * math.log10(255**2 / float(mean))
 
 

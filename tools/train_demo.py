@@ -7,7 +7,8 @@
 
 Each stage reads what earlier ones wrote to `--work` and writes float32 safetensors there; `--resume` trains on from the
 stage's own. `--minutes` shortens a stage's phases in proportion: their learning rates then fall over
-the time that is left. The recipe (`tools/demo_recipe.py`) and the seed reproduce the model, up to the GPU's order of additions.
+the time that is left. The recipe (`tools/demo_recipe.py`) and the seed reproduce the model, up to the GPU's order of
+additions.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def main() -> None:
     """Run one stage."""
     options = parse_options()
     torch.manual_seed(options.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
+    if torch.device(options.device).type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     started = time.monotonic()
     recipe = RECIPES[options.recipe]
     {"vae": vae_stage, "dit": dit_stage, "style": style_stage, "export": export_stage}[options.stage](options, recipe)

@@ -1,6 +1,6 @@
 """The UMT5 text encoder of transformers: token ids -> prompt embeddings.
 
-Source of the conventions (padding is masked, rows after the prompt are zero): the Wan2.1 repository (`wan/modules/t5.py`).
+Source of the conventions (padding is masked, rows after the prompt are zero): the Wan2.1 repository (`modules/t5.py`).
 Importing the class takes 2.6 s of the text stage's start (transformers 5.23, by any path), while the other stages load.
 """
 

@@ -100,7 +100,7 @@ class Observer:
             groups[capacity.devices[stage] or f"none:{stage}"].append(stage)
         self.groups: list[list[StageName]] = list(groups.values())
 
-    # --- events -------------------------------------------------------------------------------------------------------
+    # Events.
 
     def hear(self, event: Event, now: float) -> None:
         """An event that the scheduler is about to be told."""
@@ -165,7 +165,7 @@ class Observer:
         elif stage == "writer":
             self.held["frames"] -= {entry for entry in self.held["frames"] if entry[0] == id}
 
-    # --- actions ------------------------------------------------------------------------------------------------------
+    # Actions.
 
     def judge(self, actions: Iterable[Action], now: float) -> None:
         """What the scheduler wants done about the last event."""

@@ -101,7 +101,7 @@ class World:
         for group in self.groups:
             self._start(group)
 
-    # --- clock --------------------------------------------------------------------------------------------------------
+    # Clock.
 
     def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self._heap, (when, next(self._order), what, arguments))
@@ -124,7 +124,7 @@ class World:
     def latency(self) -> float:
         return self.random.random() * self.nature.lag if self.nature.lag else 0.0
 
-    # --- the supervisor's part ----------------------------------------------------------------------------------------
+    # The supervisor's part.
 
     def tell(self, event: Event) -> None:
         """Tell the scheduler, have its actions judged, carry them out."""
@@ -186,7 +186,7 @@ class World:
         demand(not busy, f"{stage} is purged of {id}, which is still being made for it")
         self.memory.free(stage, id)
 
-    # --- what happens to it -------------------------------------------------------------------------------------------
+    # What happens to it.
 
     def submit(self, spec: TaskSpec) -> None:
         self.specs[spec.id] = spec

@@ -30,7 +30,7 @@ from tests.engine.scheduling import FOUR_DEVICES, Stages, capacity, task
 
 CANCELLED = Failure("cancelled", "the request was cancelled")
 
-# --- the way of one task ----------------------------------------------------------------------------------------------
+# The way of one task.
 
 
 def test_one_task_from_submission_to_file() -> None:
@@ -79,7 +79,7 @@ def test_every_quantum_is_reported_with_the_time_left() -> None:
     assert scheduler.seconds_left("b") == pytest.approx(10.4 + 20.5)
 
 
-# --- ends -------------------------------------------------------------------------------------------------------------
+# Ends.
 
 
 def test_cancel_is_heard_at_once_and_the_dit_is_freed_when_text_is_through() -> None:
@@ -143,7 +143,7 @@ def test_an_error_fails_only_its_task() -> None:
     assert s.scheduler.snapshot("b") == Snapshot("running", "text", 1, 1)
 
 
-# --- crashes ----------------------------------------------------------------------------------------------------------
+# Crashes.
 
 
 def test_the_dit_resumes_after_the_last_reported_step() -> None:

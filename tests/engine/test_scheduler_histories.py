@@ -53,7 +53,7 @@ def test_a_history_replays_exactly() -> None:
     assert "Submitted" in first.stdout and "Grant" in first.stdout
 
 
-# --- broken schedulers ------------------------------------------------------------------------------------------------
+# Broken schedulers.
 
 
 class ForgetsADrop(Scheduler):

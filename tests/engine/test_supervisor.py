@@ -207,14 +207,22 @@ async def test_a_restart_goes_on_with_what_was_accepted(tmp_path: Path, read_vid
 
 
 async def test_video_to_video(tmp_path: Path, read_video: Any) -> None:
-    """From a finished video with a small strength, the result stays near it; with a large one it goes away from it."""
+    """From a video of a red circle: a small strength with the same prompt keeps it; strength 0.6 with "blue" recolours it
+    where it is; strength 1 ignores it."""
     async with Supervisor(SystemParams()) as supervisor:
-        await supervisor.generate(ask(tmp_path / "a.mp4", steps=12))
-        other = {"prompt": "a big green star drifting up over white", "steps": 12, "video": str(tmp_path / "a.mp4")}
-        await supervisor.generate(ask(tmp_path / "near.mp4", strength=0.2, **other))
-        await supervisor.generate(ask(tmp_path / "far.mp4", strength=1.0, **other))
-    first, near, far = (read_video(tmp_path / f"{n}.mp4").frames.astype(int) for n in ("a", "near", "far"))
-    assert abs(first - near).mean() < 0.5 * abs(first - far).mean()
+        await supervisor.generate(ask(tmp_path / "a.mp4", steps=16))
+        source = {"steps": 16, "seed": 5, "video": str(tmp_path / "a.mp4")}
+        blue = PROMPT.replace("red", "blue")
+        await supervisor.generate(ask(tmp_path / "near.mp4", strength=0.2, **source))
+        await supervisor.generate(ask(tmp_path / "blue.mp4", prompt=blue, strength=0.6, **source))
+        await supervisor.generate(ask(tmp_path / "free.mp4", prompt=blue, strength=1.0, **source))
+        await supervisor.generate(ask(tmp_path / "none.mp4", prompt=blue, steps=16, seed=5))
+    frames = {n: read_video(tmp_path / f"{n}.mp4").frames.astype(int) for n in ("a", "near", "blue", "free", "none")}
+    assert abs(frames["a"] - frames["near"]).mean() < 2
+    red, recoloured = (frames["a"][..., 0] > 128, frames["blue"][..., 2] > 128)
+    assert (frames["blue"][red].mean(0)[2]) > 2 * frames["blue"][red].mean(0)[0], "what was red is blue"
+    assert (red & recoloured).sum() > 0.5 * (red | recoloured).sum(), "where it was"
+    assert abs(frames["free"] - frames["none"]).mean() < 2
 
 
 def test_a_checkpoint_that_lacks_a_file(tmp_path: Path) -> None:

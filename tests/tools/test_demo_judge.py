@@ -19,7 +19,7 @@ def drawn(style: int, seed: int, two_shapes: float) -> tuple[Scenes, torch.Tenso
 @pytest.mark.parametrize("style", range(len(STYLES)), ids=STYLES)
 @pytest.mark.parametrize("two_shapes", [0.0, 1.0], ids=["one", "two"])
 def test_judge_reads_drawn_clips(style: int, two_shapes: float) -> None:
-    """On drawn clips of either style the judge gets every attribute of at least 23 in 24 clips, and tells the styles apart."""
+    """On drawn clips the judge gets every attribute of at least 23 in 24 clips right, and tells the styles apart."""
     scenes, clips = drawn(style, seed=11, two_shapes=two_shapes)
     figures = score(judge(clips), scenes)
     ink = figures.pop("ink")
@@ -53,4 +53,6 @@ def test_empty_and_noisy_clips_match_nothing() -> None:
     verdict = judge(empty)
     assert int(verdict.background) == 3 and int(verdict.count) == 1
     scenes = sample_scenes(1, torch.Generator().manual_seed(3), two_shapes=1.0)
-    assert not any(bool(right) for name, right in matches(verdict, scenes).items() if name in ("colour", "shape", "count"))
+    assert not any(
+        bool(right) for name, right in matches(verdict, scenes).items() if name in ("colour", "shape", "count")
+    )

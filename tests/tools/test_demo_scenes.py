@@ -117,7 +117,7 @@ def test_detailed_captions_name_more_than_brief_ones() -> None:
 
 
 def test_tokens_of_captions_and_of_arbitrary_text() -> None:
-    """Captions use whole words, fit the training length and end with </s>; any other text becomes pieces, never unknown."""
+    """Captions use whole words, fit the training length and end with </s>; other text becomes pieces, never unknown."""
     tokenizer = make_tokenizer(captions_seen=2000)
     rows = token_rows(tokenizer, captions(sample_scenes(300, generator(6)), Random(1), Wording()), 48)
     assert int((rows != PAD_ID).sum(dim=1).max()) <= 48
