@@ -151,8 +151,8 @@ def served_seconds(folder: Path) -> list[float]:
     socket = str(folder / "e.sock")
     module = [sys.executable, "-m", "engine"]
     server = subprocess.Popen(
-        [*module, "serve", "--socket", socket, "--state-dir", str(folder / "state")], cwd=ROOT, stderr=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        [*module, "serve", "--socket", socket, "--state-dir", str(folder / "state")],
+        cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
     )  # fmt: skip
     seconds = []
     try:

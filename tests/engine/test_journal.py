@@ -21,7 +21,7 @@ def entry(tmp_path: Path, name: str) -> Entry:
 
 
 async def test_unfinished_entries_come_back_in_order(tmp_path: Path) -> None:
-    """Three are added, one ends: a second journal on the same directory finds the other two, oldest first, unchanged."""
+    """Three are added, one ends: a second journal on the same directory finds the other two, oldest first."""
     entries = [entry(tmp_path, name) for name in ("a", "b", "c")]
     journal = Journal(tmp_path / "state")
     assert await journal.open() == []

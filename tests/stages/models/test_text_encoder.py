@@ -34,7 +34,7 @@ def test_rows_do_not_depend_on_padding(length: int, harden: Harden, relative_err
 
 
 def test_bound_weights_give_the_same_rows(harden: Harden) -> None:
-    """Built on meta and bound to the tensors of another encoder, alias included: identical rows, nothing left on meta."""
+    """Built on meta and bound to the tensors of another encoder, alias included: identical rows, nothing on meta."""
     reference = harden(build(CONFIG))
     with torch.device("meta"):
         encoder = build(CONFIG)
