@@ -38,7 +38,7 @@ def clean(supervisor: Supervisor) -> bool:
 
 
 def test_the_supervisor_never_imports_torch() -> None:
-    """A process that runs a request through a supervisor has loaded neither torch nor transformers nor the stages at its end."""
+    """A process that ran a request through a supervisor has loaded neither torch nor transformers nor the stages."""
     code = (
         "import asyncio, sys, tempfile\n"
         "from engine import Supervisor, SystemParams, UserParams\n"
