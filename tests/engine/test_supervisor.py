@@ -242,3 +242,18 @@ async def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
             await supervisor.ready()
         with pytest.raises((StageFailed, BadCheckpoint)):
             await supervisor.generate(ask(tmp_path / "v.mp4"))
+
+
+async def test_a_stage_that_hangs(tmp_path: Path, read_video: Any, wait_until: Wait) -> None:
+    """SIGSTOP of the dit in the middle of a request: its progress counter stands still, so it is killed and replaced,
+    and the request finishes with the same frames."""
+    async with Supervisor(SystemParams(stage_deadline=3.0)) as supervisor:
+        await supervisor.generate(ask(tmp_path / "calm.mp4"))
+        task = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4")))
+        await wait_until(lambda: any(t.step >= 2 for t in supervisor.tasks() if t.state == "running"), "denoising")
+        pid = pid_of(supervisor, "dit")
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.wait_for(task, 120)
+        assert pid_of(supervisor, "dit") != pid
+    assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
