@@ -102,12 +102,21 @@ class Crew:
     def tokens(self) -> dict[StageName, str | None]:
         """The compute token each stage needs, for the scheduler.
 
-        On a GPU all model stages take turns (two processes computing at once gain nothing). On a CPU the small text
-        encoder, on one thread, may run beside the others. One fused process is one token.
+        On a GPU all model stages take turns: two processes computing at once gain nothing. On a CPU the text encoder,
+        small and on one thread, runs beside the others, and so do dit and vae where there are threads for both. One
+        fused process is one token.
         """
         if self._params.placement == "fused":
             return dict.fromkeys(STAGES, "process")
-        return {"text": self.device if self.on_gpu else None, "dit": self.device, "vae": self.device, "writer": None}
+        if self.on_gpu:
+            return {"text": self.device, "dit": self.device, "vae": self.device, "writer": None}
+        vae = "cpu:vae" if 2 * self.threads <= _cores() else "cpu"
+        return {"text": None, "dit": "cpu", "vae": vae, "writer": None}
+
+    @property
+    def threads(self) -> int:
+        """Compute threads of the dit and of the vae stage."""
+        return self._params.threads or max(1, _cores() // 2)
 
     # Life.
 
@@ -249,14 +258,12 @@ class Crew:
 
     def _start_message(self, stages: tuple[StageName, ...]) -> Start:
         dtype = self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
-        cores = len(os.sched_getaffinity(0))
-        threads = self._params.threads or cores
         return Start(
             stages=list(stages), epoch=self._epoch, supervisor_pid=os.getpid(), model=self._model.name,
             transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
             boundary=self._model.boundary, components=self._components(), tokenizer=str(self._tokenizer),
             devices={s: self.device for s in stages if s != "writer"},
-            threads={s: threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
+            threads={s: self.threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
         )  # fmt: skip
 
@@ -278,6 +285,10 @@ class Crew:
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:
     if processes:
         await asyncio.wait([asyncio.ensure_future(p.exited.wait()) for p in processes], timeout=timeout)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def resolve_device(device: str) -> str:

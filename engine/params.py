@@ -120,7 +120,8 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPU."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """Compute threads of the dit and vae stages on a CPU; 0: one per core available. Part of the result's identity."""
+    """Compute threads of the dit stage and of the vae stage on a CPU; 0: half of the cores each, so that both can work
+    at once. Part of the result's identity."""
     policy: Literal["shortest", "fifo"] = "shortest"
     """shortest: shortest remaining work first, with ageing and priorities; fifo: in order of arrival."""
     max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64

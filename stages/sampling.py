@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Context(NamedTuple):
 
 def schedule_of(job: Job) -> Schedule:
     """The request's noise levels, from the step its init video enters at."""
-    return dataclasses.replace(make_schedule(job.solver, job.steps, job.flow_shift), start=job.start_step)
+    return make_schedule(job.solver, job.steps, job.flow_shift, job.start_step)
 
 
 def latent_shape(job: Job, vae: VaeConfig) -> tuple[int, int, int, int]:

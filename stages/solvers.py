@@ -41,7 +41,7 @@ class Schedule:
     timesteps: tuple[int, ...]
     """What the DiT is given at each step: 1000 * sigma, truncated (of the float64 sigma, as in the original)."""
     start: int = 0
-    """First step to run: above 0 when the sample starts from a noised input (strength below 1)."""
+    """First step to run: above 0 when the sample starts from a noised input (an init video)."""
 
     @property
     def steps(self) -> int:
@@ -49,7 +49,7 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(solver: SolverName, steps: int, shift: float, strength: float = 1.0) -> Schedule:
+def make_schedule(solver: SolverName, steps: int, shift: float, start: int = 0) -> Schedule:
     """The original's grid: uniform sigmas, then s' = shift * s / (1 + (shift - 1) * s).
 
     unipc and euler start at 1 - 1/1000, dpm++ at 1; all end one uniform step above 0.
@@ -61,22 +61,15 @@ def make_schedule(solver: SolverName, steps: int, shift: float, strength: float 
     # The original keeps its first sigma in a float32.
     first = 1.0 if solver == "dpm++" else float(np.float32(1 - 1 / TRAIN_TIMESTEPS))
     uniform = np.linspace(first, 0, steps + 1)[:-1]
-    return _schedule(solver, shift * uniform / (1 + (shift - 1) * uniform), strength)
+    return _schedule(solver, shift * uniform / (1 + (shift - 1) * uniform), start)
 
 
-def explicit_schedule(solver: SolverName, sigmas: list[float], strength: float = 1.0) -> Schedule:
+def explicit_schedule(solver: SolverName, sigmas: list[float], start: int = 0) -> Schedule:
     """A grid of given sigmas, without the final 0 (few-step models are trained for particular ones)."""
     grid = np.array(sigmas, dtype=np.float64)
     if grid.size == 0 or grid[0] > 1 or grid[-1] <= 0 or np.any(np.diff(grid) >= 0):
         raise ValueError(f"sigmas must decrease strictly, from at most 1 to above 0, got {sigmas}")
-    return _schedule(solver, grid, strength)
-
-
-def start_index(steps: int, strength: float) -> int:
-    """First step when only the last `strength` of the grid is run: 0 for strength 1; at least one step is run."""
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
-    return min(int(steps - steps * strength), steps - 1)
+    return _schedule(solver, grid, start)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -106,12 +99,14 @@ def step(schedule: Schedule, index: int, velocity: Tensor, sample: Tensor, state
             return _unipc_step(schedule, index, sample - schedule.sigmas[index] * velocity, sample, state)
 
 
-def _schedule(solver: SolverName, sigmas: np.ndarray, strength: float) -> Schedule:
+def _schedule(solver: SolverName, sigmas: np.ndarray, start: int) -> Schedule:
     if solver not in STATE_TENSORS:
         raise ValueError(f"solver must be one of {', '.join(STATE_TENSORS)}, got {solver!r}")
     values = (*sigmas.astype(np.float32).tolist(), 0.0)
     timesteps = tuple((sigmas * TRAIN_TIMESTEPS).astype(np.int64).tolist())
-    return Schedule(solver, values, timesteps, start_index(len(timesteps), strength))
+    if not 0 <= start < len(timesteps):
+        raise ValueError(f"start must be 0 to {len(timesteps) - 1}, got {start}")
+    return Schedule(solver, values, timesteps, start)
 
 
 def _dpm_step(schedule: Schedule, index: int, x0: Tensor, sample: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -232,7 +232,7 @@ def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
     """Become what `start` says."""
     if start.stages != ["writer"]:
         # libgomp reads this when torch is loaded. By default its threads spin at every barrier. 2 threads on 2 cores, a
-        # forward of the demo model: on free cores 20 ms (passive 39; 1 thread 26), on busy ones 650-3000 ms (passive 90).
+        # forward of the demo model: on free cores 20 ms (passive 39, 1 thread 26), on busy ones 650-3000 (passive 90).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 

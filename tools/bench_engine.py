@@ -3,8 +3,9 @@
     python tools/bench_engine.py --out docs/results/engine-cpu.txt
 
 The baseline is the straightforward program: one process, the same modules and functions, text encoder, dit, vae and
-writer one after another for each request, no queues, no journal. It and the engine (split and fused) take turns, each
-turn in a fresh process that has run two requests to warm up; ratios are of the turns side by side.
+writer one after another for each request, no queues, no journal; once on the engine's threads, once on all cores as
+torch does by itself. They and the engine (split and fused) take turns, each turn in a fresh process that has run two
+requests to warm up; ratios are of the turns side by side.
 """
 
 from __future__ import annotations
@@ -185,18 +186,21 @@ def report(turns: int, threads: int, folder: Path) -> list[str]:
     lines.append("engine generate, cold, s: " + spread(cold_seconds(folder)))
     lines.append("engine generate, on a running server, s: " + spread(served_seconds(folder)))
     lines += ["", f"{REQUESTS} queued requests, seconds, in turns ({turns}):"]
-    names = ["baseline", "baseline spinning", "split", "fused"]
+    cores = len(os.sched_getaffinity(0))
+    contenders = {"baseline": (threads, "PASSIVE"), "baseline, all cores": (cores, "ACTIVE")}
+    contenders |= dict.fromkeys(("split", "fused"), (threads, "PASSIVE"))
+    names = list(contenders)
     rows: dict[str, list[float]] = {name: [] for name in names}
     alone: dict[str, list[float]] = {"split": [], "fused": []}
     for _ in range(turns):
         for name in names:
-            figures = turn(name.split()[0], threads, "ACTIVE" if "spinning" in name else "PASSIVE")
+            figures = turn(name.split(",")[0], *contenders[name])
             rows[name].append(figures[0])
             if name in alone:
                 alone[name].append(figures[1])
     for name in names:
         ratios = [a / b for a, b in zip(rows[name], rows["baseline"], strict=True)]
-        lines.append(f"  {name:18} {spread(rows[name])}   over baseline {spread(ratios)}")
+        lines.append(f"  {name:20} {spread(rows[name])}   over baseline {spread(ratios)}")
     lines += [f"one request alone, {name}, s: {spread(values)}" for name, values in alone.items()]
     return lines
 
@@ -216,7 +220,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5, help="turns of each contender [5]")
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="compute threads [one a core]"
+        "--threads",
+        type=int,
+        default=max(1, len(os.sched_getaffinity(0)) // 2),
+        help="compute threads [half the cores]",
     )
     parser.add_argument("--out", type=Path, help="also write the text here")
     parser.add_argument("--turn", choices=["baseline", "split", "fused"], help=argparse.SUPPRESS)
