@@ -9,6 +9,7 @@ Resource handling: owns the `StageProcess`es between `start` and `stop`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Literal, Protocol
@@ -36,6 +37,8 @@ from ipc.messages import (
     StartFailed,
     Stop,
 )  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 1.0
 """Seconds between looks at the progress counters."""
@@ -126,7 +129,15 @@ class Crew:
         if self._stopping:
             return
         self._epoch += 1
-        process = StageProcess(self._start_message(stages), self._memory.fds(stages), self._on_report, self._on_exit)
+        try:
+            process = StageProcess(
+                self._start_message(stages), self._memory.fds(stages), self._on_report, self._on_exit
+            )
+        except OSError as error:
+            log.error("the process for %s could not be started: %s", ", ".join(stages), error)
+            for name in stages:
+                self._owner.handle_lost(self._epoch, name)
+            return
         self._deadlines[process.epoch] = self._loop.time() + self._params.start_deadline
         for post in self._of(stages):
             post.process, post.state, post.error = process, "starting", None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import os
 import signal
 import socket
@@ -38,7 +39,10 @@ class StageProcess:
         on_report: Callable[[StageProcess, AnyStageReport], None],
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
-        """Spawn the process and send `Start`. `fds` are the descriptors of the queues and the state slots, in order."""
+        """Spawn the process and send `Start`. `fds` are the descriptors of the queues and the state slots, in order.
+
+        Raises OSError, and leaves nothing behind, when the system has no process or descriptor to spare.
+        """
         self.stages: tuple[StageName, ...] = tuple(start.stages)
         self.epoch = start.epoch
         self.ready = False
@@ -49,22 +53,21 @@ class StageProcess:
         self._loop = asyncio.get_running_loop()
         self._outbox: collections.deque[AnyStageProcessMessage] = collections.deque()
         self._writing = False
-        self.counter = ProgressCounter.create()
-        ours, theirs = Channel.pair()
-        try:
-            self._popen = _spawn(theirs)
-        except OSError:
-            ours.close()
-            self.counter.close()
-            raise
-        finally:
-            theirs.close()
+        with contextlib.ExitStack() as undo:
+            self.counter = ProgressCounter.create()
+            undo.callback(self.counter.close)
+            ours, theirs = Channel.pair()
+            undo.callback(ours.close)
+            with theirs:
+                self._popen = _spawn(theirs)
+            undo.pop_all()
         self.pid = self._popen.pid
         self._pidfd = os.pidfd_open(self.pid)
         self._channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())
-        self._channel.try_send(start, [self.counter.fd, *fds])
+        with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
+            self._channel.try_send(start, [self.counter.fd, *fds])
         self._loop.add_reader(self._channel.fileno(), self._readable)
         self._loop.add_reader(self._pidfd, self._died)
 
