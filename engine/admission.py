@@ -19,10 +19,11 @@ import msgspec
 
 from engine.decode import decode_strictly
 from engine.params import ModelParams, SystemParams, UserParams
-from ipc.errors import BadRequest
+from ipc.errors import BadRequest, EngineError
 from ipc.messages import Job
 
 MAX_PROMPT_BYTES = 16 * 1024
+MAX_PATH_BYTES = 4096
 DEFAULT_STRENGTH = 0.8
 
 
@@ -42,7 +43,7 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, identit
         raise BadRequest(f"steps is {steps}; it must be from 1 to {model.limits.max_steps}")
     guidance, guidance_2 = _guidance(user, model)
     init, strength = _init(user, system)
-    output = _output(user.output, system)
+    output = _output(user, system)
     return Job(
         id=identity or uuid.uuid4().hex,
         prompt=user.prompt,
@@ -79,9 +80,16 @@ def resolved_params(user: UserParams, job: Job) -> dict[str, Any]:
 def _check_prompt(name: str, text: str, *, may_be_empty: bool) -> None:
     if not may_be_empty and not text.strip():
         raise BadRequest(f"the {name} is empty; say what the video should show")
-    size = len(text.encode("utf-8", "surrogatepass"))
+    size = len(_utf8(name, text))
     if size > MAX_PROMPT_BYTES:
         raise BadRequest(f"the {name} has {size:,} bytes; the most is {MAX_PROMPT_BYTES:,}")
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequest(f"the {name} contains characters that are not valid Unicode; remove them") from error
 
 
 def _size(user: UserParams, model: ModelParams) -> tuple[int, int]:
@@ -135,19 +143,23 @@ def _init(user: UserParams, system: SystemParams) -> tuple[str | None, float | N
         return None, None
     resolved = _below_root(name, path, system)
     try:
-        mode = os.stat(resolved).st_mode
+        status = os.stat(resolved)
     except OSError as error:
         raise BadRequest(f"the {name} {path!r} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode) or not os.access(resolved, os.R_OK):
+    if not stat.S_ISREG(status.st_mode) or not os.access(resolved, os.R_OK):
         raise BadRequest(f"the {name} {path!r} is not a readable file")
+    if status.st_size == 0:
+        raise BadRequest(f"the {name} {path!r} is empty")
     return resolved, user.strength if user.strength is not None else DEFAULT_STRENGTH
 
 
-def _output(path: str, system: SystemParams) -> str:
+def _output(user: UserParams, system: SystemParams) -> str:
     """The resolved output path, in a directory that exists and can be written."""
-    if not path.lower().endswith(".mp4"):
-        raise BadRequest(f"the output {path!r} must end in .mp4")
+    path = user.output
     directory, name = os.path.split(_absolute("output", path))
+    stem, extension = os.path.splitext(name)
+    if extension.lower() != ".mp4":
+        raise BadRequest(f"the output {path!r} must be a name that ends in .mp4")
     resolved = os.path.join(_below_root("output", directory, system), name)
     parent = os.path.dirname(path) or "."
     if len(os.fsencode(name)) > 200:
@@ -156,14 +168,18 @@ def _output(path: str, system: SystemParams) -> str:
         raise BadRequest(f"the output directory {parent!r} does not exist; make it first")
     if not os.access(os.path.dirname(resolved), os.W_OK | os.X_OK):
         raise BadRequest(f"the output directory {parent!r} cannot be written; choose another or change its mode")
-    if os.path.lexists(resolved) and not os.path.isfile(resolved):
-        raise BadRequest(f"the output {path!r} exists and is not a file")
+    beside = [os.path.join(os.path.dirname(resolved), stem + ".json")] if user.metadata_json else []
+    for file in [resolved, *beside]:
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise BadRequest(f"{os.path.basename(file)!r} exists in {parent!r} and is not a file; choose another name")
     return resolved
 
 
 def _absolute(name: str, path: str) -> str:
     if "\0" in path:
         raise BadRequest(f"the {name} path contains a NUL character")
+    if len(_utf8(f"{name} path", path)) > MAX_PATH_BYTES:
+        raise BadRequest(f"the {name} path is longer than {MAX_PATH_BYTES:,} bytes; use a shorter one")
     return os.path.join(os.getcwd(), os.path.expanduser(path))
 
 
@@ -184,9 +200,12 @@ def check_prompt_tokens(job: Job, model: ModelParams, tokenizer: Path) -> None:
     """
     most = model.transformer.text_len
     for name, text in (("prompt", job.prompt), ("negative prompt", job.negative_prompt)):
-        if 2 * len(text.encode("utf-8", "surrogatepass")) < most:
+        if 2 * len(text.encode()) < most:
             continue
-        count = _count_tokens(text, tokenizer)
+        try:
+            count = _count_tokens(text, tokenizer)
+        except (subprocess.SubprocessError, ValueError) as error:
+            raise EngineError(f"the tokens of the {name} could not be counted: {error}") from error
         if count > most:
             raise BadRequest(f"the {name} has {count} tokens; {model.name} reads at most {most}: shorten it")
 
@@ -194,7 +213,7 @@ def check_prompt_tokens(job: Job, model: ModelParams, tokenizer: Path) -> None:
 def _count_tokens(text: str, tokenizer: Path) -> int:
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "stages.prompt", str(tokenizer)],
-        input=text.encode("utf-8", "replace"), capture_output=True, timeout=60, check=True,
+        input=text.encode(), capture_output=True, timeout=60, check=True,
         env={**os.environ, "PYTHONPATH": python_path()},
     )  # fmt: skip
     return int(ran.stdout)

@@ -80,9 +80,7 @@ def serve(
     placement: Annotated[str | None, typer.Option(help="split or fused: a process per stage, or one [split].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16 [auto].")] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads of dit and vae; 0: half the cores [0].")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of dit and vae; 0: half the cores [0].")] = None,
     policy: Annotated[str | None, typer.Option(help="shortest or fifo [shortest].")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Accepted and unfinished requests at most [64].")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,

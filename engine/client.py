@@ -223,7 +223,10 @@ def _request(params: UserParams | None, fields: dict[str, Any]) -> msgspec.Raw:
     """The request as it is sent. `BadRequest` names the field that does not fit its declaration."""
     given = fields if params is None else msgspec.to_builtins(params) | fields
     checked = decode_strictly(UserParams, given, BadRequest, "the request")
-    return msgspec.Raw(msgspec.msgpack.encode(absolute_params(checked)))
+    try:
+        return msgspec.Raw(msgspec.msgpack.encode(absolute_params(checked)))
+    except UnicodeEncodeError as error:
+        raise BadRequest("the request contains characters that are not valid Unicode; remove them") from error
 
 
 def _outcome(event: TaskEvent, on_progress: OnProgress | None) -> Done | None:

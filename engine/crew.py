@@ -18,7 +18,7 @@ import msgspec
 
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.params import STAGES, ModelParams, SystemParams
-from engine.process import StageProcess
+from engine.process import StageProcess, resident_bytes
 from ipc.errors import BadConfig, Failure, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_PHASE,
@@ -147,7 +147,8 @@ class Crew:
         """Start this stage's process again after `delay` seconds; stages that share it come with it."""
         group = next(g for g in self.groups if stage in g)
         if group not in self._pending and not self._stopping:
-            self._posts[stage].state = "restarting"
+            for post in self._of(group):
+                post.state = "restarting"
             self._pending[group] = self._loop.call_later(delay, self.start, group)
 
     def declare_failed(self, stage: StageName, error: Failure) -> None:
@@ -203,8 +204,7 @@ class Crew:
     def run(self, stage: StageName, run: Run) -> None:
         post = self._posts[stage]
         if post.process is not None:
-            post.process.outstanding += 1
-            post.process.send(run)
+            post.process.send_run(run)
 
     def status(self) -> list[StageStatus]:
         return [
@@ -212,7 +212,7 @@ class Crew:
                 name=post.name, state=post.state, pid=post.process.pid if post.process else None,
                 device=post.device or "-", epoch=post.process.epoch if post.process else 0,
                 restarts=max(0, post.restarts),
-                resident_bytes=post.process.resident_bytes() if post.process else 0,
+                resident_bytes=resident_bytes(post.process.pid) if post.process else 0,
                 busy_seconds=post.busy_seconds, quanta=post.quanta,
             )
             for post in self._posts.values()

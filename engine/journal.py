@@ -10,6 +10,7 @@ Resource handling: one connection and one thread from `open` to `close`. Error h
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ import msgspec
 from ipc.errors import BadConfig, OutputError
 from ipc.messages import Job
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _SCHEMA = """
@@ -28,13 +31,15 @@ CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY,
     submitted_at REAL NOT NULL,
     entry BLOB NOT NULL
-) STRICT
+) STRICT;
+CREATE TABLE IF NOT EXISTS rejected (id TEXT, submitted_at REAL, entry BLOB) STRICT;
 """
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """An accepted, unfinished task. Times are seconds since the epoch."""
 
+    model: str
     job: Job
     params: dict[str, Any]
     submitted_at: float
@@ -49,17 +54,25 @@ class Journal:
         self._path = directory / "journal.sqlite3"
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._connection: sqlite3.Connection | None = None
+        self._ended: set[str] = set()
+        """Tasks that have ended and are not known to be off the disk."""
 
     async def open(self) -> list[Entry]:
-        """Open or make the journal; returns what an earlier run left unfinished, oldest first."""
+        """Open or make the journal; returns what an earlier run left unfinished, oldest first.
+
+        A row that cannot be read (a newer or older engine wrote it) is set aside in the table `rejected` and logged.
+        """
         try:
             return await self._on_thread(self._open)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise BadConfig(f"the journal in the state directory cannot be used: {error}") from error
-            raise BadConfig("another engine uses this state directory: give this one its own --state-dir") from error
-        except (OSError, sqlite3.Error, msgspec.MsgspecError) as error:
-            raise BadConfig(f"the journal in the state directory cannot be used: {error}") from error
+        except (OSError, sqlite3.Error) as error:
+            await self.close()
+            raise self._unusable(error) from error
+
+    @staticmethod
+    def _unusable(error: Exception) -> BadConfig:
+        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return BadConfig("another engine uses this state directory: give this one its own --state-dir")
+        return BadConfig(f"the journal in the state directory cannot be used: {error}")
 
     async def add(self, entry: Entry) -> None:
         """Returns when the entry is on disk."""
@@ -70,13 +83,23 @@ class Journal:
             raise OutputError(f"the request was not accepted, because it could not be journalled: {error}") from error
 
     async def remove(self, identity: str) -> None:
-        """The task has ended; returns when that is on disk."""
-        await self._on_thread(self._execute, "DELETE FROM tasks WHERE id = ?", (identity,))
+        """The task has ended; returns when that is on disk. `OutputError` if it cannot be written; the next call and
+        `close` try again."""
+        self._ended.add(identity)
+        try:
+            await self._on_thread(self._remove_ended)
+        except sqlite3.Error as error:
+            raise OutputError(f"the journal cannot be written: {error}") from error
+
+    async def withdraw(self, identity: str, adding: asyncio.Task[None]) -> None:
+        """Remove an entry that `adding` is still writing."""
+        await asyncio.wait([adding])
+        await self.remove(identity)
 
     async def close(self) -> None:
         """Finish what was asked for and close the file."""
         if self._connection is not None:
-            await self._on_thread(self._connection.close)
+            await self._on_thread(self._close, self._connection)
             self._connection = None
         self._thread.shutdown(wait=False)
 
@@ -91,9 +114,30 @@ class Journal:
         self._connection.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
-        self._connection.execute(_SCHEMA)
-        rows = self._connection.execute("SELECT entry FROM tasks ORDER BY submitted_at, rowid").fetchall()
-        return [msgspec.msgpack.decode(row[0], type=Entry) for row in rows]
+        self._connection.executescript(_SCHEMA)
+        rows = self._connection.execute("SELECT id, entry FROM tasks ORDER BY submitted_at, rowid").fetchall()
+        return [entry for row in rows if (entry := self._decode(*row)) is not None]
+
+    def _decode(self, identity: str, raw: bytes) -> Entry | None:
+        try:
+            return msgspec.msgpack.decode(raw, type=Entry)
+        except msgspec.MsgspecError as error:
+            log.error("request %s in the journal cannot be read and is set aside: %s", identity, error)
+            self._execute("INSERT INTO rejected SELECT * FROM tasks WHERE id = ?", (identity,))
+            self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
+            return None
+
+    def _remove_ended(self) -> None:
+        for identity in list(self._ended):
+            self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
+            self._ended.discard(identity)
+
+    def _close(self, connection: sqlite3.Connection) -> None:
+        try:
+            self._remove_ended()
+        except sqlite3.Error as error:
+            log.error("%d ended requests stay in the journal and will run again: %s", len(self._ended), error)
+        connection.close()
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
         assert self._connection is not None, "the journal is not open"

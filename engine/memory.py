@@ -7,6 +7,7 @@ Resource handling: owns all memfds and eventfds until `close`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable
 from typing import Literal
 
@@ -51,7 +52,7 @@ def capacity(devices: dict[StageName, str | None]) -> Capacity:
 
 
 class EngineMemory:
-    """Queues and state slots of one engine."""
+    """Queues and state slots of one engine. Construction raises OSError when the system has no memory or descriptors."""
 
     def __init__(self, model: ModelParams) -> None:
         limits, vae, transformer = model.limits, model.vae, model.transformer
@@ -59,13 +60,19 @@ class EngineMemory:
         latents = vae.z_dim * latent_frames * (limits.max_pixels // vae.spatial_stride**2) * 4
         chunk = DECODE_LATENTS * vae.temporal_stride * limits.max_pixels * 3
         prompt = transformer.text_len * transformer.text_dim * 4
-        self.queues: dict[QueueName, TensorQueue] = {
-            "prompts": TensorQueue.create("prompts", 2 * PROMPTS, prompt),
-            "init_latents": TensorQueue.create("init_latents", INIT_LATENTS, latents),
-            "latents": TensorQueue.create("latents", LATENTS, latents),
-            "frames": TensorQueue.create("frames", FRAMES, chunk),
+        sizes: dict[QueueName, tuple[int, int]] = {
+            "prompts": (2 * PROMPTS, prompt),
+            "init_latents": (INIT_LATENTS, latents),
+            "latents": (LATENTS, latents),
+            "frames": (FRAMES, chunk),
         }
-        self.state = StateSlots.create(STATES, STATE_TENSORS * latents)
+        self.queues: dict[QueueName, TensorQueue] = {}
+        with contextlib.ExitStack() as undo:
+            for name, (slots, slot_bytes) in sizes.items():
+                self.queues[name] = TensorQueue.create(name, slots, slot_bytes)
+                undo.callback(self.queues[name].close)
+            self.state = StateSlots.create(STATES, STATE_TENSORS * latents)
+            undo.pop_all()
 
     def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:
         """What a process with these stages attaches to; `fds` gives the descriptors in the same order."""

@@ -90,7 +90,7 @@ class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: Seed | None = None
     """None: drawn at submission and written into the metadata."""
     solver: Solver | None = None
-    flow_shift: Annotated[float, Meta(gt=0, le=100)] | None = None
+    flow_shift: Annotated[float, Meta(ge=0.001, le=100)] | None = None
     image: str | None = None
     """A picture to start from (with `strength`); path on the server's file system."""
     video: str | None = None

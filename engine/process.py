@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -23,7 +24,9 @@ from engine.admission import python_path
 from ipc.channel import Channel, ChannelClosed
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, StageName, Start
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Run, StageName, Start
+
+log = logging.getLogger(__name__)
 
 MAX_OUTBOX = 4096
 """Messages waiting for a process that is in a long quantum; the scheduler's bounds keep it far below this."""
@@ -51,7 +54,7 @@ class StageProcess:
         self._on_report = on_report
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
-        self._outbox: collections.deque[AnyStageProcessMessage] = collections.deque()
+        self._outbox: collections.deque[bytes] = collections.deque()
         self._writing = False
         with contextlib.ExitStack() as undo:
             self.counter = ProgressCounter.create()
@@ -72,22 +75,30 @@ class StageProcess:
         self._loop.add_reader(self._pidfd, self._died)
 
     def send(self, message: AnyStageProcessMessage) -> None:
-        """Queue a message; it goes out at once unless the process has not read the earlier ones."""
+        """Queue a message; it goes out at once unless the process has not read the earlier ones.
+
+        ValueError for a message that cannot be sent; the others are not held up by it.
+        """
         if self._pidfd < 0:
             return
         if len(self._outbox) >= MAX_OUTBOX:
             self.kill()
             return
-        self._outbox.append(message)
+        self._outbox.append(self._channel.encode(message))
         self._flush()
+
+    def send_run(self, run: Run) -> None:
+        """Grant a quantum. From now on the process is expected to make progress."""
+        if not self.outstanding:
+            self._seen = (self.counter.value, self._loop.time())
+        self.outstanding += 1
+        self.send(run)
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows when it is reaped."""
-        self._signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Ask it to leave after the quantum in hand."""
-        self._signal(signal.SIGTERM)
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):  # gone, and reaped by someone else
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def silent_for(self, now: float) -> float:
         """Seconds since the progress counter last moved; `now` is the loop's time."""
@@ -96,21 +107,9 @@ class StageProcess:
             self._seen = (value, now)
         return now - self._seen[1]
 
-    def resident_bytes(self) -> int:
-        """Resident memory of the process; 0 when it is gone."""
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, IndexError):
-            return 0
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._pidfd >= 0:
-            signal.pidfd_send_signal(self._pidfd, number)
-
     def _flush(self) -> None:
         try:
-            while self._outbox and self._channel.try_send(self._outbox[0]):
+            while self._outbox and self._channel.try_send_packet(self._outbox[0]):
                 self._outbox.popleft()
         except OSError:
             # The peer is gone: its end is reported by the pidfd, and what was to be said no longer matters.
@@ -136,11 +135,16 @@ class StageProcess:
 
     def _died(self) -> None:
         """The pidfd is readable: the child has ended. Read its last words, reap it, tell."""
-        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
-        if result is None:
-            return
+        status = -1
+        try:
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            if result is None:
+                return
+            status = -result.si_status if result.si_code != os.CLD_EXITED else result.si_status
+        except ChildProcessError:
+            # Reaped by someone else: SIGCHLD is ignored, or the host waits for any child. How it ended is not known.
+            log.warning("process %d of %s was reaped by another part of this process", self.pid, self.stages)
         self._readable_to_the_end()
-        status = -result.si_status if result.si_code != os.CLD_EXITED else result.si_status
         self._popen.returncode = status
         self._release()
         self.exited.set()
@@ -168,3 +172,12 @@ def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
         pass_fds=(channel_end.fileno(),),
         env={**os.environ, "PYTHONPATH": python_path()},
     )
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0

@@ -42,18 +42,29 @@ from engine.events import (
     StageUp,
     Submitted,
     TaskDropped,
-    TaskSpec,
     Tick,
 )  # fmt: skip
 from engine.journal import Entry, Journal
-from engine.memory import DECODE_LATENTS, EngineMemory, capacity
+from engine.memory import EngineMemory, capacity
 from engine.models import checkpoint_directory, load_model
 from engine.params import SystemParams, UserParams
+from engine.process import resident_bytes
 from engine.scheduler import Scheduler
-from engine.tasks import Task, TaskPool, estimated_cost
+from engine.tasks import Task, TaskPool, task_spec
 from engine.version import VERSION
 from hotreload.checkpoint import check_directory
-from ipc.errors import BadRequest, Busy, Cancelled, EngineError, Failure, ServerUnavailable, from_failure, to_failure
+from ipc.errors import (
+    BadConfig,
+    BadRequest,
+    Busy,
+    Cancelled,
+    EngineError,
+    Failure,
+    ServerUnavailable,
+    StageFailed,
+    from_failure,
+    to_failure,
+)
 from ipc.messages import (
     Accepted,
     AnyStageReport,
@@ -120,18 +131,26 @@ class Supervisor:
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
         entries = await self._journal.open() if self._journal is not None else []
         try:
-            self._memory = EngineMemory(self.model)
-            self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
-        except BaseException:
+            with contextlib.ExitStack() as undo:
+                self._memory = EngineMemory(self.model)
+                undo.callback(self._memory.close)
+                self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
+                undo.pop_all()
+        except BaseException as error:
             if self._journal is not None:
                 await self._journal.close()
+            if isinstance(error, OSError):
+                raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
             raise
         self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
         self._phase = "open"
         for stages in self._crew.groups:
             self._crew.start(stages)
         for entry in entries:
-            self._take_up(entry)
+            if entry.model == self.model.name:
+                self._take_up(entry)
+            else:
+                log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
 
     async def ready(self) -> None:
         """Wait until every stage is loaded. Raises the error of a stage that cannot be."""
@@ -165,17 +184,19 @@ class Supervisor:
         self._idle.set()
         if self._timer is not None:
             self._timer.cancel()
-        await self._crew.stop()
-        for task in self._pool:
-            _unlink(task.job.partial)
-        await self._no_admissions.wait()
-        if self._background:
-            await asyncio.wait(self._background)
-        self._memory.close()
-        if self._journal is not None:
-            await self._journal.close()
-        self._phase = "closed"
-        self._closed.set()
+        try:
+            await self._crew.stop()
+            for task in self._pool:
+                _unlink(task.job.partial)
+            await self._no_admissions.wait()
+            if self._background:
+                await asyncio.wait(self._background)
+        finally:
+            self._memory.close()
+            if self._journal is not None:
+                await self._journal.close()
+            self._phase = "closed"
+            self._closed.set()
 
     def kill(self) -> None:
         """Kill the stage processes now; `stop`, under way or to come, then returns at once. For a host in a hurry."""
@@ -246,7 +267,7 @@ class Supervisor:
         return EngineStatus(
             engine=VERSION, model=self.model.name, pid=os.getpid(), uptime_seconds=time.time() - self._started_at,
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
-            finished=self._pool.finished, failed=self._pool.failed, resident_bytes=_resident_bytes(),
+            finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
             stages=self._crew.status(), queues=self._memory.statistics(),
         )  # fmt: skip
 
@@ -274,34 +295,38 @@ class Supervisor:
     async def _accept(self, job: Job, user: UserParams) -> Accepted:
         now = time.time()
         entry = Entry(
-            job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
+            model=self.model.name, job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
             deadline_at=now + user.deadline if user.deadline is not None else None,
         )  # fmt: skip
         self._check_open()
         if self._journal is not None:
-            await self._journal.add(entry)
-            if self._phase != "open":
-                await self._journal.remove(job.id)
+            await self._write_down(self._journal, entry)
         self._check_open()
         position = len(self._pool.unfinished())
         self._take_up(entry)
         return Accepted(id=job.id, position=position, params=entry.params)
+
+    async def _write_down(self, journal: Journal, entry: Entry) -> None:
+        """Journal a request; if it will not be accepted after all, take it out again."""
+        adding = self._loop.create_task(journal.add(entry))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            self._in_background(journal.withdraw(entry.job.id, adding))
+            raise
+        if self._phase != "open":
+            await journal.remove(entry.job.id)
 
     def _take_up(self, entry: Entry) -> None:
         """A new task, or one from the journal."""
         job = entry.job
         self._outputs.add(job.output)
         self._idle.clear()
-        self._pool.add(Task(job, entry.params, entry.submitted_at))
-        latent_frames = (job.num_frames - 1) // self.model.vae.temporal_stride + 1
         deadline = None
         if entry.deadline_at is not None:
             deadline = self._loop.time() + entry.deadline_at - time.time()
-        spec = TaskSpec(
-            id=job.id, encode=job.init is not None, denoise=job.steps - job.start_step,
-            chunks=-(-latent_frames // DECODE_LATENTS), priority=entry.priority, deadline=deadline,
-            cost=estimated_cost(job, self.model, self._crew.on_gpu),
-        )  # fmt: skip
+        spec = task_spec(job, self.model, entry.priority, deadline, self._crew.on_gpu)
+        self._pool.add(Task(job, spec, entry.params, entry.submitted_at))
         self._dispatch(Submitted(spec))
 
     # Events and actions.
@@ -322,7 +347,7 @@ class Supervisor:
         match action:
             case Grant(stage, identity, phase, index):
                 task = self._pool.get(identity)
-                last = phase == "write" and index == self._last_chunk(task.job)
+                last = phase == "write" and index == task.spec.chunks - 1
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
                 self._crew.run(stage, run)
             case BeginTask(stage, identity):
@@ -380,14 +405,12 @@ class Supervisor:
         why = f": {event.error.message}" if isinstance(event, Failed) else ""
         log.info("%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
         self._outputs.discard(task.job.output)
-        if self._journal is not None:
+        if isinstance(event, Failed):
+            _unlink(task.job.partial)
+        if self._journal is not None and not _is_ours(event):
             self._in_background(self._journal.remove(task.id))
         if not self._pool.unfinished():
             self._idle.set()
-
-    def _last_chunk(self, job: Job) -> int:
-        latent_frames = (job.num_frames - 1) // self.model.vae.temporal_stride + 1
-        return -(-latent_frames // DECODE_LATENTS) - 1
 
     def _described(self, task: Task) -> Job:
         """The job with the metadata that goes into the file; the weights are known once their stage is up."""
@@ -406,14 +429,14 @@ class Supervisor:
     def _background_ended(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the journal keeps a request that has ended, and will run it again at the next start: %s", error)
+            log.error("%s; tried again with the next request", error)
+
+
+def _is_ours(event: Done | Failed) -> bool:
+    """The request failed because this engine could not run it: the journal keeps it for the next start."""
+    return isinstance(event, Failed) and event.error.code == StageFailed.code
 
 
 def _unlink(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

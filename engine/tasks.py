@@ -7,6 +7,8 @@ import collections
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
+from engine.events import TaskSpec
+from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from ipc.errors import Failure, NotFound
 from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo
@@ -18,8 +20,9 @@ KEPT_FINISHED = 256
 class Task:
     """One request: its job, how far it is, and who listens."""
 
-    def __init__(self, job: Job, params: dict[str, Any], submitted_at: float) -> None:
+    def __init__(self, job: Job, spec: TaskSpec, params: dict[str, Any], submitted_at: float) -> None:
         self.job = job
+        self.spec = spec
         self.params = params
         self.submitted_at = submitted_at
         self.progress = Progress(id=job.id, phase="queued", step=0, steps=0)
@@ -118,6 +121,20 @@ class TaskPool:
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
+
+
+def task_spec(job: Job, model: ModelParams, priority: int, deadline: float | None, on_gpu: bool) -> TaskSpec:
+    """What the scheduler needs to know of a job; `deadline` is on its clock."""
+    latent_frames = (job.num_frames - 1) // model.vae.temporal_stride + 1
+    return TaskSpec(
+        id=job.id,
+        encode=job.init is not None,
+        denoise=job.steps - job.start_step,
+        chunks=-(-latent_frames // DECODE_LATENTS),
+        priority=priority,
+        deadline=deadline,
+        cost=estimated_cost(job, model, on_gpu),
+    )
 
 
 def estimated_cost(job: Job, model: ModelParams, on_gpu: bool) -> dict[Phase, float]:

@@ -84,14 +84,28 @@ class Channel(Generic[T]):
 
     def send(self, message: msgspec.Struct, fds: Sequence[int] = (), timeout: float | None = None) -> None:
         """Send, waiting while the peer's buffer is full; TimeoutError after `timeout` seconds (None: wait for ever)."""
-        packet = self._encode(message, fds)
+        packet = self.encode(message, len(fds))
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._send(packet, fds):
             self._wait(select.POLLOUT, deadline, "send: the peer does not read")
 
     def try_send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> bool:
         """Send without waiting; False, and nothing sent, when the peer's buffer is full."""
-        return self._send(self._encode(message, fds), fds)
+        return self._send(self.encode(message, len(fds)), fds)
+
+    def try_send_packet(self, packet: bytes) -> bool:
+        """`try_send` of what `encode` made of a message without descriptors."""
+        return self._send(packet, ())
+
+    def encode(self, message: msgspec.Struct, fds: int = 0) -> bytes:
+        """The packet of a message that travels with this many descriptors. ValueError if it is too large to send."""
+        payload = self._encoder.encode(message)
+        if len(payload) > MAX_MESSAGE_BYTES:
+            kind = type(message).__name__
+            raise ValueError(f"{kind}: got {len(payload)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+        if fds > MAX_FDS:
+            raise ValueError(f"{type(message).__name__}: got {fds} descriptors, expected at most {MAX_FDS}")
+        return _COUNT.pack(fds) + payload
 
     def receive(self, timeout: float | None) -> Received[T]:
         """The next message; TimeoutError after `timeout` seconds (None: wait for ever), ChannelClosed at the end."""
@@ -115,15 +129,6 @@ class Channel(Generic[T]):
 
     def close(self) -> None:
         self._sock.close()
-
-    def _encode(self, message: msgspec.Struct, fds: Sequence[int]) -> bytes:
-        payload = self._encoder.encode(message)
-        if len(payload) > MAX_MESSAGE_BYTES:
-            kind = type(message).__name__
-            raise ValueError(f"{kind}: got {len(payload)} bytes, expected at most {MAX_MESSAGE_BYTES}")
-        if len(fds) > MAX_FDS:
-            raise ValueError(f"{type(message).__name__}: got {len(fds)} descriptors, expected at most {MAX_FDS}")
-        return _COUNT.pack(len(fds)) + payload
 
     def _send(self, packet: bytes, fds: Sequence[int]) -> bool:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []

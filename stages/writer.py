@@ -68,7 +68,7 @@ class WriterStage:
                 self._forget(run.id)
                 self._videos[run.id] = Video(job)
             return self._write(self._videos[run.id], job, run)
-        except OSError as error:
+        except (OSError, av.FFmpegError) as error:
             self._forget(run.id)
             raise refused(error, job.output) from error
 
@@ -87,7 +87,8 @@ class WriterStage:
     def drop(self, identity: str) -> None:
         self._frames.release(identity)
         self._forget(identity)
-        self._jobs.pop(identity, None)
+        if (job := self._jobs.pop(identity, None)) is not None:
+            remove(job.partial)  # of a process that died before it was complete
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))
@@ -135,21 +136,23 @@ class Video:
         self._container.close()
         self._spool.seek(0)
         job, text = self._job, json.dumps(metadata, ensure_ascii=False, indent=1)
-        beside = os.path.splitext(job.output)[0] + ".json"
+        placed = []
         try:
             if job.metadata_json:
                 write_text(job.partial, text)
+                beside = os.path.splitext(job.output)[0] + ".json"
                 put_in_place(job.partial, beside)
+                placed.append(beside)
             copy_stream(self._spool, job.partial, text)
             put_in_place(job.partial, job.output)
         except BaseException:
-            for path in [job.partial] + [beside] * job.metadata_json:
+            for path in [job.partial, *placed]:
                 remove(path)
             raise
 
     def close(self) -> None:
         """Discard what is not complete."""
-        with contextlib.suppress(OSError):  # the trailer, when the disk is full
+        with contextlib.suppress(OSError, av.FFmpegError):  # the trailer, when the disk is full
             self._container.close()
         with contextlib.suppress(OSError):  # what was buffered, then too; the file is closed all the same
             self._spool.close()
@@ -210,7 +213,7 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
-def refused(error: OSError, output: str) -> OutputError:
+def refused(error: OSError | av.FFmpegError, output: str) -> OutputError:
     """What the user reads when the file system refuses."""
     advice = {
         errno.ENOSPC: "free some space",

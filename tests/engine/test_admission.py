@@ -70,6 +70,13 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"output": "/nowhere/v.mp4"}, ["/nowhere", "does not exist"]),
         ({"output": "x" * 250 + ".mp4"}, ["longer than 200 bytes"]),
         ({"output": "a\0b.mp4"}, ["NUL"]),
+        ({"output": "/tmp/.mp4"}, ["ends in .mp4"]),
+        ({"output": "./" * 3000 + "v.mp4"}, ["longer than 4,096 bytes"]),
+        ({"output": "\udcff.mp4"}, ["not valid Unicode"]),
+        ({"video": "./" * 3000 + "v.mp4"}, ["longer than 4,096 bytes"]),
+        ({"video": "/proc/self/mem"}, ["is empty"]),
+        ({"prompt": "a \ud800"}, ["not valid Unicode"]),
+        ({"flow_shift": 5e-324}, ["flow_shift"]),
     ],
 )
 def test_refusals_say_what_to_change(tmp_path: Path, fields: dict[str, object], says: list[str]) -> None:
@@ -112,7 +119,7 @@ def test_paths_stay_below_the_root(tmp_path: Path) -> None:
 def test_init_and_strength(tmp_path: Path) -> None:
     """Strength 0.5 of 20 steps starts in the middle; without a strength it is 0.8; a directory is no image."""
     image = tmp_path / "a.png"
-    image.touch()
+    image.write_bytes(b"x")
     assert admit(ask(tmp_path, image=str(image), strength=0.5, steps=20), MODEL, SYSTEM).start_step == 10
     assert admit(ask(tmp_path, image=str(image), steps=20), MODEL, SYSTEM).start_step == 4
     assert admit(ask(tmp_path, image=str(image), strength=0.001, steps=20), MODEL, SYSTEM).start_step == 19

@@ -257,3 +257,38 @@ async def test_a_stage_that_hangs(tmp_path: Path, read_video: Any, wait_until: W
         await asyncio.wait_for(task, 120)
         assert pid_of(supervisor, "dit") != pid
     assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+
+
+async def test_a_cancelled_submit_leaves_nothing(tmp_path: Path) -> None:
+    """Submissions cancelled after 0 to 3 ms: those that were not accepted are not in the journal afterwards."""
+    params = SystemParams(state_dir=str(tmp_path / "state"))
+    accepted = []
+    async with Supervisor(params) as supervisor:
+        for number in range(12):
+            submit = asyncio.create_task(supervisor.submit(ask(tmp_path / f"{number}.mp4", steps=300)))
+            await asyncio.wait([submit], timeout=number * 0.00025)
+            submit.cancel()
+            for result in await asyncio.gather(submit, return_exceptions=True):
+                if not isinstance(result, BaseException):
+                    accepted.append(result.id)
+    async with Supervisor(params) as supervisor:
+        assert sorted(t.id for t in supervisor.tasks()) == sorted(accepted)
+
+
+def test_too_few_descriptors_is_an_error_that_leaves_nothing() -> None:
+    """An engine that cannot make its shared memory says so, and holds no descriptor and no process afterwards."""
+    code = (
+        "import asyncio, os, resource\n"
+        "from engine import BadConfig, Supervisor\n"
+        "async def main():\n"
+        "    before = len(os.listdir('/proc/self/fd'))\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 8, before + 8))\n"
+        "    try:\n"
+        "        async with Supervisor():\n"
+        "            print('started')\n"
+        "    except BadConfig as error:\n"
+        "        print(len(os.listdir('/proc/self/fd')) - before, error)\n"
+        "asyncio.run(main())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.startswith("0 the shared memory of the engine cannot be made")
