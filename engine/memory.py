@@ -52,7 +52,7 @@ def capacity(devices: dict[StageName, str | None]) -> Capacity:
 
 
 class EngineMemory:
-    """Queues and state slots of one engine. Construction raises OSError when the system has no memory or descriptors."""
+    """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
     def __init__(self, model: ModelParams) -> None:
         limits, vae, transformer = model.limits, model.vae, model.transformer

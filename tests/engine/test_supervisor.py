@@ -292,3 +292,41 @@ def test_too_few_descriptors_is_an_error_that_leaves_nothing() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stdout.startswith("0 the shared memory of the engine cannot be made")
+
+
+def test_a_host_that_ignores_its_children(tmp_path: Path) -> None:
+    """In a process that ignores SIGCHLD the kernel reaps the stages: a killed one is noticed all the same, and the
+    request finishes."""
+    code = (
+        "import asyncio, os, signal, sys\n"
+        "from engine import Supervisor, UserParams\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "async def main():\n"
+        "    async with Supervisor() as s:\n"
+        "        await s.ready()\n"
+        "        os.kill(s.status().stages[0].pid, signal.SIGKILL)\n"
+        "        await s.generate(UserParams(prompt='a circle', steps=2, output=sys.argv[1]))\n"
+        "        print(s.status().stages[0].restarts)\n"
+        "asyncio.run(main())\n"
+    )
+    path = str(tmp_path / "v.mp4")
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.strip() == "1"
+    assert os.path.isfile(path)
+
+
+async def test_a_stage_that_cannot_start_keeps_the_journal(tmp_path: Path) -> None:
+    """A request is accepted; at the next start the weights do not fit: it fails there, and is done at the start after
+    that, with good weights."""
+    shutil.copytree(CONFIGS / "demo", tmp_path / "bad")
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / "bad" / "transformer" / name, tmp_path / "bad" / "vae" / name)
+    state = str(tmp_path / "state")
+    async with Supervisor(SystemParams(state_dir=state)) as supervisor:
+        identity = (await supervisor.submit(ask(tmp_path / "v.mp4"))).id
+    async with Supervisor(SystemParams(state_dir=state, checkpoint=str(tmp_path / "bad"))) as supervisor:
+        with pytest.raises(StageFailed):
+            await supervisor.result(identity)
+    async with Supervisor(SystemParams(state_dir=state)) as supervisor:
+        await supervisor.result(identity)
+    assert (tmp_path / "v.mp4").is_file()
