@@ -159,7 +159,7 @@ def _output(user: UserParams, system: SystemParams) -> str:
     directory, name = os.path.split(_absolute("output", path))
     stem, extension = os.path.splitext(name)
     if extension.lower() != ".mp4":
-        raise BadRequest(f"the output {path!r} must be a name that ends in .mp4")
+        raise BadRequest(f"the output {path!r} must end in .mp4, after a name")
     resolved = os.path.join(_below_root("output", directory, system), name)
     parent = os.path.dirname(path) or "."
     if len(os.fsencode(name)) > 200:

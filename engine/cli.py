@@ -61,7 +61,7 @@ def generate(
     fields = _given(locals(), leave_out=("out", "model", "checkpoint", "placement", "socket", "as_json"))
     from engine.decode import decode_strictly
     from engine.display import progress_view, summary
-    from engine.generate import Order, run
+    from engine.generate import Order, run, suggestions
     from engine.params import UserParams
 
     params = decode_strictly(UserParams, {**fields, "output": str(out)}, BadRequest, "the request")
@@ -70,7 +70,8 @@ def generate(
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
     else:
-        print("\n".join(summary(outcome.done, outcome.seconds, outcome.embedded)))
+        lines = summary(outcome.done, outcome.seconds, outcome.loading)
+        print("\n".join([*lines, "next:", *(f"  {line}" for line in suggestions(order, outcome))]))
 
 
 @app.command()

@@ -6,7 +6,6 @@ Progress goes to stderr, results to stdout. Where stderr is no terminal, progres
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -76,7 +75,7 @@ class BarView:
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.fields[steps]:>7}"))
         self._bar = Bar(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(PHASES["queued"], total=None, steps="", left="")
+        self._task = self._bar.add_task("starting", total=None, steps="", left="")
 
     def update(self, progress: Progress) -> None:
         self._bar.update(
@@ -132,20 +131,22 @@ def count(value: float) -> str:
     return f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
 
 
-def summary(done: Done, elapsed: float, embedded: bool) -> list[str]:
-    """Where the video is, what it is, what it cost, what to try next."""
+def summary(done: Done, elapsed: float, loading: float) -> list[str]:
+    """Where the video is, what it is, what it cost."""
     params: dict[str, Any] = done.metadata["parameters"]
     frames, fps = params["num_frames"], params["fps"]
-    cost: dict[str, float] = done.metadata["seconds"]
-    path = os.path.relpath(done.path) if done.path.startswith(os.getcwd() + os.sep) else done.path
+    cost: dict[str, float] = ({"load": loading} if loading else {}) | done.metadata["seconds"]
     return [
-        f"{path}  {params['width']}x{params['height']}, {frames} frames at {fps} fps ({frames / fps:.1f} s), "
-        f"{size(_file_size(done.path))}",
+        f"{shown_path(done.path)}  {params['width']}x{params['height']}, {frames} frames at {fps} fps "
+        f"({frames / fps:.1f} s), {size(_file_size(done.path))}",
         f"seed {done.metadata['seed']}, {seconds(elapsed)} in all: "
         + ", ".join(f"{phase} {seconds(value)}" for phase, value in cost.items()),
-        "next:",
-        *(f"  {line}" for line in _suggestions(params, path, embedded)),
     ]
+
+
+def shown_path(path: str) -> str:
+    """Relative, where it is below the working directory."""
+    return os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
 
 
 def _file_size(path: str) -> int:
@@ -153,17 +154,6 @@ def _file_size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-def _suggestions(params: dict[str, Any], path: str, embedded: bool) -> list[str]:
-    stem, end = os.path.splitext(path)
-    prompt = params["prompt"] if len(params["prompt"]) <= 80 else params["prompt"][:77] + "..."
-    again = f"engine generate {shlex.quote(prompt)} --seed {params['seed'] + 1} --out {shlex.quote(stem + '-2' + end)}"
-    restyle = f"engine generate {shlex.quote(prompt)} --video {shlex.quote(path)} --strength 0.6 --out "
-    lines = [f"{again}   # another take", f"{restyle}{shlex.quote(stem + '-3' + end)}   # start from this one"]
-    if embedded:
-        return [*lines, "engine serve   # keep the model loaded; the next generate uses it and starts at once"]
-    return [*lines, "engine list   # what the engine is doing"]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shlex
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +21,7 @@ from engine.admission import admit, check_prompt_tokens
 from engine.client import AsyncClient, absolute_params
 from engine.connection import NotListening
 from engine.decode import decode_strictly
-from engine.display import ProgressView
+from engine.display import ProgressView, shown_path
 from engine.params import SystemParams, UserParams
 from engine.supervisor import Supervisor
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
@@ -48,10 +50,11 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """`seconds`: from the command to the file. `embedded`: no server was used."""
+    """`seconds`: from the command to the file, `loading` of them until the stages were up. `embedded`: no server."""
 
     done: Done
     seconds: float
+    loading: float
     embedded: bool
 
 
@@ -67,12 +70,38 @@ async def generate(order: Order, view: ProgressView) -> Outcome:
         client = await _server(order)
         try:
             if client is not None:
-                done = await _follow(client, order.params, view, interrupts)
+                done, loading = await _follow(client, order.params, view, interrupts), 0.0
             else:
-                done = await _embedded(order, view, interrupts)
+                done, loading = await _embedded(order, view, interrupts)
         except asyncio.CancelledError:
             raise Cancelled("left at once; no video was made") from None
-    return Outcome(done, time.monotonic() - started, client is None)
+    return Outcome(done, time.monotonic() - started, loading, client is None)
+
+
+def suggestions(order: Order, outcome: Outcome) -> list[str]:
+    """Commands to try next, with all that was asked for this time; they can be pasted into a shell."""
+    stem, end = os.path.splitext(shown_path(outcome.done.path))
+    seed = (outcome.done.metadata["seed"] + 1) % 2**63
+    again = command(order, seed=seed, output=f"{stem}-2{end}")
+    onward = command(order, image=None, video=stem + end, strength=0.6, output=f"{stem}-3{end}")
+    lines = [f"{again}   # another take", f"{onward}   # start from this one"]
+    if outcome.embedded:
+        return [*lines, "engine serve   # keep the model loaded; the next generate uses it and starts at once"]
+    return [*lines, "engine list   # what the engine is doing"]
+
+
+def command(order: Order, **changes: object) -> str:
+    """The command line of an order: its prompt, and every option that is not at its default."""
+    params = msgspec.structs.replace(order.params, **changes)
+    words = ["engine", "generate", params.prompt]
+    for struct in (params, order):
+        for field in msgspec.structs.fields(type(struct)):
+            value = getattr(struct, field.name)
+            if field.name in ("prompt", "params") or value == field.default:
+                continue
+            option = "--" + {"output": "out"}.get(field.name, field.name).replace("_", "-")
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 class Interrupts:
@@ -130,17 +159,35 @@ async def _server(order: Order) -> AsyncClient | None:
     return client
 
 
-async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) -> Done:
-    """On a supervisor of our own, which is started only for a request that it will accept."""
-    chosen = {name: getattr(order, name) for name in ("model", "checkpoint", "placement")}
-    system = decode_strictly(SystemParams, {k: v for k, v in chosen.items() if v is not None}, BadConfig, "the command")
+async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) -> tuple[Done, float]:
+    """On a supervisor of our own, which is started only for a request that it will accept; also the seconds it took to
+    load. All stages share a process unless that was asked otherwise: one request has little to overlap, and torch is
+    loaded once instead of three times."""
+    chosen = {"placement": "fused"}
+    chosen |= {k: v for k in ("model", "checkpoint", "placement") if (v := getattr(order, k)) is not None}
+    system = decode_strictly(SystemParams, chosen, BadConfig, "the command")
     supervisor = Supervisor(system)
     await asyncio.to_thread(_check, order.params, supervisor)
     interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
+    began = time.monotonic()
     async with supervisor:
-        return await _follow(supervisor, order.params, view, interrupts)
+        await _load(supervisor, interrupts)
+        loading = time.monotonic() - began
+        return await _follow(supervisor, order.params, view, interrupts), loading
+
+
+async def _load(supervisor: Supervisor, interrupts: Interrupts) -> None:
+    """Wait until the stages are up, or until Ctrl-C."""
+    ready, asked = asyncio.create_task(supervisor.ready()), asyncio.create_task(interrupts.asked.wait())
+    try:
+        await asyncio.wait([ready, asked], return_when=asyncio.FIRST_COMPLETED)
+        interrupts.check()
+        await ready
+    finally:
+        ready.cancel()
+        asked.cancel()
 
 
 def _check(params: UserParams, supervisor: Supervisor) -> None:

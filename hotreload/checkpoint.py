@@ -55,7 +55,8 @@ def check_directory(directory: Path, *, two_experts: bool) -> Path:
     """Check that every component is there and whole; return the path of its tokenizer.json. Reads no weights."""
     tokenizer = directory / TOKENIZER
     if not tokenizer.is_file():
-        raise BadCheckpoint(f"the checkpoint lacks {TOKENIZER}")
+        wanted = ", ".join(("tokenizer", *components(two_experts)))
+        raise BadCheckpoint(f"the checkpoint lacks {TOKENIZER}; it must be a Diffusers directory with {wanted}")
     for component in components(two_experts):
         tensor_table(directory / component, component)
     return tokenizer

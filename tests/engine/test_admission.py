@@ -70,7 +70,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"output": "/nowhere/v.mp4"}, ["/nowhere", "does not exist"]),
         ({"output": "x" * 250 + ".mp4"}, ["longer than 200 bytes"]),
         ({"output": "a\0b.mp4"}, ["NUL"]),
-        ({"output": "/tmp/.mp4"}, ["ends in .mp4"]),
+        ({"output": "/tmp/.mp4"}, ["must end in .mp4, after a name"]),
         ({"output": "./" * 3000 + "v.mp4"}, ["longer than 4,096 bytes"]),
         ({"output": "\udcff.mp4"}, ["not valid Unicode"]),
         ({"video": "./" * 3000 + "v.mp4"}, ["longer than 4,096 bytes"]),
