@@ -2,10 +2,10 @@
 
     python tools/bench_engine.py --out docs/results/engine-cpu.txt
 
-The baseline is the straightforward program: one process, the same modules and functions, text encoder, dit, vae and
-writer one after another for each request, no queues, no journal; once on the engine's threads, once on all cores as
-torch does by itself. They and the engine (split and fused) take turns, each turn in a fresh process that has run two
-requests to warm up; ratios are of the turns side by side.
+The baseline calls the same stages' functions in one process, one after another for each request: no queues, no
+supervisor. "whole clip, all cores" is the same with the VAE's decode in one call and torch's own choice of threads.
+They and the engine (split and fused) take turns, each turn in a fresh process that has run two requests to warm up;
+ratios are of the turns side by side.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ REQUESTS = 10
 WARMUP = 2
 
 
-def baseline(folder: Path, threads: int) -> float:
-    """Seconds for `REQUESTS` requests, one after another, in this process."""
+def baseline(folder: Path, threads: int, whole: bool) -> float:
+    """Seconds for `REQUESTS` requests, one after another, in this process; `whole`: decode each clip in one call."""
     import torch
 
+    from engine.memory import DECODE_LATENTS
     from engine.models import CONFIGS, load_model
     from hotreload.weights import load_weights
     from stages import sampling, solvers
@@ -65,8 +66,9 @@ def baseline(folder: Path, threads: int) -> float:
         for index, timestep in enumerate(schedule.timesteps):
             velocity = sampling.predict(dit, latents, timestep, context, job.guidance_scale)
             latents, history = solvers.step(schedule, index, velocity, latents, history)
-        video = Video(job)
-        video.add(to_frames(vae.decode(latents.unsqueeze(0))).numpy())
+        video, cache = Video(job), {}
+        for chunk in latents.unsqueeze(0).split(shape[1] if whole else DECODE_LATENTS, dim=2):
+            video.add(to_frames(vae.decode_chunk(chunk, cache)).numpy())
         video.complete({})
         video.close()
 
@@ -178,7 +180,7 @@ def report(turns: int, threads: int, folder: Path) -> list[str]:
         f"$ python tools/bench_engine.py --turns {turns} --threads {threads}",
         f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, wan-demo at its defaults, "
-        f"{threads} compute threads",
+        f"{threads} compute thread(s)",
         "",
     ]
     seconds, megabytes = supervisor_figures()
@@ -187,20 +189,20 @@ def report(turns: int, threads: int, folder: Path) -> list[str]:
     lines.append("engine generate, on a running server, s: " + spread(served_seconds(folder)))
     lines += ["", f"{REQUESTS} queued requests, seconds, in turns ({turns}):"]
     cores = len(os.sched_getaffinity(0))
-    contenders = {"baseline": (threads, "PASSIVE"), "baseline, all cores": (cores, "ACTIVE")}
+    contenders = {"baseline": (threads, "PASSIVE"), "whole clip, all cores": (cores, "ACTIVE")}
     contenders |= dict.fromkeys(("split", "fused"), (threads, "PASSIVE"))
     names = list(contenders)
     rows: dict[str, list[float]] = {name: [] for name in names}
     alone: dict[str, list[float]] = {"split": [], "fused": []}
     for _ in range(turns):
         for name in names:
-            figures = turn(name.split(",")[0], *contenders[name])
+            figures = turn(name.split()[0], *contenders[name])
             rows[name].append(figures[0])
             if name in alone:
                 alone[name].append(figures[1])
     for name in names:
         ratios = [a / b for a, b in zip(rows[name], rows["baseline"], strict=True)]
-        lines.append(f"  {name:20} {spread(rows[name])}   over baseline {spread(ratios)}")
+        lines.append(f"  {name:22} {spread(rows[name])}   over baseline {spread(ratios)}")
     lines += [f"one request alone, {name}, s: {spread(values)}" for name, values in alone.items()]
     return lines
 
@@ -226,12 +228,12 @@ def main() -> None:
         help="compute threads [half the cores]",
     )
     parser.add_argument("--out", type=Path, help="also write the text here")
-    parser.add_argument("--turn", choices=["baseline", "split", "fused"], help=argparse.SUPPRESS)
+    parser.add_argument("--turn", choices=["baseline", "whole", "split", "fused"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.turn == "baseline":
-            print(baseline(folder, args.threads))
+        if args.turn in ("baseline", "whole"):
+            print(baseline(folder, args.threads, args.turn == "whole"))
         elif args.turn:
             print(*asyncio.run(engine(folder, args.turn, args.threads)))
         else:
