@@ -248,7 +248,10 @@ def ready(start: Start, stages: Mapping[StageName, Stage], seconds: float) -> Re
 
 def watch_supervisor(pid: int) -> None:
     """End this process when the supervisor ends, whatever the main thread does. Also if it has ended already."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(EXIT_ORPHANED)
     if os.getppid() != pid:
         os._exit(EXIT_ORPHANED)
     threading.Thread(target=_exit_with, args=(pidfd,), name="watch-supervisor", daemon=True).start()
