@@ -35,7 +35,7 @@ from ipc.messages import (
     StageName,
     StartFailed,
 )
-from stages.worker import EXIT_DEVICE_LOST, EXIT_START_FAILED, describe, is_device_lost, summary
+from stages.worker import EXIT_DEVICE_LOST, EXIT_ORPHANED, EXIT_START_FAILED, describe, is_device_lost, summary
 from tests.stages.process import ROOT, WAIT, WorkerProcess
 from tests.stages.rig import STAGES, Rig, is_empty, make_job, quanta
 
@@ -237,3 +237,13 @@ def test_only_a_dead_device_ends_the_process() -> None:
     assert summary(FileNotFoundError(2, "No such file or directory", "/secret/x")) == (
         "FileNotFoundError: No such file or directory"
     )
+
+
+def test_a_supervisor_that_is_gone_before_it_can_be_watched() -> None:
+    """The supervisor's pid names no process any more: the stage leaves at once, with the code of an orphan and no
+    traceback."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"from stages.worker import watch_supervisor; watch_supervisor({gone.pid})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (ran.returncode, ran.stderr) == (EXIT_ORPHANED, "")
