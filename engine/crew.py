@@ -54,7 +54,7 @@ class Owner(Protocol):
     """Who hears of the crew: the supervisor."""
 
     def handle_report(self, epoch: int, stage: StageName, report: AnyStageReport) -> None: ...
-    def handle_lost(self, epoch: int, stage: StageName) -> None: ...
+    def handle_lost(self, epoch: int, stage: StageName, outside: bool) -> None: ...
     def handle_gone(self, stage: StageName, error: Failure) -> None: ...
 
 
@@ -136,7 +136,7 @@ class Crew:
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(stages), error)
             for name in stages:
-                self._owner.handle_lost(self._epoch, name)
+                self._owner.handle_lost(self._epoch, name, False)
             return
         self._deadlines[process.epoch] = self._loop.time() + self._params.start_deadline
         for post in self._of(stages):
@@ -255,7 +255,7 @@ class Crew:
                 post.state = "failed"
                 self._owner.handle_gone(post.name, post.error)
             else:
-                self._owner.handle_lost(process.epoch, post.name)
+                self._owner.handle_lost(process.epoch, post.name, process.outside)
         self._notify()
 
     def _watch(self) -> None:

@@ -58,10 +58,13 @@ class StageUp(msgspec.Struct, frozen=True):
 class StageLost(msgspec.Struct, frozen=True):
     """The stage's process is dead and reaped (also one that never came up), with all stages of the same epoch, and the
     supervisor has given back the queue slots it was writing or reading. Whatever was granted to it and not reported
-    will never be."""
+    will never be.
+
+    `outside`: it was killed by somebody, not by its own doing, by lack of memory, or by the engine because it hung."""
 
     stage: StageName
     epoch: int
+    outside: bool = False
 
 
 class StageGone(msgspec.Struct, frozen=True):

@@ -65,6 +65,10 @@ class StageProcess:
                 self._popen = _spawn(theirs)
             undo.pop_all()
         self.pid = self._popen.pid
+        self.outside = False
+        """Once it has ended: somebody else killed it, and not for lack of memory."""
+        self._killed = False
+        self._oom_kills = oom_kills()
         self._pidfd = os.pidfd_open(self.pid)
         self._channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
         self.exited = asyncio.Event()
@@ -97,6 +101,7 @@ class StageProcess:
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows when it is reaped."""
         if self._pidfd >= 0:
+            self._killed = True
             with contextlib.suppress(ProcessLookupError):  # gone, and reaped by someone else
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -146,6 +151,7 @@ class StageProcess:
             log.warning("process %d of %s was reaped by another part of this process", self.pid, self.stages)
         self._readable_to_the_end()
         self._popen.returncode = status
+        self.outside = status == -signal.SIGKILL and not self._killed and oom_kills() == self._oom_kills
         self._release()
         self.exited.set()
         self._on_exit(self, status)
@@ -172,6 +178,12 @@ def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
         pass_fds=(channel_end.fileno(),),
         env={**os.environ, "PYTHONPATH": python_path()},
     )
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for lack of memory since it was started, in any container."""
+    with open("/proc/vmstat", "rb") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith(b"oom_kill ")), 0)
 
 
 def resident_bytes(pid: int) -> int:

@@ -71,7 +71,11 @@ class TaskRecord:
     overtaken: float = 0.0
     """Seconds computed, since this task is there, for tasks that came later."""
     crashes: int = 0
-    """Deaths of processes that were running a quantum of this task."""
+    """Processes that died of a quantum of this task."""
+    kills: int = 0
+    """Processes that were killed from outside while they ran `killed_at`, one after another."""
+    killed_at: tuple[Phase, int] | None = None
+    """The quantum that was running at the last kill from outside."""
     admitted: bool = False
     """Slots for its inputs are held, from the first grant on."""
     rewinding: bool = False
@@ -149,8 +153,11 @@ class StageRecord:
         """A process of this epoch is already known to be dead."""
         return epoch < self.epoch or (epoch == self.epoch and not self.up)
 
-    def restart_delay(self, now: float) -> float | None:
-        """Record a death; the seconds to wait before the restart, or None when it died too often."""
+    def restart_delay(self, now: float, outside: bool) -> float | None:
+        """Record a death; the seconds to wait before the restart, or None when it died too often. A process that was
+        up and was killed from outside says nothing against the stage."""
+        if outside:
+            return 0.0
         self.deaths = [time for time in self.deaths if now - time < RESTART_WINDOW]
         if len(self.deaths) == len(RESTART_DELAYS):
             return None

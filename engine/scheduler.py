@@ -59,10 +59,14 @@ from engine.records import (
     check_outstanding,
 )
 from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
-from ipc.messages import Phase, StageName
+from ipc.messages import STAGE_OF_PHASE, Phase, StageName
 
 CRASHES = 2
-"""Deaths of a process after which the task it was running is set aside."""
+"""Processes that die of a task before it is set aside."""
+
+KILLS = 5
+"""Processes killed from outside one after another in the same quantum of a task before it is set aside: somebody may
+have a reason that cannot be seen here, such as the memory limit of a container."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -180,12 +184,13 @@ class Scheduler:
         if self._stages[event.stage].is_stale(event.epoch):
             return
         lost = [s for s in self._stages.values() if s.name == event.stage or (s.up and s.epoch == event.epoch)]
-        blamed = {stage.outstanding[0].task: stage.name for stage in lost if stage.outstanding}
+        came_up = self._stages[event.stage].up
+        blamed = {stage.outstanding[0].task: stage.outstanding[0] for stage in lost if stage.outstanding}
         self._lose(lost, event.epoch)
-        for task, name in blamed.items():
-            self._blame(task, name)
+        for quantum in blamed.values():
+            self._blame(quantum, event.outside)
         for stage in lost:
-            delay = stage.restart_delay(now)
+            delay = stage.restart_delay(now, event.outside and came_up)
             if delay is not None:
                 self._actions.append(Restart(stage.name, delay))
             else:
@@ -293,15 +298,22 @@ class Scheduler:
             elif task.rewinding:
                 self._rewind(task)
 
-    def _blame(self, task: TaskRecord, stage: StageName) -> None:
-        """The task was running when a process died; the second time, it is set aside."""
-        task.crashes += 1
-        if task.crashes >= CRASHES and not task.ended:
-            message = (
-                f"stage processes died {task.crashes} times while they ran this request, the last time {stage}; it was "
-                "set aside so that others can go on: change the request, or look at the log of the stage"
-            )
-            self._fail(task, to_failure(PoisonedRequest(message)))
+    def _blame(self, quantum: Quantum, outside: bool) -> None:
+        """This quantum was running when a process died: count it, and set the task aside when it is too much."""
+        task, stage = quantum.task, STAGE_OF_PHASE[quantum.phase]
+        if outside:
+            where = (quantum.phase, quantum.number)
+            task.kills, task.killed_at = task.kills + 1 if task.killed_at == where else 1, where
+        else:
+            task.crashes += 1
+        if task.ended or (task.crashes < CRASHES and task.kills < KILLS):
+            return
+        what = f"died {task.crashes} times of" if task.crashes >= CRASHES else f"were killed {task.kills} times in"
+        message = (
+            f"stage processes {what} this request, the last time {stage}; it was set aside so that others can go on: "
+            "change the request, or look at the log of the stage"
+        )
+        self._fail(task, to_failure(PoisonedRequest(message)))
 
     def _declare_failed(self, stage: StageRecord, error: Failure) -> None:
         stage.failed = error

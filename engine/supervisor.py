@@ -392,9 +392,9 @@ class Supervisor:
             case Ready():
                 self._dispatch(StageUp(stage, epoch))
 
-    def handle_lost(self, epoch: int, stage: StageName) -> None:
+    def handle_lost(self, epoch: int, stage: StageName, outside: bool) -> None:
         """The process of a stage is dead, reaped, and its slots are given back."""
-        self._dispatch(StageLost(stage, epoch))
+        self._dispatch(StageLost(stage, epoch, outside))
 
     def handle_gone(self, stage: StageName, error: Failure) -> None:
         """The process of a stage cannot be started."""

@@ -69,6 +69,12 @@ class Seen:
     cancelled: bool = False
     errors: list[str] = field(default_factory=list)
     crashes: int = 0
+    kills: list[tuple[Phase, int]] = field(default_factory=list)
+    """The quantum of the last kill from outside, as often as it was killed in a row."""
+
+    @property
+    def poisoned(self) -> bool:
+        return self.crashes >= 2 or len(self.kills) >= 5
 
     def complete(self, phase: Phase) -> bool:
         return self.done[phase] == self.total[phase]
@@ -89,6 +95,8 @@ class Observer:
         self.tasks: dict[str, Seen] = {}
         self.live: dict[str, Seen] = {}
         self.failed: set[StageName] = set()
+        self.forgiven = False
+        """The last process that was lost had come up and was killed from outside: its restart does not count."""
         self.restarts: dict[StageName, list[float]] = {s: [] for s in STAGES}
         self.limits: dict[str, int] = {
             "prompts": capacity.prompts, "init_latents": capacity.init_latents, "states": capacity.states,
@@ -122,8 +130,11 @@ class Observer:
                 self.tasks[id].cancelled = True
             case StageUp(stage, epoch):
                 self.up[stage] = epoch
-            case StageLost(stage, epoch) if self.up.get(stage) == epoch:
-                self._hear_lost([s for s in self.up if self.up[s] == epoch])
+            case StageLost(stage, epoch, outside):
+                sharing = [s for s in self.up if self.up[s] == epoch]
+                self.forgiven = outside and stage in sharing
+                if stage in sharing:
+                    self._hear_lost(sharing, outside)
             case StageGone(stage):
                 self.failed.add(stage)
 
@@ -142,9 +153,12 @@ class Observer:
             if event.phase == "write" and not seen.ended:
                 self.held["frames"].discard((event.id, event.index))
 
-    def _hear_lost(self, stages: list[StageName]) -> None:
-        for seen in {self.tasks[self.outstanding[s][0].id] for s in stages if self.outstanding[s]}:
-            seen.crashes += 1
+    def _hear_lost(self, stages: list[StageName], outside: bool) -> None:
+        for grant in [self.outstanding[s][0] for s in stages if self.outstanding[s]]:
+            seen, where = self.tasks[grant.id], (grant.phase, grant.index)
+            seen.crashes += not outside
+            if outside:
+                seen.kills = [*seen.kills, where] if where in seen.kills[-1:] else [where]
         for seen in self.live.values() if "writer" in stages else ():
             seen.rewinding = seen.rewinding or seen.granted["write"] > 0
         for stage in stages:
@@ -208,7 +222,7 @@ class Observer:
         phase, queue = grant.phase, self.outstanding[grant.stage]
         demand(grant.stage in self.up, f"{grant}: the stage is down")
         demand((grant.stage, grant.id) in self.told, f"{grant}: the stage was not told of the task")
-        demand(seen.crashes < 2, f"{grant}: the task is poisoned")
+        demand(not seen.poisoned, f"{grant}: the task is poisoned")
         demand(grant.index == seen.granted[phase], f"{grant}: expected index {seen.granted[phase]}")
         demand(grant.index < seen.total[phase], f"{grant}: there are only {seen.total[phase]}")
         demand(self._inputs_done(seen, phase), f"{grant}: its input is not there")
@@ -269,11 +283,13 @@ class Observer:
             "cancelled": seen.cancelled,
             "deadline_exceeded": deadline is not None and deadline <= now,
             "stage_failed": any(seen.needs(stage) for stage in self.failed),
-            "poisoned_request": seen.crashes >= 2,
+            "poisoned_request": seen.poisoned,
         }
         demand(legitimate.get(action.error.code) or action.error.code in seen.errors, f"{action}: without a cause")
 
     def _judge_restart(self, stage: StageName, now: float) -> None:
+        if self.forgiven:
+            return
         self.restarts[stage].append(now)
         recent = [time for time in self.restarts[stage] if now - time < 60]
         demand(len(recent) <= 5, f"{stage} is restarted {len(recent)} times within 60 s")
@@ -290,7 +306,7 @@ class Observer:
         """Nobody is left who must have ended; no device idles while a task could go on there."""
         for id, seen in self.live.items():
             deadline = seen.spec.deadline
-            overdue = seen.cancelled or seen.errors or seen.crashes >= 2 or (deadline is not None and deadline <= now)
+            overdue = seen.cancelled or seen.errors or seen.poisoned or (deadline is not None and deadline <= now)
             demand(not overdue, f"{id} should have failed")
             demand(not any(seen.needs(stage) for stage in self.failed), f"{id} waits for a failed stage")
             waits = seen.granted["decode"] > seen.done["decode"]

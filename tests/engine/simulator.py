@@ -85,6 +85,8 @@ class World:
         self.specs: dict[str, TaskSpec] = {}
         self.poison: dict[str, StageName] = {}
         """Tasks that kill the process of a stage."""
+        self.hunted: dict[str, StageName] = {}
+        """Tasks whose process somebody kills whenever this stage runs them."""
         self.processes: dict[StageName, Process] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[float, Action]] = []
@@ -201,6 +203,9 @@ class World:
         if self.poison.get(grant.id) == grant.stage:
             self.at(self.now + seconds * random.random(), self._poisoned, process, grant.id)
             return
+        if self.hunted.get(grant.id) == grant.stage:
+            self.at(self.now + seconds * random.random(), self._hunted, process, grant.id)
+            return
         if self.now < nature.faults_until and random.random() < nature.crashes:
             self.at(self.now + seconds * random.random(), self.kill, random.choice(STAGES))
         error = Failure("numerical_error", "not finite") if random.random() < nature.errors else None
@@ -214,12 +219,19 @@ class World:
             self._poisonings[id] += not process.muted
             demand(self._poisonings[id] <= 2, f"{id} has killed {self._poisonings[id]} processes")
 
+    def _hunted(self, process: Process, id: str) -> None:
+        if process.alive:
+            self.counts["hunts"] += 1
+            self._die(process, outside=True)
+            self._poisonings[id] += not process.muted
+            demand(self._poisonings[id] <= 5, f"{id} has had {self._poisonings[id]} processes killed")
+
     def kill(self, stage: StageName) -> None:
         if stage in self.processes and self.processes[stage].alive:
             self.counts["kills"] += 1
-            self._die(self.processes[stage])
+            self._die(self.processes[stage], outside=self.random.random() < 0.5)
 
-    def _die(self, process: Process) -> None:
+    def _die(self, process: Process, outside: bool = False) -> None:
         """What it said last is heard before its death, is lost, or comes when its successor is at the same task."""
         process.alive = False
         noticed = self.now + self.latency()
@@ -227,13 +239,13 @@ class World:
         if fate == "heard":
             noticed = max(noticed, process.heard_until)
         process.muted = fate != "heard"
-        self.at(noticed, self._lose, process.stages, process.epoch)
+        self.at(noticed, self._lose, process.stages, process.epoch, outside)
         if fate == "late":
             self._ghosts += process.unheard
 
-    def _lose(self, stages: tuple[StageName, ...], epoch: int) -> None:
+    def _lose(self, stages: tuple[StageName, ...], epoch: int, outside: bool) -> None:
         for stage in self.random.sample(stages, len(stages)):
-            self.tell(StageLost(stage, epoch))
+            self.tell(StageLost(stage, epoch, outside))
 
     def _start(self, stages: tuple[StageName, ...]) -> None:
         self._starting.discard(stages)
@@ -245,7 +257,7 @@ class World:
             self.at(ready, self._vanish, stages)
         elif trouble and random.random() < nature.start_failures:
             self.counts["start failures"] += 1
-            self.at(ready, self._lose, stages, self._epoch)
+            self.at(ready, self._lose, stages, self._epoch, random.random() < 0.5)
         else:
             self.at(ready, self._come_up, Process(self, stages, self._epoch))
 
@@ -307,6 +319,8 @@ def _draw_task(world: World, id: str, when: float, quiet: bool) -> None:
     world.at(when, world.submit, spec)
     if not quiet and random.random() < 0.05:
         world.poison[id] = random.choice(STAGES)
+    elif not quiet and random.random() < 0.05:
+        world.hunted[id] = random.choice(STAGES)
     if random.random() < 0.15:
         for _ in range(random.choice((1, 2))):
             world.at(when + random.uniform(0, 4) * scale, world.cancel, id)

@@ -240,6 +240,23 @@ def test_a_poisoned_request_is_set_aside() -> None:
     assert Grant("dit", "good", "denoise", 0) in s.up("dit", 10)
 
 
+def test_kills_from_outside_are_no_fault_of_the_request() -> None:
+    """Somebody kills the dit again and again, each time a step further: the task goes on, the stage is started again at
+    once. Five times in the same step, and the task is set aside all the same."""
+    s = Stages(capacity(FOUR_DEVICES))
+    s.submit(task("a", denoise=20))
+    s.ended("a", "text")
+    for step in range(8):
+        assert s.tell(StageLost("dit", s.epochs["dit"], outside=True)) == [Restart("dit", 0.0)]
+        assert Grant("dit", "a", "denoise", step) in s.up("dit", 10 + step)
+        s.ended("a", "denoise", step)
+    for kill in range(4):
+        assert s.tell(StageLost("dit", s.epochs["dit"], outside=True)) == [Restart("dit", 0.0)]
+        s.up("dit", 20 + kill)
+    fail = s.tell(StageLost("dit", s.epochs["dit"], outside=True))[0]
+    assert isinstance(fail, Fail) and fail.error.code == "poisoned_request" and "killed 5 times" in fail.error.message
+
+
 def test_restarts_grow_rarer_and_end() -> None:
     """A stage that dies at every start is restarted five times in a minute, after growing delays; then it is FAILED,
     tasks that need it fail with a sentence that says what to do, and so do those that come later."""

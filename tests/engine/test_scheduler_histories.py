@@ -10,8 +10,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine.events import CancelAsked, Capacity, DropTask, Finish, Purge, QuantumEnded, Submitted, TaskDropped
-from engine.records import PHASES_OF, Key, StageRecord, TaskRecord
+from engine.events import (
+    CancelAsked,
+    Capacity,
+    DropTask,
+    Finish,
+    Purge,
+    QuantumEnded,
+    StageLost,
+    Submitted,
+    TaskDropped,
+)
+from engine.records import PHASES_OF, Key, Quantum, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
 from ipc.messages import Phase, StageName
@@ -23,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 HISTORIES = 10_000
 
 MUST_HAPPEN = (
-    "finished", "kills", "poisonings", "start failures", "StageGone", "Tick", "failed: cancelled",
+    "finished", "kills", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
 )  # fmt: skip
 
@@ -175,8 +185,30 @@ class RestartsForEver(Scheduler):
 
 
 class ForgivesPoison(Scheduler):
-    def _blame(self, task: TaskRecord, stage: StageName) -> None:
+    def _blame(self, quantum: Quantum, outside: bool) -> None:
         pass
+
+
+class BlamesTheHunted(Scheduler):
+    """Sets a task aside for two kills from outside, whatever it has done between them."""
+
+    def _blame(self, quantum: Quantum, outside: bool) -> None:
+        super()._blame(quantum, False)
+
+
+class NeverTiresOfKills(Scheduler):
+    """Takes every kill from outside for the first one."""
+
+    def _blame(self, quantum: Quantum, outside: bool) -> None:
+        quantum.task.kills = 0
+        super()._blame(quantum, outside)
+
+
+class CountsKillsForEver(Scheduler):
+    """Gives up a stage that was killed from outside a few times."""
+
+    def handle_stage_lost(self, event: StageLost, now: float) -> None:
+        super().handle_stage_lost(msgspec.structs.replace(event, outside=False), now)
 
 
 class IgnoresCancels(Scheduler):
