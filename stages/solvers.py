@@ -52,24 +52,23 @@ class Schedule:
 def make_schedule(solver: SolverName, steps: int, shift: float, start: int = 0) -> Schedule:
     """The original's grid: uniform sigmas, then s' = shift * s / (1 + (shift - 1) * s).
 
-    unipc and euler start at 1 - 1/1000, dpm++ at 1; all end one uniform step above 0.
+    unipc starts at 1 - 1/1000, dpm++ and euler at 1; all end one uniform step above 0. 4 euler steps at shift 5 are the
+    grid that step-distilled checkpoints were trained for.
     """
     if not 1 <= steps <= TRAIN_TIMESTEPS:
         raise ValueError(f"steps must be 1 to {TRAIN_TIMESTEPS}, got {steps}")
     if not 0 < shift <= MAX_SHIFT:
         raise ValueError(f"shift must be above 0 and at most {MAX_SHIFT:g}, got {shift}")
-    # The original keeps its first sigma in a float32.
-    first = 1.0 if solver == "dpm++" else float(np.float32(1 - 1 / TRAIN_TIMESTEPS))
+    if solver not in STATE_TENSORS:
+        raise ValueError(f"solver must be one of {', '.join(STATE_TENSORS)}, got {solver!r}")
+    if not 0 <= start < steps:
+        raise ValueError(f"start must be 0 to {steps - 1}, got {start}")
+    # The original keeps the first sigma of unipc in a float32.
+    first = float(np.float32(1 - 1 / TRAIN_TIMESTEPS)) if solver == "unipc" else 1.0
     uniform = np.linspace(first, 0, steps + 1)[:-1]
-    return _schedule(solver, shift * uniform / (1 + (shift - 1) * uniform), start)
-
-
-def explicit_schedule(solver: SolverName, sigmas: list[float], start: int = 0) -> Schedule:
-    """A grid of given sigmas, without the final 0 (few-step models are trained for particular ones)."""
-    grid = np.array(sigmas, dtype=np.float64)
-    if grid.size == 0 or grid[0] > 1 or grid[-1] <= 0 or np.any(np.diff(grid) >= 0):
-        raise ValueError(f"sigmas must decrease strictly, from at most 1 to above 0, got {sigmas}")
-    return _schedule(solver, grid, start)
+    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
+    timesteps = tuple((sigmas * TRAIN_TIMESTEPS).astype(np.int64).tolist())
+    return Schedule(solver, (*sigmas.astype(np.float32).tolist(), 0.0), timesteps, start)
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -97,16 +96,6 @@ def step(schedule: Schedule, index: int, velocity: Tensor, sample: Tensor, state
             return _dpm_step(schedule, index, sample - schedule.sigmas[index] * velocity, sample, state)
         case "unipc":
             return _unipc_step(schedule, index, sample - schedule.sigmas[index] * velocity, sample, state)
-
-
-def _schedule(solver: SolverName, sigmas: np.ndarray, start: int) -> Schedule:
-    if solver not in STATE_TENSORS:
-        raise ValueError(f"solver must be one of {', '.join(STATE_TENSORS)}, got {solver!r}")
-    values = (*sigmas.astype(np.float32).tolist(), 0.0)
-    timesteps = tuple((sigmas * TRAIN_TIMESTEPS).astype(np.int64).tolist())
-    if not 0 <= start < len(timesteps):
-        raise ValueError(f"start must be 0 to {len(timesteps) - 1}, got {start}")
-    return Schedule(solver, values, timesteps, start)
 
 
 def _dpm_step(schedule: Schedule, index: int, x0: Tensor, sample: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,25 @@
-"""The Wan diffusion transformer (DiT), text to video: velocity = f(latents, timestep, prompt).
+"""The Wan diffusion transformer (DiT) of Wan2.1 and Wan2.2: velocity = f(latents, timestep, prompt, image).
 
-The forward is split by how often its parts change. Once per request: `encode_prompt` (text embedding, and the keys and
-values of every cross-attention). Once per size: `rope`. Once per step: `forward`.
+The forward is split by how often its parts change. Once per request: `encode_prompt` and `encode_image` (embedding, and
+the keys and values of every cross-attention). Once per size: `rope`. Once per step: `forward`.
 
 Parameter names are those of Diffusers' `WanTransformer3DModel`; the numerics are those of the Wan2.1 repository
 (`wan/modules/model.py` under bf16 autocast): linears and attention in the dtype of the weights; time embedding,
 modulation, LayerNorms, residual stream and head in float32; sinusoid and RoPE angles in float64.
 
 L = tokens of a clip = (T/pt)(H/ph)(W/pw) for latents [B, C, T, H, W] and patches (pt, ph, pw).
+
+S = rows of modulation. A clip whose tokens all have the same timestep has one. Where the first latent frame is given
+(Wan2.2-TI2V-5B from an image), its tokens have timestep 0 and the others t: that is two embeddings, not one per token
+(27,280 of them for its usual clip), laid out as T/pt rows, one per frame of tokens. Row i modulates the i-th of S equal
+runs of tokens, so modulation stays a broadcast whatever S is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +29,11 @@ from ipc.architecture import TransformerConfig
 
 ROPE_THETA = 10000.0
 TIMESTEP_PERIOD = 10000.0
-FLOAT32_NAMES = ("condition_embedder.time_", "scale_shift_table", "norm2.", "proj_out.")
+IMAGE_NORM_EPS = 1e-5
+"""Of the LayerNorms around the embedding of image tokens: those of the original have torch's default."""
+FLOAT32_NAMES = (
+    "condition_embedder.time_", "condition_embedder.image_embedder.norm", "scale_shift_table", "norm2.", "proj_out.",
+)  # fmt: skip
 
 
 def keeps_float32(name: str) -> bool:
@@ -31,7 +42,8 @@ def keeps_float32(name: str) -> bool:
 
 
 class WanTransformer(nn.Module):
-    """The text-to-video DiT. Latents and velocity: [B, C, T, H, W]."""
+    """The DiT of any Wan model. Latents [B, in_channels, T, H, W], velocity [B, out_channels, T, H, W]: fewer, where
+    the latents of an image come with the noise."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -49,15 +61,29 @@ class WanTransformer(nn.Module):
         return self.patch_embedding.weight.dtype
 
     def encode_prompt(self, prompt_embeds: Tensor) -> Tensor:
-        """Prompt embeddings [B, text_len, text_dim], zero rows after the real ones, unmasked -> the context: keys and
-        values of all cross-attentions [layers, 2, B, text_len, heads, head_dim]. Batches join along dim 2."""
+        """Prompt embeddings [B, text_len, text_dim], zero rows after the real ones, unmasked -> keys and values of all
+        cross-attentions [layers, 2, B, text_len, heads, head_dim]. Batches join along dim 2.
+
+        For one prompt of a 14B model in bfloat16 that is 0.42 GB; of its 257 image tokens 0.21 GB.
+        """
         expected = [self.config.text_len, self.config.text_dim]
         if prompt_embeds.ndim != 3 or list(prompt_embeds.shape[1:]) != expected:
             raise ValueError(
                 f"prompt_embeds must be [B, {expected[0]}, {expected[1]}], got {list(prompt_embeds.shape)}"
             )
         text = self.condition_embedder.text_embedder(prompt_embeds.to(self.dtype))
-        return torch.stack([block.attn2.keys_values(text) for block in self.blocks])  # type: ignore[operator, union-attr]
+        return torch.stack([block.attn2.keys_values(text) for block in self._blocks])
+
+    def encode_image(self, image_embeds: Tensor) -> Tensor:
+        """Image tokens [B, N, image_dim] of CLIP -> keys and values of all cross-attentions, [layers, 2, B, N, heads,
+        head_dim]; the same for every prompt. ValueError if this model sees none."""
+        embedder = self.condition_embedder.image_embedder
+        if embedder is None:
+            raise ValueError("this model has no cross-attention to image tokens (image_dim is not set)")
+        if image_embeds.ndim != 3 or image_embeds.shape[2] != self.config.image_dim:
+            raise ValueError(f"image_embeds must be [B, N, {self.config.image_dim}], got {list(image_embeds.shape)}")
+        image = embedder(image_embeds).to(self.dtype)
+        return torch.stack([block.attn2.image_keys_values(image) for block in self._blocks])
 
     def rope(self, frames: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         """Rotation table for latents of this size: [L, head_dim/2, 2] float32, (cos, sin) of each pair's angle."""
@@ -66,15 +92,29 @@ class WanTransformer(nn.Module):
             raise ValueError(f"at most {self.config.rope_max_seq_len} patches along an axis, got {grid}")
         return rope_table(self.config.attention_head_dim, grid, device or self.patch_embedding.weight.device)
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Tensor, rope: Tensor) -> Tensor:
-        """latents [B, C, T, H, W], timestep [B] in 0..1000, context of `encode_prompt`, table of `rope` -> velocity
-        [B, C, T, H, W] float32."""
+    def forward(
+        self, latents: Tensor, timestep: Tensor, prompt: Tensor, rope: Tensor, image: Tensor | None = None
+    ) -> Tensor:
+        """latents [B, in_channels, T, H, W]; timestep in 0..1000, [B] or [B, 2]: the first latent frame's and the
+        others'; prompt of `encode_prompt`; table of `rope`; image of `encode_image`, for models that have it ->
+        velocity [B, out_channels, T, H, W] float32."""
+        if (image is None) != (self.config.image_dim is None):
+            raise ValueError(
+                f"image is {'missing' if image is None else 'given'}, but image_dim is {self.config.image_dim}"
+            )
         grid = self._grid(*latents.shape[2:])
         x = self._patchify(latents)
-        time, modulation = self.condition_embedder.embed_time(timestep)
-        for block, (k, v) in zip(self.blocks, context.unbind(0), strict=True):
-            x = block(x, modulation, k, v, rope)
+        time, modulation = (spread(e, grid[0]) for e in self.condition_embedder.embed_time(timestep))
+        images = [None] * len(prompt) if image is None else image.unbind(0)
+        for block, text_kv, image_kv in zip(self.blocks, prompt.unbind(0), images, strict=True):
+            x = block(x, modulation, text_kv, rope, image_kv)
         return self._unpatchify(self._head(x, time), grid)
+
+    @property
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
 
     def _grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         pt, ph, pw = self.config.patch_size
@@ -91,8 +131,8 @@ class WanTransformer(nn.Module):
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
 
     def _head(self, x: Tensor, time: Tensor) -> Tensor:
-        """[B, L, dim], time embedding [B, dim] -> [B, L, patch * C], all float32."""
-        shift, scale = (self.scale_shift_table.float() + time.unsqueeze(1)).chunk(2, dim=1)
+        """[B, L, dim], time embedding [B, S, dim] -> [B, L, patch * C], all float32."""
+        shift, scale = (self.scale_shift_table.float() + time.unsqueeze(2)).unbind(2)
         return float32_linear(modulate(x, shift, scale, self.config.eps), self.proj_out)
 
     def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -102,7 +142,7 @@ class WanTransformer(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Embeds the timestep and the prompt."""
+    """Embeds the timestep, the prompt and, for models that see them, image tokens."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -110,12 +150,14 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = Mlp(config.freq_dim, config.dim)
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
         self.text_embedder = Mlp(config.text_dim, config.dim)
+        self.image_embedder = ImageEmbedder(config.image_dim, config.dim) if config.image_dim is not None else None
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] -> time embedding [B, dim] for the head and modulation [B, 6, dim] for the blocks, float32."""
-        x = sinusoid(timestep, self.freq_dim)
+        """[B] or [B, S] -> time embedding [B, S, dim] for the head and modulation [B, S, 6, dim] for the blocks,
+        float32; S is 1 for [B]."""
+        x = sinusoid(timestep.view(len(timestep), -1), self.freq_dim)
         x = float32_linear(F.silu(float32_linear(x, self.time_embedder.linear_1)), self.time_embedder.linear_2)
-        return x, float32_linear(F.silu(x), self.time_proj).view(len(x), 6, -1)
+        return x, float32_linear(F.silu(x), self.time_proj).unflatten(-1, (6, -1))
 
 
 class Mlp(nn.Module):
@@ -130,6 +172,20 @@ class Mlp(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
 
 
+class ImageEmbedder(nn.Module):
+    """LayerNorm, Linear, GELU, Linear, LayerNorm: the norms in float32, GELU exact, unlike everywhere else."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_dim, eps=IMAGE_NORM_EPS)
+        self.ff = FeedForward(image_dim, image_dim, dim, gelu="none")
+        self.norm2 = nn.LayerNorm(dim, eps=IMAGE_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, image_dim] -> [B, N, dim] float32."""
+        return layer_norm(self.ff(layer_norm(x, self.norm1).to(self.ff.dtype)), self.norm2)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward on a float32 residual stream [B, L, dim]."""
 
@@ -139,22 +195,18 @@ class Block(nn.Module):
         self.attn1 = SelfAttention(config)
         self.attn2 = CrossAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else None
-        self.ffn = FeedForward(config.dim, config.ffn_dim)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, gelu="tanh")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, modulation: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-        """x [B, L, dim] and modulation [B, 6, dim] float32; k, v [B, text_len, heads, head_dim]."""
+    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor, image: Tensor | None) -> Tensor:
+        """x [B, L, dim] and modulation [B, S, 6, dim] float32; keys and values of the prompt's rows and of the image's
+        tokens, [2, B, N, heads, head_dim] -> [B, L, dim] float32."""
         dtype = self.ffn.dtype
         table = self.scale_shift_table.float() + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)
-        x = x + gate1 * self.attn1(modulate(x, shift1, scale1, self.eps).to(dtype), rope)
-        x = x + self.attn2(self._cross_norm(x).to(dtype), k, v)
-        return x + gate2 * self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype))
-
-    def _cross_norm(self, x: Tensor) -> Tensor:
-        if self.norm2 is None:
-            return x
-        return F.layer_norm(x, x.shape[-1:], self.norm2.weight.float(), self.norm2.bias.float(), self.eps)
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
+        x = x + gated(self.attn1(modulate(x, shift1, scale1, self.eps).to(dtype), rope), gate1)
+        x = x + self.attn2((x if self.norm2 is None else layer_norm(x, self.norm2)).to(dtype), text, image)
+        return x + gated(self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype)), gate2)
 
 
 class Attention(nn.Module):
@@ -188,26 +240,42 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention of the clip's tokens to the prompt's rows, padding included."""
+    """Attention of the clip's tokens to the prompt's rows, padding included, and separately to the image's tokens."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        if config.image_dim is not None:
+            self.add_k_proj = nn.Linear(config.dim, config.dim)
+            self.add_v_proj = nn.Linear(config.dim, config.dim)
+            self.norm_added_k = nn.RMSNorm(config.dim, eps=config.eps)
 
     def keys_values(self, text: Tensor) -> Tensor:
         """Embedded text [B, text_len, dim] -> keys and values [2, B, text_len, heads, head_dim]."""
         k = self.split(rms_norm(self.to_k(text), self.norm_k))
         return torch.stack([k, self.split(self.to_v(text))])
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, L, dim] -> [B, L, dim]."""
+    def image_keys_values(self, image: Tensor) -> Tensor:
+        """Embedded image tokens [B, N, dim] -> keys and values [2, B, N, heads, head_dim]."""
+        k = self.split(rms_norm(self.add_k_proj(image), self.norm_added_k))
+        return torch.stack([k, self.split(self.add_v_proj(image))])
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """x [B, L, dim], keys and values [2, B, N, heads, head_dim] -> [B, L, dim]."""
         q = self.split(rms_norm(self.to_q(x), self.norm_q))
-        return self.to_out[0](attention(q, k, v).flatten(2))
+        y = attention(q, *text.unbind(0))
+        if image is not None:
+            y = y + attention(q, *image.unbind(0))
+        return self.to_out[0](y.flatten(2))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh), Linear; the nesting gives Diffusers' names `net.0.proj` and `net.2`."""
+    """Linear, GELU, Linear; the nesting gives Diffusers' names `net.0.proj` and `net.2`."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, width_in: int, hidden: int, width: int, gelu: Literal["tanh", "none"]) -> None:
         super().__init__()
+        self.gelu = gelu
         self.net = nn.ModuleList(
-            [nn.ModuleDict({"proj": nn.Linear(dim, hidden)}), nn.Identity(), nn.Linear(hidden, dim)]
+            [nn.ModuleDict({"proj": nn.Linear(width_in, hidden)}), nn.Identity(), nn.Linear(hidden, width)]
         )
 
     @property
@@ -221,7 +289,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self._linears
-        return down(F.gelu(up(x), approximate="tanh"))
+        return down(F.gelu(up(x), approximate=self.gelu))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -230,9 +298,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def spread(embedding: Tensor, frames: int) -> Tensor:
+    """[B, 1, ...] as it is; [B, 2, ...], of the first frame and of the others -> [B, frames, ...]."""
+    if embedding.shape[1] == 1:
+        return embedding
+    others = embedding[:, 1:].expand(-1, frames - 1, *embedding.shape[2:])
+    return torch.cat((embedding[:, :1], others), dim=1)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then * (1 + scale) + shift. x [B, L, dim]; shift, scale [B, 1, dim]; float32."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+    """LayerNorm without weights, then * (1 + scale) + shift. x [B, L, dim]; shift, scale [B, S, dim]; float32."""
+    x = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return (x * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x [B, L, dim] times gate [B, S, dim] float32."""
+    return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm in float32, whatever the dtype of x and of the weights."""
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -247,10 +334,10 @@ def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """[B] -> [B, dim] float32: cosines then sines of timestep * 10000^(-2i/dim), angles in float64."""
+    """[B, S] -> [B, S, dim] float32: cosines then sines of timestep * 10000^(-2i/dim), angles in float64."""
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
-    angle = timestep.double().unsqueeze(1) * TIMESTEP_PERIOD**-exponent
-    return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+    angle = timestep.double().unsqueeze(-1) * TIMESTEP_PERIOD**-exponent
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
 
 
 def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device | str) -> Tensor:

@@ -1,4 +1,7 @@
-"""The Wan2.1 causal video VAE: pixels [B, 3, 1+4n, H, W] in [-1, 1] <-> latents [B, z, 1+n, H/8, W/8].
+"""The causal video VAEs: pixels [B, 3, 1+4n, H, W] in [-1, 1] <-> latents [B, z, 1+n, H/s, W/s].
+
+s is 8 for Wan2.1's. Wan2.2's, s = 16, folds 2x2 pixels into channels first, and has shortcuts that average and repeat
+around its down- and upsampling stages (`VaeConfig.is_residual`).
 
 Every convolution over time looks back only, so a clip can be coded in chunks: each convolution keeps the last frames of
 its input in a `Cache` under its own name. A whole clip is one chunk with an empty cache. Parameter names are those of
@@ -7,24 +10,33 @@ Diffusers' `AutoencoderKLWan`; the architecture and the rules for the first fram
 
 Frames and latents are [B, C, T, H, W]; inside, activations are [B, T, H, W, C] contiguous, the memory that convolutions
 are fastest on (channels_last_3d) and that norms and attention want anyway. Both in the dtype of the weights.
+
+Chunks and whole clips differ by rounding only (1e-6 relative): libraries choose the kernel of a convolution, and so the
+order of its sums, by the shape, and elementwise kernels treat the end of a tensor with other instructions. What is done
+here beside that - padding, caches, the rules for the first frame, shortcuts - is the same bit for bit.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipc.architecture import VaeConfig
-
-ONEDNN = torch.backends.mkldnn.is_available()
-
-Cache: TypeAlias = dict[str, Tensor]
-"""Convolution name -> the last frames of its input, [B, 1 or 2, H, W, C]. Empty before the first chunk. `encode_chunk`
-and `decode_chunk` update it in place; a copy of the tensors is enough to resume the clip in another process."""
+from stages.models.vae_layers import (
+    Cache,
+    CausalConv,
+    Downsample,
+    MidBlock,
+    ResBlock,
+    RmsNorm,
+    Upsample,
+    add_repeated,
+    average_down,
+    fold_pixels,
+    unfold_pixels,
+)
 
 
 class WanVae(nn.Module):
@@ -47,11 +59,11 @@ class WanVae(nn.Module):
                 module.slot = name
 
     def encode(self, frames: Tensor) -> Tensor:
-        """[B, 3, 1+4n, H, W] in [-1, 1] -> normalised latents [B, z, 1+n, H/8, W/8]."""
+        """[B, 3, 1+4n, H, W] in [-1, 1] -> normalised latents [B, z, 1+n, H/s, W/s]."""
         return self.encode_chunk(frames, {})
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z, 1+n, h, w] -> pixels [B, 3, 1+4n, 8h, 8w], clamped to [-1, 1]."""
+        """Normalised latents [B, z, 1+n, h, w] -> pixels [B, 3, 1+4n, s*h, s*w], clamped to [-1, 1]."""
         return self.decode_chunk(latents, {})
 
     def encode_chunk(self, frames: Tensor, cache: Cache) -> Tensor:
@@ -65,7 +77,8 @@ class WanVae(nn.Module):
     def encode_moments(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Frames -> mean and log-variance of the latents, unscaled, [B, z, t, h, w] each. No cache: a whole clip."""
         self._check_frames(frames, first=not cache)
-        moments = self.quant_conv(self.encoder(self._channels_last(frames), cache)).movedim(-1, 1)
+        pixels = fold_pixels(self._channels_last(frames), self.config.patch_size)
+        moments = self.quant_conv(self.encoder(pixels, cache)).movedim(-1, 1)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance
 
@@ -74,7 +87,7 @@ class WanVae(nn.Module):
         if latents.ndim != 5 or latents.shape[1] != self.config.z_dim:
             raise ValueError(f"latents must be [B, {self.config.z_dim}, T, h, w], got {list(latents.shape)}")
         x = self.decoder(self.post_quant_conv(self._channels_last(latents)), cache)
-        return x.movedim(-1, 1)
+        return unfold_pixels(x, self.config.patch_size).movedim(-1, 1)
 
     def normalise(self, mean: Tensor) -> Tensor:
         """Encoder output -> what the DiT is trained on: per channel (mean - latents_mean) / latents_std."""
@@ -108,17 +121,19 @@ class WanVae(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames [B, 1+4n, H, W, 3] -> moments before `quant_conv` [B, 1+n, H/8, W/8, 2z]."""
+    """Folded frames [B, 1+4n, H/p, W/p, 3*p*p], p = `patch_size` -> moments before `quant_conv` [B, 1+n, h, w, 2z]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths = [config.base_dim * m for m in (1, *config.dim_mult)]
         blocks: list[nn.Module] = []
-        for stage, (width_in, width) in enumerate(pairwise(widths)):
-            blocks += [ResBlock(width_in if i == 0 else width, width) for i in range(config.num_res_blocks)]
-            if stage < len(config.temporal_downsample):
-                blocks.append(Downsample(width, time=config.temporal_downsample[stage]))
-        self.conv_in = CausalConv(3, widths[0], 3)
+        for (width_in, width), time in zip(pairwise(widths), (*config.temporal_downsample, None), strict=True):
+            if config.is_residual:
+                blocks.append(DownBlock(width_in, width, config.num_res_blocks, time))
+            else:
+                blocks += res_blocks(width_in, width, config.num_res_blocks)
+                blocks += [] if time is None else [Downsample(width, time)]
+        self.conv_in = CausalConv(3 * config.patch_size**2, widths[0], 3)
         self.down_blocks = nn.ModuleList(blocks)
         self.mid_block = MidBlock(widths[-1])
         self.norm_out = RmsNorm(widths[-1], dims=3)
@@ -133,23 +148,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` [B, 1+n, h, w, z] -> pixels [B, 1+4n, 8h, 8w, 3]."""
+    """Latents after `post_quant_conv` [B, 1+n, h, w, z] -> folded frames [B, 1+4n, H/p, W/p, 3*p*p]."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
-        widths = [config.base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
-        doubles_time = tuple(reversed(config.temporal_downsample))
+        base_dim = config.base_dim if config.decoder_base_dim is None else config.decoder_base_dim
+        widths = [base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
         blocks: list[nn.Module] = []
-        for stage, (width_in, width) in enumerate(pairwise(widths)):
-            # The convolution after each upsampling halves the channels.
-            width_in = width_in if stage == 0 else width_in // 2
-            time = doubles_time[stage] if stage < len(doubles_time) else None
-            blocks.append(UpBlock(width_in, width, config.num_res_blocks + 1, time))
+        doubles_time = (*reversed(config.temporal_downsample), None)
+        for stage, ((width_in, width), time) in enumerate(zip(pairwise(widths), doubles_time, strict=True)):
+            if config.is_residual:
+                blocks.append(ResidualUpBlock(width_in, width, config.num_res_blocks + 1, time))
+            else:
+                # The convolution after each upsampling halves the channels.
+                width_in = width_in if stage == 0 else width_in // 2
+                blocks.append(UpBlock(width_in, width, config.num_res_blocks + 1, time))
         self.conv_in = CausalConv(config.z_dim, widths[0], 3)
         self.mid_block = MidBlock(widths[0])
         self.up_blocks = nn.ModuleList(blocks)
         self.norm_out = RmsNorm(widths[-1], dims=3)
-        self.conv_out = CausalConv(widths[-1], 3, 3)
+        self.conv_out = CausalConv(widths[-1], 3 * config.patch_size**2, 3)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         x = self.mid_block(self.conv_in(x, cache), cache)
@@ -158,13 +176,36 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out.silu(x), cache)
 
 
-class UpBlock(nn.Module):
-    """Residual blocks, then (unless `time` is None) twice the height and width, and twice the frames if `time`."""
+class DownBlock(nn.Module):
+    """Wan2.2's encoder stage: residual blocks, then (unless `time` is None) half the height and width, and half the
+    frames if `time`; and around all of it a shortcut that averages."""
 
     def __init__(self, width_in: int, width: int, count: int, time: bool | None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(count))
-        self.upsamplers = nn.ModuleList([] if time is None else [Upsample(width, time)])
+        self.shortcut = (2 if time else 1, 1 if time is None else 2)
+        """Frames, and pixels along height and width, that become one."""
+        if width_in * self.shortcut[0] * self.shortcut[1] ** 2 % width:
+            raise ValueError(f"an encoder stage cannot go from {width_in} to {width} channels: its shortcut averages")
+        self.resnets = nn.ModuleList(res_blocks(width_in, width, count))
+        self.downsampler = None if time is None else Downsample(width, time)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        y = x
+        for block in self.resnets:
+            y = block(y, cache)
+        if self.downsampler is not None:
+            y = self.downsampler(y, cache)
+        return y + average_down(x, y.shape[-1], *self.shortcut)
+
+
+class UpBlock(nn.Module):
+    """Wan2.1's decoder stage: residual blocks, then (unless `time` is None) twice the height and width with half the
+    channels, and twice the frames if `time`."""
+
+    def __init__(self, width_in: int, width: int, count: int, time: bool | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(res_blocks(width_in, width, count))
+        self.upsamplers = nn.ModuleList([] if time is None else [Upsample(width, width // 2, time)])
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         for block in (*self.resnets, *self.upsamplers):
@@ -172,173 +213,24 @@ class UpBlock(nn.Module):
         return x
 
 
-class MidBlock(nn.Module):
-    """Residual block, attention inside each frame, residual block."""
+class ResidualUpBlock(nn.Module):
+    """Wan2.2's decoder stage: as `UpBlock`, but all channels are kept, and a shortcut that repeats goes around."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width_in: int, width: int, count: int, time: bool | None) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([FrameAttention(width)])
-        self.resnets = nn.ModuleList([ResBlock(width, width), ResBlock(width, width)])
+        if time is not None and width_in not in (width, 2 * width, 4 * width, (8 if time else 4) * width):
+            raise ValueError(f"a decoder stage cannot go from {width_in} to {width} channels: its shortcut repeats")
+        self.time = 2 if time else 1
+        self.resnets = nn.ModuleList(res_blocks(width_in, width, count))
+        self.upsampler = None if time is None else Upsample(width, width, time)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, cache))
-        return self.resnets[1](x, cache)
+        y = x
+        for block in self.resnets:
+            y = block(y, cache)
+        return y if self.upsampler is None else add_repeated(self.upsampler(y, cache), x, self.time)
 
 
-class ResBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1x1 convolution on x where the width changes."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.norm1 = RmsNorm(width_in, dims=3)
-        self.conv1 = CausalConv(width_in, width, 3)
-        self.norm2 = RmsNorm(width, dims=3)
-        self.conv2 = CausalConv(width, width, 3)
-        self.conv_shortcut = CausalConv(width_in, width, 1) if width_in != width else None
-
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        x = self.conv1(self.norm1.silu(x), cache)
-        return shortcut + self.conv2(self.norm2.silu(x), cache)
-
-
-class FrameAttention(nn.Module):
-    """Attention with one head over the pixels of each frame, added to its input."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = RmsNorm(width, dims=2)
-        self.to_qkv = nn.Conv2d(width, 3 * width, 1)
-        self.proj = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, H, W, C] -> the same."""
-        q, k, v = pointwise(self.norm(x), self.to_qkv).flatten(2, 3).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + pointwise(y.view(x.shape), self.proj)
-
-
-class Downsample(nn.Module):
-    """Half the height and width; with `time`, frame 0 of the clip is kept and each later pair becomes one frame."""
-
-    def __init__(self, width: int, time: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
-        self.time_conv = CausalConv(width, width, (3, 1, 1), stride=(2, 1, 1)) if time else None
-
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        x = per_frame(self.resample, x)
-        return x if self.time_conv is None else self._halve_time(self.time_conv, x, cache)
-
-    def _halve_time(self, conv: CausalConv, x: Tensor, cache: Cache | None) -> Tensor:
-        """Windows of three frames that share one: (0, 1, 2), (2, 3, 4), ... Frame 0 also passes through alone."""
-        last = None if cache is None else cache.get(conv.slot)
-        if cache is not None:
-            cache[conv.slot] = x[:, -1:].clone()
-        if last is not None:
-            return conv.convolve(torch.cat((last, x), dim=1))
-        return x if x.shape[1] == 1 else torch.cat((x[:, :1], conv.convolve(x)), dim=1)
-
-
-class Upsample(nn.Module):
-    """Twice the height and width, half the channels; with `time`, every frame but the clip's first becomes two."""
-
-    def __init__(self, width: int, time: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(width, width // 2, 3, padding=1)
-        )
-        self.time_conv = CausalConv(width, 2 * width, (3, 1, 1)) if time else None
-
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        if self.time_conv is not None:
-            x = self._double_time(self.time_conv, x, cache)
-        return per_frame(self.resample, x)
-
-    def _double_time(self, conv: CausalConv, x: Tensor, cache: Cache | None) -> Tensor:
-        """Frame 0 of the clip passes through and `conv` never sees it: its history starts as zeros at frame 1."""
-        if cache is not None and conv.slot in cache:
-            return interleave_halves(conv(x, cache))
-        first, rest = x[:, :1], x[:, 1:]
-        if rest.shape[1] > 0:
-            return torch.cat((first, interleave_halves(conv(rest, cache))), dim=1)
-        if cache is not None:
-            cache[conv.slot] = zero_history(x)
-        return x
-
-
-class CausalConv(nn.Conv3d):
-    """Convolution over [B, T, H, W, C] that keeps H and W and sees, in time, only its own frame and those before it."""
-
-    slot: str
-    """Its key in the cache: its name in the VAE, set by `WanVae`."""
-
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        kernel: int | tuple[int, int, int],
-        stride: tuple[int, int, int] = (1, 1, 1),
-    ) -> None:
-        super().__init__(channels_in, channels, kernel, stride)
-        self.slot = ""
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Two frames of history (kernels of 3): from the cache, or zeros before the clip's first frame."""
-        if self.kernel_size[0] == 1:
-            return pointwise(x, self)
-        history = None if cache is None else cache.get(self.slot)
-        x = torch.cat((zero_history(x) if history is None else history, x), dim=1)
-        if cache is not None:
-            # A clone: a view would keep the whole activation alive until the next chunk.
-            cache[self.slot] = x[:, -2:].clone()
-        return self.convolve(x)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """The convolution without padding in time."""
-        x = x.movedim(-1, 1)
-        padding = (0, self.kernel_size[1] // 2, self.kernel_size[2] // 2)
-        if x.device.type == "cpu" and x.dtype == torch.float32 and ONEDNN and not torch.compiler.is_compiling():
-            # F.conv3d leaves oneDNN when B*C*T*H <= 20480, which is most layers of one small clip: 16 times slower
-            # (83 ms against 5 ms for 64 channels at 9x24x24 on 2 cores, torch 2.13).
-            y = torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, 1)
-        else:
-            y = F.conv3d(x, self.weight, self.bias, self.stride, padding)
-        return y.movedim(1, -1)
-
-
-class RmsNorm(nn.Module):
-    """RMS norm over the channels, the last dim of x; `dims` trailing ones in the shape of gamma."""
-
-    def __init__(self, width: int, dims: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width, *(1,) * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The original divides by max(|x|, 1e-12). This eps too is lost in float32 noise, and gives 0 for x = 0.
-        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten().to(x.dtype), eps=1e-24)
-
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(norm(x)), in the memory of the norm's result."""
-        return F.silu(self(x), inplace=True)
-
-
-def pointwise(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """A convolution whose kernel is one pixel, as the linear that it is over the last dim of x."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-
-def per_frame(module: nn.Module, x: Tensor) -> Tensor:
-    """Apply a module of [N, C, H, W] to every frame of [B, T, H, W, C]."""
-    y = module(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return torch.unflatten(y, 0, x.shape[:2])
-
-
-def zero_history(x: Tensor) -> Tensor:
-    """[B, T, H, W, C] -> two frames of zeros [B, 2, H, W, C]."""
-    return x.new_zeros(x.shape[0], 2, *x.shape[2:])
-
-
-def interleave_halves(x: Tensor) -> Tensor:
-    """[B, T, H, W, 2C], halves a and b of the channels -> [B, 2T, H, W, C], frames a0 b0 a1 b1 ..."""
-    return torch.unflatten(x, -1, (2, -1)).movedim(-2, 2).flatten(1, 2)
+def res_blocks(width_in: int, width: int, count: int) -> list[nn.Module]:
+    """`count` residual blocks, the first of which changes the width."""
+    return [ResBlock(width_in if i == 0 else width, width) for i in range(count)]

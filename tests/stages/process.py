@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from ipc.channel import Channel
 from ipc.counters import ProgressCounter
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Ready, StageName, Stop
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Loading, Placed, Ready, StageName, Stop
 from tests.stages.rig import STAGES, Rig
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,7 @@ class WorkerProcess:
         self.rig = rig
         self.stages = stages
         self.counter = ProgressCounter.create()
+        self.loading: list[Loading] = []
         ours, theirs = Channel.pair()
         with theirs:
             self.popen = subprocess.Popen(
@@ -36,21 +37,32 @@ class WorkerProcess:
             )
         self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
         start = rig.start(stages, **fields)
-        self.channel.send(start, [self.counter.fd, *rig.memory.fds(stages)], timeout=WAIT)
+        self.channel.send(start, [self.counter.fd, *rig.fds(start)], timeout=WAIT)
 
     def tell(self, message: AnyStageProcessMessage) -> None:
         self.channel.send(message, timeout=WAIT)
 
     def hear(self) -> AnyStageReport:
-        return self.channel.receive(WAIT).message
+        report, fds = self.channel.receive(WAIT)
+        if isinstance(report, Placed):
+            self.rig.weights.keep(report.version, *fds)
+        return report
 
     def ask(self, message: AnyStageProcessMessage) -> AnyStageReport:
         self.tell(message)
         return self.hear()
 
     def ready(self) -> Ready:
-        report = self.hear()
+        report = self.loaded()
         assert isinstance(report, Ready), report
+        return report
+
+    def loaded(self) -> AnyStageReport:
+        """What the process says when it has loaded, or could not; `loading` has what it said on the way, and the rig
+        what it has placed."""
+        while isinstance(report := self.hear(), Loading | Placed):
+            if isinstance(report, Loading):
+                self.loading.append(report)
         return report
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,10 +18,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from engine.crew import STAGE_OF_COMPONENT
 from engine.memory import EngineMemory
 from engine.params import Defaults, Limits, ModelParams
-from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import Component, Job, Phase, Run, StageName, Start
+from engine.weights import WeightStore
+from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.messages import Component, Job, Phase, Run, StageName, Start, WeightVersion
+from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
 from stages.models.vae import WanVae
@@ -48,6 +52,16 @@ MODEL = ModelParams(
     limits=Limits(max_pixels=32 * 48, max_frames=17),
 )  # fmt: skip
 TWO_EXPERTS = msgspec.structs.replace(MODEL, boundary=0.875)
+FIRST_FRAME = msgspec.structs.replace(MODEL, conditioning="first_frame")
+CHANNELS = msgspec.structs.replace(
+    MODEL,
+    conditioning="channels",
+    transformer=msgspec.structs.replace(MODEL.transformer, in_channels=12, image_dim=8),
+    image_encoder=ImageEncoderConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=28
+    ),
+)
+"""With image tokens, as Wan2.1-I2V."""
 
 
 def modules(model: ModelParams) -> dict[str, nn.Module]:
@@ -59,6 +73,8 @@ def modules(model: ModelParams) -> dict[str, nn.Module]:
         "transformer_2": WanTransformer(model.transformer),
         "vae": WanVae(model.vae),
     }
+    if model.image_encoder is not None:
+        built["image_encoder"] = ImageEncoder(model.image_encoder)
     return built
 
 
@@ -72,12 +88,13 @@ def make_tokenizer(path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def make_checkpoint(directory: Path) -> Path:
+def make_checkpoint(directory: Path, model: ModelParams = MODEL) -> Path:
     """A checkpoint in the Diffusers layout, float16 as small models are shipped."""
-    for name, module in modules(MODEL).items():
+    built = modules(model)
+    for name in model.components:
         (directory / name).mkdir(parents=True)
-        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
-        save_file({k: v.half().contiguous() for k, v in module.state_dict().items()}, directory / name / file)
+        file = "model.safetensors" if name.endswith("_encoder") else "diffusion_pytorch_model.safetensors"
+        save_file({k: v.half().contiguous() for k, v in built[name].state_dict().items()}, directory / name / file)
     make_tokenizer(directory / "tokenizer" / "tokenizer.json")
     return directory
 
@@ -116,25 +133,37 @@ class Rig:
         self.model = model
         self.memory = EngineMemory(model)
         self.beats = 0
+        self.weights = WeightStore()
+        """What the stages have placed; a stage that is loaded again without other fields binds to it."""
+        self.loaded: dict[str, tuple[int, int]] = {}
+        """Component -> the bytes read last and all there are."""
         self._epoch = 0
 
     def start(self, stages: tuple[StageName, ...] = STAGES, **fields: Any) -> Start:
         """What a process with these stages is told."""
         self._epoch += 1
-        components = [Component(name=n, directory=str(self.checkpoint / n)) for n in modules(self.model)]
+        components = [Component(name=name, files=self._files(name)) for name in self.model.components]
         defaults: dict[str, Any] = {
             "stages": list(stages), "epoch": self._epoch, "supervisor_pid": os.getpid(), "model": self.model.name,
             "transformer": self.model.transformer, "vae": self.model.vae, "text_encoder": self.model.text_encoder,
+            "image_encoder": self.model.image_encoder, "conditioning": self.model.conditioning,
             "boundary": self.model.boundary, "components": components,
             "tokenizer": str(self.checkpoint / "tokenizer" / "tokenizer.json"),
             "devices": {stage: "cpu" for stage in stages if stage != "writer"},
             "threads": dict.fromkeys(stages, 1), "dtype": "float32", "decode_latents": CHUNK,
             "queues": self.memory.specs(stages), "state": self.memory.state_spec(stages),
         }  # fmt: skip
+        if not fields:
+            defaults["placed"] = [version for version, _ in self._placed(stages)]
         return Start(**{**defaults, **fields})
 
+    def fds(self, start: Start) -> list[int]:
+        """What goes with `start`, but for the progress counter."""
+        placed = self._placed(start.stages) if start.placed else []
+        return self.memory.fds(tuple(start.stages)) + [fd for _, fd in placed]
+
     def links(self, start: Start) -> Links:
-        return attach_links(start, self.memory.fds(tuple(start.stages)), self._beat)
+        return attach_links(start, self.fds(start), self._beat, self._loading, self._place)
 
     def load(self, name: StageName, **fields: Any) -> Stage:
         """This stage, as in a process of its own. Loading it again stands for a new process: `reclaim` comes before."""
@@ -145,14 +174,27 @@ class Rig:
         """What the supervisor does when the process of these stages is dead."""
         self.memory.reclaim(stages)
 
+    def _files(self, component: str) -> list[str]:
+        return [str(file) for file in sorted((self.checkpoint / component).glob("*.safetensors"))]
+
+    def _place(self, version: WeightVersion, fd: int) -> None:
+        self.weights.keep(version, os.dup(fd))
+
+    def _placed(self, stages: Collection[StageName]) -> list[tuple[WeightVersion, int]]:
+        return self.weights.of([name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
+
     def _beat(self) -> None:
         self.beats += 1
+
+    def _loading(self, component: str, done: int, total: int) -> None:
+        self.loaded[component] = (done, total)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.memory.close()
+        self.weights.close()
 
     def depths(self) -> dict[str, int]:
         """Slots in use, by queue and for the states."""

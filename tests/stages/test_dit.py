@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from ipc.errors import NumericalError
+from engine.params import ModelParams
+from ipc.errors import BadRequest, NumericalError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import load_tensors, put_tensor, slot_tensor
@@ -16,7 +18,10 @@ from stages.dit import DitStage
 from stages.models.transformer import WanTransformer
 from stages.sampling import get_noise, schedule_of
 from stages.stage import Stage
-from tests.stages.rig import TWO_EXPERTS, Rig, is_empty, make_job
+from tests.stages.rig import CHANNELS, FIRST_FRAME, TWO_EXPERTS, Rig, is_empty, make_checkpoint, make_job
+
+LATENTS = (4, 3, 4, 6)
+"""Of the usual job: 9 frames of 32x48."""
 
 
 def put(rig: Rig, name: str, job: Job, tensors: list[torch.Tensor]) -> None:
@@ -57,10 +62,44 @@ def denoise(rig: Rig, job: Job, stage: Stage | None = None) -> torch.Tensor:
     return take_latents(rig, job)
 
 
+def put_image(rig: Rig, job: Job) -> list[torch.Tensor]:
+    """What the vae puts for an image: its latents as the model of the rig wants them, and tokens if it sees them."""
+    generator = torch.Generator().manual_seed(4)
+    frames = 1 if rig.model.conditioning == "first_frame" else LATENTS[1]
+    tensors = [torch.randn(4, frames, *LATENTS[2:], generator=generator)]
+    if rig.model.image_encoder is not None:
+        encoder = rig.model.image_encoder
+        tensors.append(torch.randn(encoder.tokens, encoder.hidden_size, generator=generator))
+    put(rig, "init_latents", job, tensors)
+    return tensors
+
+
+def image_job(rig: Rig, **fields: object) -> Job:
+    return make_job(init="image.png", init_as=rig.model.conditioning, **fields)
+
+
+@pytest.fixture(scope="module")
+def channels_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("channels"), CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def two_experts_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the `transformer` of the usual checkpoint, and another as `transformer_2`."""
+    return make_checkpoint(tmp_path_factory.mktemp("two-experts"), TWO_EXPERTS)
+
+
+@pytest.fixture(params=[CHANNELS, FIRST_FRAME], ids=["channels", "first_frame"])
+def image_rig(request: pytest.FixtureRequest, checkpoint: Path, channels_checkpoint: Path) -> Iterator[Rig]:
+    model: ModelParams = request.param
+    with Rig(channels_checkpoint if model is CHANNELS else checkpoint, model) as rig:
+        yield rig
+
+
 def reference(model: WanTransformer, job: Job, embeds: list[torch.Tensor]) -> torch.Tensor:
     """The denoising loop in a few lines, with one expert."""
     schedule = schedule_of(job)
-    x = get_noise(job.seed, (4, 3, 4, 6))
+    x = get_noise(job.seed, LATENTS)
     history = solvers.new_state(schedule, x)
     rope = model.rope(3, 4, 6)
     prompt, negative = (model.encode_prompt(e.unsqueeze(0)) for e in embeds)
@@ -86,6 +125,149 @@ def test_the_loop_is_that_of_the_paper(rig: Rig) -> None:
     rig.memory.queues["prompts"].purge("0" * 32)
     assert is_empty(rig)
     assert stage.state().tasks == frozenset() and stage.state().bytes == 0
+
+
+@torch.inference_mode()
+def image_reference(
+    model: WanTransformer, job: Job, embeds: list[torch.Tensor], image: list[torch.Tensor]
+) -> torch.Tensor:
+    """The loop of Diffusers' image-to-video pipeline over our model and solver: the first frame is put in before each
+    forward and at the end, not into the solver's sample."""
+    schedule = schedule_of(job)
+    x = get_noise(job.seed, LATENTS)
+    history = solvers.new_state(schedule, x)
+    rope = model.rope(*LATENTS[1:])
+    prompts = [model.encode_prompt(e.unsqueeze(0)) for e in embeds]
+    tokens = model.encode_image(image[1].unsqueeze(0)) if len(image) > 1 else None
+    keep = torch.ones(1, *LATENTS[1:])
+    keep[:, 0] = 0
+    condition = image[0] if job.init_as == "first_frame" else torch.cat([(1 - keep).expand(4, -1, -1, -1), image[0]])
+    for index, timestep in enumerate(schedule.timesteps):
+        if job.init_as == "first_frame":
+            given, time = (1 - keep) * condition + keep * x, torch.tensor([[0, timestep]])
+        else:
+            given, time = torch.cat([x, condition]), torch.tensor([timestep])
+        v, u = (model(given.unsqueeze(0), time, prompt, rope, tokens)[0] for prompt in prompts)
+        x, history = solvers.step(schedule, index, u + job.guidance_scale * (v - u), x, history)
+    return (1 - keep) * condition + keep * x if job.init_as == "first_frame" else x
+
+
+def test_an_image_conditions_every_step(image_rig: Rig) -> None:
+    """An image for a model that takes its latents as channels, with CLIP's tokens, or as the first frame: the bytes are
+    those of Diffusers' loop over the same model; another image gives others; every slot is free at the end."""
+    stage = image_rig.load("dit")
+    assert isinstance(stage, DitStage)
+    job = image_job(image_rig)
+    image = put_image(image_rig, job)
+    latents = denoise(image_rig, job, stage)
+    expected = image_reference(stage._experts[0], job, put_prompts(image_rig, make_job(id="0" * 32)), image)
+    assert torch.equal(latents, expected)
+    image_rig.memory.queues["prompts"].purge("0" * 32)
+    for changed in range(len(image)):
+        other = image_job(image_rig)
+        put(image_rig, "init_latents", other, [x.flip(-1) if i == changed else x for i, x in enumerate(image)])
+        difference = denoise(image_rig, other, stage)[:, 1:] - latents[:, 1:]
+        assert float(difference.norm() / latents[:, 1:].norm()) > 1e-3
+    assert is_empty(image_rig)
+
+
+def test_every_committed_state_begins_with_the_image(checkpoint: Path) -> None:
+    """With the image as first frame, the first latent frame of the state is the image's after each step, to the bit."""
+    with Rig(checkpoint, FIRST_FRAME) as rig:
+        stage, job = rig.load("dit"), image_job(rig)
+        put_prompts(rig, job)
+        (image,) = put_image(rig, job)
+        stage.begin(job)
+        for index in range(4):
+            step(stage, job, index)
+            slot = rig.memory.state.find(job.id)
+            assert slot is not None
+            state = load_tensors(slot)
+            assert state is not None and torch.equal(state[1]["latents"][:, :1], image)
+        stage.drop(job.id)
+        assert torch.equal(take_latents(rig, job)[:, :1], image)
+
+
+def test_a_first_frame_model_without_an_image(rig: Rig, checkpoint: Path) -> None:
+    """Text to video with a model that can take a first frame: the bytes of the same model that cannot."""
+    with Rig(checkpoint, FIRST_FRAME) as other:
+        assert torch.equal(denoise(other, make_job()), denoise(rig, make_job()))
+
+
+def test_a_successor_takes_the_image_up_again(image_rig: Rig) -> None:
+    """A new process for each step of an image-to-video task: each finds the image in the queue; the same bytes."""
+    undisturbed, job = image_job(image_rig), image_job(image_rig)
+    put_image(image_rig, undisturbed)
+    expected = denoise(image_rig, undisturbed)
+    put_prompts(image_rig, job)
+    put_image(image_rig, job)
+    for index in range(4):
+        image_rig.reclaim("dit")
+        stage = image_rig.load("dit")
+        stage.begin(job)
+        step(stage, job, index)
+    assert image_rig.depths()["init_latents"] > 0
+    stage.drop(job.id)
+    assert torch.equal(take_latents(image_rig, job), expected)
+    assert is_empty(image_rig)
+
+
+def test_the_bytes_that_a_task_holds(channels_checkpoint: Path) -> None:
+    """After a step, `state` counts the latents, the history, the image's channels, and for both prompts and the image
+    the keys and values, with the rotation table; the image's only once. Nothing after the drop."""
+    with Rig(channels_checkpoint, CHANNELS) as rig:
+        stage, job = rig.load("dit"), image_job(rig)
+        put_prompts(rig, job)
+        put_image(rig, job)
+        stage.begin(job)
+        assert stage.state().bytes == 0
+        step(stage, job, 0)
+        voxels, tokens, layers, width = 3 * 4 * 6, 3 * 2 * 3, 2, 24
+        latents = (4 + 3 * 4 + 8) * voxels
+        keys_values = layers * 2 * (12 + 12 + 5) * width
+        assert stage.state().bytes == 4 * (latents + keys_values + tokens * 12)
+        stage.drop(job.id)
+        assert stage.state().bytes == 0
+
+
+def test_noise_from_cuda_needs_a_dit_on_cuda(rig: Rig) -> None:
+    """noise_device cuda and a dit on the CPU: the request fails, and says what to change; the next is served."""
+    stage, job = rig.load("dit"), make_job(noise_device="cuda")
+    put_prompts(rig, job)
+    stage.begin(job)
+    with pytest.raises(BadRequest, match="dit runs on cpu; use noise_device cpu"):
+        step(stage, job, 0)
+    stage.drop(job.id)
+    denoise(rig, make_job(), stage)
+    assert is_empty(rig)
+
+
+@pytest.mark.gpu
+def test_on_cuda(image_rig: Rig) -> None:
+    """The dit on CUDA, noise drawn there: finite; a successor in the middle comes to the same bytes; noise from the CPU
+    gives another video, near that of a dit on the CPU."""
+    job = image_job(image_rig, noise_device="cuda")
+    put_image(image_rig, job)
+    expected = denoise(image_rig, job, image_rig.load("dit", devices={"dit": "cuda"}))
+    assert bool(expected.isfinite().all())
+    job = image_job(image_rig, noise_device="cuda")
+    put_image(image_rig, job)
+    put_prompts(image_rig, job)
+    for indices in ((0, 1), (2, 3)):
+        image_rig.reclaim("dit")
+        stage = image_rig.load("dit", devices={"dit": "cuda"})
+        stage.begin(job)
+        for index in indices:
+            step(stage, job, index)
+    stage.drop(job.id)
+    assert torch.equal(take_latents(image_rig, job), expected)
+    on: dict[str, torch.Tensor] = {}
+    for device in ("cuda", "cpu"):
+        job = image_job(image_rig)
+        put_image(image_rig, job)
+        on[device] = denoise(image_rig, job, image_rig.load("dit", devices={"dit": device}))
+    assert not torch.equal(on["cuda"], expected)
+    torch.testing.assert_close(on["cuda"], on["cpu"], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
@@ -158,13 +340,14 @@ def test_an_init_video_is_kept_by_a_low_strength(rig: Rig) -> None:
     assert distances[0] < 0.5 * distances[1]
 
 
-def test_two_experts_share_the_schedule(checkpoint: Path) -> None:
+def test_two_experts_share_the_schedule(two_experts_checkpoint: Path) -> None:
     """With a boundary, high timesteps go to `transformer` with guidance_scale, the others to `transformer_2` with
     guidance_scale_2; a resume on either side of the switch gives the same bytes."""
-    with Rig(checkpoint, TWO_EXPERTS) as rig:
+    with Rig(two_experts_checkpoint, TWO_EXPERTS) as rig:
         fields = {"guidance_scale": 3.0, "guidance_scale_2": 1.0}
         stage = rig.load("dit")
-        assert set(stage.weights) == {"transformer", "transformer_2"}
+        assert set(stage.weights) == set(rig.loaded) == {"transformer", "transformer_2"}
+        assert all(done == total > 0 for done, total in rig.loaded.values())
         assert stage.weights["transformer"] != stage.weights["transformer_2"]
         expected = denoise(rig, make_job(**fields), stage)
         assert not torch.equal(expected, denoise(rig, make_job(guidance_scale=3.0, guidance_scale_2=2.0), stage))
@@ -177,6 +360,29 @@ def test_two_experts_share_the_schedule(checkpoint: Path) -> None:
             stage.begin(job)
             step(stage, job, index)
         assert torch.equal(take_latents(rig, job), expected)
+
+
+def first_state(rig: Rig, **fields: object) -> torch.Tensor:
+    """The latents that are committed after the first step."""
+    stage, job = rig.load("dit"), make_job(**fields)
+    put_prompts(rig, job)
+    stage.begin(job)
+    step(stage, job, 0)
+    slot = rig.memory.state.find(job.id)
+    assert slot is not None
+    state = load_tensors(slot)
+    assert state is not None
+    stage.drop(job.id)
+    return state[1]["latents"]
+
+
+def test_the_first_step_is_the_high_noise_experts(rig: Rig, two_experts_checkpoint: Path) -> None:
+    """The first step, at timestep 999, with two experts: the bytes of a model that has `transformer` only, guided by
+    guidance_scale; guidance_scale_2 does not touch it."""
+    with Rig(two_experts_checkpoint, TWO_EXPERTS) as two:
+        latents = first_state(two, guidance_scale=2.0, guidance_scale_2=5.0)
+    assert torch.equal(latents, first_state(rig, guidance_scale=2.0))
+    assert not torch.equal(latents, first_state(rig, guidance_scale=5.0))
 
 
 def test_a_step_that_is_not_finite_names_itself_and_is_not_committed(rig: Rig) -> None:

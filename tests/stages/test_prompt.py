@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from hypothesis import given, strategies as st
 
 from ipc.errors import BadCheckpoint, BadRequest
 from stages.prompt import clean, load_tokenizer, prompt_ids, token_ids
@@ -31,6 +33,35 @@ def tokenizer_json(checkpoint: Path) -> Path:
 def test_cleaning(raw: str, cleaned: str) -> None:
     """White space collapses, HTML that was escaped twice is unescaped, mojibake is repaired."""
     assert clean(raw) == cleaned
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "&lt;b&gt; &amp; &quot;q&quot; &#128512; &#x1F600; &nbsp;&hellip;",
+        "a &amp;lt;red&amp;gt; circle &amp;amp;amp; more",
+        "<b>a &amp;lt;red&amp;gt; circle &amp;amp;amp; more</b>",  # a tag keeps ftfy from unescaping
+        "👩‍👩‍👧 a family 🎬, ☺️ and 🇮🇹",
+        "cafÃ© â€œquotedâ€\x9d ðŸ˜€ ä¸\xadæ–‡",
+        "一只猫在草地上奔跑，画面清晰。",
+        "ＦＵＬＬ　ｗｉｄｔｈ，１２３",
+        "\u3000 a\u00a0\u2003b\u200bc \r\n\t d\u2028e \u3000",
+        "“curly” ‘quotes’, ﬁne ligatures, e\u0301 combining",
+        "\ufeffmark\x00\x07 and \x1b[31mcontrol\x1b[0m characters",
+        "< not a tag > && &unknown; &",
+    ],
+)
+def test_cleaning_equals_diffusers(raw: str) -> None:
+    """HTML entities, once and more often escaped, emoji, mojibake, Chinese, full-width forms, every kind of white
+    space, control characters: character for character what Diffusers' Wan pipelines make of them with ftfy, which is
+    the original's cleaning."""
+    assert clean(raw) == prompt_clean(raw)
+
+
+@given(st.text(st.sampled_from("a &;#<>lgtmpquo128x\n\t\u3000Ã©â€œ😀猫Ａ\x1b"), max_size=40) | st.text(max_size=40))
+def test_cleaning_of_any_text_equals_diffusers(raw: str) -> None:
+    """The same for any text."""
+    assert clean(raw) == prompt_clean(raw)
 
 
 def test_a_prompt_becomes_ids_with_its_end_token(tokenizer_json: Path) -> None:

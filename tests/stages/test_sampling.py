@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline
 
-from stages.sampling import Context, expert_index, first_sample, get_noise, guided, latent_shape, predict, schedule_of
-from stages.solvers import make_schedule
+from engine.models import load_model
+from stages.sampling import (
+    Context,
+    ImageLatents,
+    expert_index,
+    first_sample,
+    get_noise,
+    guided,
+    image_channels,
+    latent_shape,
+    pin_first_frame,
+    predict,
+    schedule_of,
+)
 from tests.stages.rig import MODEL, make_job, modules
 
 
@@ -39,12 +52,65 @@ def test_an_init_video_enters_the_schedule_late_with_the_noise_of_that_step() ->
 
 @pytest.mark.parametrize(
     ("steps", "shift", "boundary", "high"),
-    [(40, 12.0, 0.875, 26), (40, 5.0, 0.9, 15), (4, 5.0, 0.875, 2), (40, 3.0, 0.875, 12), (50, 5.0, None, 50)],
+    [(4, 5.0, 0.875, 2), (4, 5.0, 0.9, 2), (40, 3.0, 0.875, 12), (40, 8.0, 0.9, 19), (50, 5.0, None, 50)],
 )
 def test_the_timestep_chooses_the_expert(steps: int, shift: float, boundary: float | None, high: int) -> None:
     """The counts of high-noise steps that the original has for its schedules; one expert takes them all."""
-    timesteps = make_schedule("unipc", steps, shift).timesteps
+    timesteps = schedule_of(make_job(steps=steps, flow_shift=shift)).timesteps
     assert [expert_index(t, boundary) for t in timesteps] == [0] * high + [1] * (steps - high)
+
+
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+def test_the_boundary_itself_is_high_noise(boundary: float) -> None:
+    """The timestep at the boundary goes to the high-noise expert, the one below to the other."""
+    timestep = round(1000 * boundary)
+    assert [expert_index(t, boundary) for t in (timestep, timestep - 1)] == [0, 1]
+
+
+@pytest.mark.parametrize(("name", "high", "low"), [("wan2.2-t2v-a14b", 26, 14), ("wan2.2-i2v-a14b", 15, 25)])
+def test_the_steps_of_each_expert_by_default(name: str, high: int, low: int) -> None:
+    """With the published models' own steps, shift, solver and boundary: the counts of the original."""
+    model = load_model(name)
+    job = make_job(steps=model.defaults.steps, flow_shift=model.defaults.flow_shift, solver=model.defaults.solver)
+    experts = [expert_index(t, model.boundary) for t in schedule_of(job).timesteps]
+    assert experts == [0] * high + [1] * low
+
+
+@pytest.mark.gpu
+def test_noise_drawn_on_cuda() -> None:
+    """On CUDA a seed gives the same noise every time, another one than on the CPU, with one draw for the clip."""
+    noise = get_noise(7, (4, 3, 4, 6), "cuda")
+    assert noise.device.type == "cuda" and noise.dtype == torch.float32
+    assert torch.equal(noise, get_noise(7, (4, 3, 4, 6), "cuda"))
+    generator = torch.Generator("cuda").manual_seed(7)
+    assert torch.equal(noise, torch.randn(4, 3, 4, 6, generator=generator, device="cuda"))
+    assert not torch.equal(noise.cpu(), get_noise(7, (4, 3, 4, 6)))
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_the_mask_is_one_on_the_first_latent_frame(frames: int) -> None:
+    """The latents of the image get four channels before them, ones on the first latent frame and zeros on the others:
+    what Diffusers' image-to-video pipeline makes with the same latents, for one frame and for many."""
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[1.5] * 4
+    )
+    pipeline = WanImageToVideoPipeline(None, None, vae, UniPCMultistepScheduler())
+    with torch.no_grad():
+        condition = pipeline.prepare_latents(
+            torch.randn(1, 3, 32, 48), 1, 4, 32, 48, frames, torch.float32, torch.device("cpu")
+        )[1][0]
+    assert condition.shape == (8, (frames - 1) // 4 + 1, 4, 6)
+    assert torch.equal(image_channels(condition[4:], 4), condition)
+    assert bool((condition[:4, 0] == 1).all()) and not condition[:4, 1:].any()
+
+
+def test_a_pinned_first_frame() -> None:
+    """The first latent frame is the image's, the others stay; without an image everything stays."""
+    latents, frame = torch.randn(3, 5, 2, 2), torch.randn(3, 1, 2, 2)
+    pinned = pin_first_frame(latents, frame)
+    assert torch.equal(pinned[:, :1], frame) and torch.equal(pinned[:, 1:], latents[:, 1:])
+    assert pin_first_frame(latents, None) is latents
+    assert torch.equal(pin_first_frame(latents[:, :1], frame), frame)
 
 
 def test_guidance() -> None:
@@ -59,3 +125,16 @@ def test_guidance() -> None:
         both = predict(model, latents, 500, Context(prompt, negative, rope), 3.0)
     assert both.shape == latents.shape and both.dtype == torch.float32
     torch.testing.assert_close(both, alone[1] + 3 * (alone[0] - alone[1]))
+
+
+def test_the_tokens_of_a_given_first_frame_have_timestep_0() -> None:
+    """With a first frame, the velocity is that of the model at timesteps (0, t); without one, at t for every token."""
+    model = modules(MODEL)["transformer"].eval()
+    latents = torch.randn(4, 3, 4, 6)
+    with torch.inference_mode():
+        context = Context(model.encode_prompt(torch.randn(1, 12, 16)), None, model.rope(3, 4, 6))
+        given = predict(model, latents, 500, context, 1.0, ImageLatents(first_frame=latents[:, :1]))
+        expected = model(latents.unsqueeze(0), torch.tensor([[0, 500]]), context.prompt, context.rope)[0]
+        plain = predict(model, latents, 500, context, 1.0)
+    assert torch.equal(given, expected)
+    assert not torch.equal(given, plain)

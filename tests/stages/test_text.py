@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from engine.models import load_model
+from ipc.architecture import TextEncoderConfig
 from ipc.errors import BadRequest, NumericalError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
+from stages.models.text_encoder import build
 from stages.stage import Stage
 from stages.text import KEPT_PROMPTS, TextStage
+from tests.stages.reference import make_tokenizer
 from tests.stages.rig import MODEL, Rig, is_empty, make_job
+
+READ = 512
+"""Tokens that every published model reads."""
+
+
+class Parity(NamedTuple):
+    """The text stage and Diffusers' pipeline over the same random encoder and the same tokenizer file."""
+
+    rig: Rig
+    stage: TextStage
+    reference: WanPipeline
+
+    def expected(self, prompt: str, negative: str) -> list[torch.Tensor]:
+        """[512, text_dim] of each, as Diffusers gives them to the DiT."""
+        with torch.inference_mode():
+            return [e[0] for e in self.reference.encode_prompt(prompt, negative, max_sequence_length=READ)]
+
+
+def make_byte_tokenizer(path: Path) -> Path:
+    """Like that of UMT5, but tiny: Unigram pieces after `▁` for a space, bytes for what has no piece, `</s>` last."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁a", -3.0), ("▁cat", -4.0)]
+    pieces += [("猫", -4.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def parity(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parity]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = TextEncoderConfig(vocab_size=300, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    encoder = build(config).requires_grad_(False)
+    for parameter in encoder.parameters():
+        parameter.add_(0.2 * torch.randn_like(parameter))
+    file = make_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+    reference = WanPipeline(make_tokenizer(file), encoder, None, UniPCMultistepScheduler())
+    transformer = msgspec.structs.replace(MODEL.transformer, text_len=READ)
+    model = msgspec.structs.replace(MODEL, transformer=transformer, text_encoder=config)
+    with Rig(checkpoint, model) as rig:
+        start = rig.start(("text",), tokenizer=str(file))
+        yield Parity(rig, TextStage(start, rig.links(start), encoder, "random"), reference)
 
 
 def embed(rig: Rig, stage: Stage, job: Job) -> list[torch.Tensor]:
@@ -38,6 +93,40 @@ def test_a_prompt_becomes_embeddings_with_zero_rows_behind(rig: Rig) -> None:
     assert is_empty(rig)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat",
+        "&lt;b&gt;a &amp;amp; cat&lt;/b&gt;",
+        "👩‍👩‍👧 a cat 🎬",
+        "一只猫在草地上奔跑，画面清晰。",
+        "ＦＵＬＬ　ｗｉｄｔｈ \t cafÃ©",
+        " a " * 511,
+    ],
+)
+def test_embeddings_equal_those_of_diffusers(parity: Parity, prompt: str) -> None:
+    """Entities, emoji, Chinese, full-width forms, mojibake, a prompt of exactly 512 tokens; with the models' own
+    negative prompt, or an empty one: the rows are within 1e-5 of those that Diffusers' pipeline hands to the DiT from
+    512 padded and masked ones, and zero exactly where those are."""
+    for negative in ("", load_model("wan2.1-t2v-1.3b").defaults.negative_prompt):
+        actual = embed(parity.rig, parity.stage, make_job(prompt=prompt, negative_prompt=negative))
+        for ours, theirs in zip(actual, parity.expected(prompt, negative), strict=True):
+            assert ours.shape == theirs.shape == (READ, 16)
+            assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
+            assert torch.equal(ours.any(1), theirs.any(1))
+
+
+def test_what_diffusers_cuts_off_is_refused(parity: Parity) -> None:
+    """600 tokens where the model reads 512: Diffusers, as the original, keeps 511 of them and `</s>` and says nothing;
+    here the request fails and says how long its prompt is, be it the negative one."""
+    cut, whole = (parity.expected("a " * words, "")[0] for words in (599, 511))
+    assert torch.equal(cut, whole)
+    for prompts in ({"prompt": "a " * 599}, {"negative_prompt": "a " * 599}):
+        with pytest.raises(BadRequest, match="600 tokens; the model reads at most 512"):
+            embed(parity.rig, parity.stage, make_job(**prompts))
+        parity.rig.reclaim("text")
+
+
 def test_no_negative_prompt_without_guidance(rig: Rig) -> None:
     """Guidance 1 puts the prompt alone; guidance of the second expert alone puts both."""
     stage = rig.load("text")
@@ -56,6 +145,13 @@ def test_putting_twice_changes_nothing(rig: Rig) -> None:
         rig.reclaim("text")
     assert rig.depths()["prompts"] == 2
     assert rig.memory.check_integrity() == []
+
+
+def test_loading_is_told_to_its_end(rig: Rig) -> None:
+    """While the weights are read the supervisor hears how far: at the end, that all bytes of the files were read."""
+    rig.load("text")
+    done, total = rig.loaded["text_encoder"]
+    assert done == total > 0
 
 
 def test_few_embeddings_are_kept(rig: Rig) -> None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from engine.params import ModelParams
 from ipc.errors import BadRequest, NumericalError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
+from stages.models.image_encoder import image_tokens
 from stages.stage import Stage
-from stages.vae import VaeStage, split_frames, to_frames, to_pixels
-from tests.stages.rig import Rig, is_empty, make_job
+from stages.vae import VaeStage, init_chunks, to_frames, to_pixels
+from tests.stages.reference import make_image_encoder
+from tests.stages.rig import CHANNELS, FIRST_FRAME, Rig, is_empty, make_checkpoint, make_job
+
+replace = msgspec.structs.replace
+FIRST_FRAME_22 = replace(FIRST_FRAME, vae=replace(FIRST_FRAME.vae, is_residual=True, patch_size=2, decoder_base_dim=8))
 
 
 def put_latents(rig: Rig, job: Job) -> torch.Tensor:
@@ -122,6 +130,100 @@ def test_an_init_image_becomes_latents(rig: Rig, tmp_path: Path) -> None:
     assert is_empty(rig)
 
 
+def noise(path: Path, height: int, width: int) -> torch.Tensor:
+    """Write a picture; what is in it, [height, width, 3]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return torch.from_numpy(pixels)
+
+
+def with_image_encoder(directory: Path) -> Path:
+    """A checkpoint whose image encoder has its last block and norm, as it is published."""
+    make_checkpoint(directory, CHANNELS)
+    torch.manual_seed(1)
+    state = make_image_encoder(CHANNELS.image_encoder).state_dict()
+    save_file(state, directory / "image_encoder" / "model.safetensors")
+    return directory
+
+
+def encode(stage: Stage, job: Job) -> None:
+    stage.begin(job)
+    stage.step(Run(id=job.id, phase="encode", index=0))
+
+
+def test_an_image_to_move_becomes_latents_and_tokens(tmp_path: Path) -> None:
+    """Image-to-video with channels: sequence 0 is the VAE's encoding of the image and 8 frames of grey; sequence 1 the
+    tokens of the picture at its own size, which is not the request's. A second time, after a crash, they are the same
+    bytes. The hashes of both networks are told."""
+    pixels = noise(tmp_path / "i.png", 64, 96)
+    job = make_job(init=str(tmp_path / "i.png"), init_as="channels")
+    put = []
+    with Rig(with_image_encoder(tmp_path / "checkpoint"), CHANNELS) as rig:
+        for _ in range(2):
+            stage = rig.load("vae")
+            assert isinstance(stage, VaeStage) and stage._image_encoder is not None
+            assert stage.weights.keys() == rig.loaded.keys() == {"vae", "image_encoder"}
+            encode(stage, job)
+            put.append([take(rig, "init_latents", job, sequence) for sequence in range(2)])
+            rig.reclaim("vae")
+        with torch.inference_mode():
+            clip = torch.zeros(1, 3, 9, 32, 48)
+            clip[:, :, :1] = next(init_chunks(job, 4))
+            latents = stage._vae.encode(clip)[0]
+            tokens = image_tokens(stage._image_encoder, pixels)
+        stage.drop(job.id)
+        assert is_empty(rig)
+    assert all(torch.equal(a, b) for a, b in zip(*put, strict=True))
+    torch.testing.assert_close(put[0][0], latents, atol=1e-4, rtol=1e-4)
+    assert put[0][0].shape == (4, 3, 4, 6) and put[0][1].shape == (5, 8)
+    assert torch.equal(put[0][1], tokens) and tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("model", "shape"), [(FIRST_FRAME, (4, 1, 4, 6)), (FIRST_FRAME_22, (4, 1, 2, 3))])
+def test_an_image_as_first_frame(tmp_path: Path, model: ModelParams, shape: tuple[int, ...]) -> None:
+    """Image-to-video with a first frame: the image's own latent frame, for the VAEs of stride 8 and 16, and no more."""
+    pixels = noise(tmp_path / "i.png", 32, 48)
+    job = make_job(init=str(tmp_path / "i.png"), init_as="first_frame")
+    with Rig(make_checkpoint(tmp_path / "checkpoint", model), model) as rig:
+        stage = rig.load("vae")
+        assert isinstance(stage, VaeStage)
+        encode(stage, job)
+        assert rig.depths()["init_latents"] == 1
+        latents = take(rig, "init_latents", job)
+        with torch.inference_mode():
+            assert torch.equal(latents, stage._vae.encode(to_pixels(pixels[None]))[0])
+        stage.drop(job.id)
+        assert latents.shape == shape and is_empty(rig)
+
+
+@pytest.mark.parametrize("init_as", ["start", "channels", "first_frame"])
+def test_a_clip_comes_in_chunks(tmp_path: Path, init_as: str) -> None:
+    """81 frames at 832x480 from a picture: 1 frame, then 8 at a time, never more at once; the picture first, at any
+    request's size; then the same picture, mid-grey, or nothing."""
+    noise(tmp_path / "i.png", 30, 50)
+    job = make_job(init=str(tmp_path / "i.png"), init_as=init_as, num_frames=81, height=480, width=832)
+    counts = []
+    for chunk in init_chunks(job, 8):
+        assert chunk.shape[:2] == (1, 3) and chunk.shape[3:] == (480, 832) and chunk.dtype == torch.float32
+        if not counts:
+            first = chunk
+        assert torch.equal(chunk[:, :, -1:], first if init_as == "start" or not counts else torch.zeros_like(first))
+        counts.append(chunk.shape[2])
+    assert counts == ([1] if init_as == "first_frame" else [1] + [8] * 10)
+
+
+def test_values_of_the_image_encoder_that_are_not_finite(tmp_path: Path) -> None:
+    """A NaN in the image encoder's weights: `NumericalError` that names that network."""
+    noise(tmp_path / "i.png", 32, 48)
+    job = make_job(init=str(tmp_path / "i.png"), init_as="channels")
+    with Rig(with_image_encoder(tmp_path / "checkpoint"), CHANNELS) as rig:
+        stage = rig.load("vae")
+        assert isinstance(stage, VaeStage) and stage._image_encoder is not None
+        stage._image_encoder.vision_model.pre_layrnorm.weight = torch.nn.Parameter(torch.full((8,), torch.nan))
+        with pytest.raises(NumericalError, match="weights of the image encoder"):
+            encode(stage, job)
+
+
 def test_a_file_that_is_no_picture_fails_the_request(rig: Rig, tmp_path: Path) -> None:
     """Text as init file: `BadRequest`, nothing is put, and the stage goes on."""
     (tmp_path / "init.png").write_text("not a picture")
@@ -147,11 +249,9 @@ def test_values_that_are_not_finite_fail_the_request(rig: Rig) -> None:
 
 
 def test_pixels_and_frames() -> None:
-    """Every uint8 value survives the way to [-1, 1] and back; frames are split as the encoder wants them."""
+    """Every uint8 value survives the way to [-1, 1] and back."""
     frames = torch.arange(256, dtype=torch.uint8).repeat(9, 1, 1).unsqueeze(-1).expand(9, 1, 256, 3)
     pixels = to_pixels(frames)
     assert pixels.shape == (1, 3, 9, 1, 256)
     assert (float(pixels.min()), float(pixels.max())) == (-1.0, 1.0)
     assert torch.equal(to_frames(pixels), frames)
-    assert [len(chunk) for chunk in split_frames(frames, 8)] == [1, 8]
-    assert [len(chunk) for chunk in split_frames(frames[:1], 8)] == [1]

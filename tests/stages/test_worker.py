@@ -27,6 +27,7 @@ from ipc.messages import (
     Drop,
     Dropped,
     Job,
+    Loading,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -35,7 +36,16 @@ from ipc.messages import (
     StageName,
     StartFailed,
 )
-from stages.worker import EXIT_DEVICE_LOST, EXIT_ORPHANED, EXIT_START_FAILED, describe, is_device_lost, summary
+from stages.worker import (
+    EXIT_DEVICE_LOST,
+    EXIT_ORPHANED,
+    EXIT_START_FAILED,
+    LOADING_INTERVAL,
+    LoadingReporter,
+    describe,
+    is_device_lost,
+    summary,
+)
 from tests.stages.process import ROOT, WAIT, WorkerProcess
 from tests.stages.rig import STAGES, Rig, is_empty, make_job, quanta
 
@@ -173,17 +183,50 @@ def test_errors_fail_one_request_and_the_writer_goes_on_without_torch(
 
 
 def test_a_process_that_cannot_load_says_why_and_leaves(rig: Rig, tmp_path: Path) -> None:
-    """The checkpoint lacks the text encoder's file: `StartFailed` names it, and the process leaves with its status."""
+    """The text encoder's file in the checkpoint is broken: `StartFailed` names it, and the process leaves with its
+    status."""
     broken = tmp_path / "checkpoint"
     shutil.copytree(rig.checkpoint, broken)
-    (broken / "text_encoder" / "model.safetensors").unlink()
+    (broken / "text_encoder" / "model.safetensors").write_bytes(b"{}")
     rig.checkpoint = broken
     with WorkerProcess(rig, ("text",)) as process:
         report = process.hear()
         assert isinstance(report, StartFailed)
         assert report.error.code == "bad_checkpoint"
-        assert "text_encoder/model.safetensors" in report.error.message
+        assert "text_encoder: model.safetensors" in report.error.message
         assert process.popen.wait(WAIT) == EXIT_START_FAILED
+
+
+def test_what_is_loaded_is_reported(rig: Rig) -> None:
+    """A fused process tells of every component that it loads, at least when it begins and when it has all of it, and
+    counts its progress as it goes."""
+    with WorkerProcess(rig) as process:
+        process.ready()
+        last = {report.component: report for report in process.loading}
+        assert list(last) == ["text_encoder", "transformer", "vae"]
+        assert all(0 < report.done == report.total for report in last.values())
+        assert process.counter.value >= len(process.loading)
+
+
+def test_reports_of_loading_are_few_and_never_wait() -> None:
+    """Ten thousand signs of progress of a component become its first report, its last, and five a second; each is
+    a beat of the counter. When the supervisor does not read, reports are left out instead of waiting."""
+    ours, theirs = Channel.pair()
+    supervisor: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
+    with ProgressCounter.create() as counter, supervisor, Channel(theirs, AnyStageReport) as stage:
+        loading = LoadingReporter(stage, counter.increment)
+        began = time.monotonic()
+        for done in range(1, 10_001):
+            loading("vae", done, 10_000)
+        reports = []
+        while (received := supervisor.try_receive()) is not None:
+            reports.append(received.message)
+        assert reports[0] == Loading(component="vae", done=1, total=10_000)
+        assert reports[-1] == Loading(component="vae", done=10_000, total=10_000)
+        assert len(reports) <= 2 + (time.monotonic() - began) / LOADING_INTERVAL
+        for number in range(10_000):
+            loading(f"component {number}", 0, 1)
+        assert counter.value == 20_000
 
 
 def test_a_process_leaves_when_its_channel_ends(rig: Rig) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.models import list_models, load_model
+from engine.params import ModelParams
 from ipc.architecture import TransformerConfig
 from stages.models.transformer import WanTransformer, keeps_float32
 
@@ -49,6 +52,19 @@ CONFIGS = [
     ),
 ]
 SIZES = [(3, 6, 10), (1, 2, 14), (5, 10, 4)]
+PUBLISHED = [name for name in list_models() if name.startswith("wan2")]
+IMAGE = msgspec.structs.replace(CONFIGS[0], in_channels=36, image_dim=20)
+IMAGE_TOKENS = 11
+
+
+def shrunk(model: ModelParams) -> TransformerConfig:
+    """The model's transformer, small: its channels, patches, norms and image tokens kept. text_len stays, because that
+    is where Diffusers divides image from text."""
+    width = 20 if model.transformer.image_dim is not None else None
+    return msgspec.structs.replace(
+        model.transformer, num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=60, text_dim=28,
+        freq_dim=32, image_dim=width,
+    )  # fmt: skip
 
 
 def make_reference(config: TransformerConfig) -> WanTransformer3DModel:
@@ -65,6 +81,8 @@ def make_reference(config: TransformerConfig) -> WanTransformer3DModel:
         cross_attn_norm=config.cross_attn_norm,
         eps=config.eps,
         rope_max_seq_len=config.rope_max_seq_len,
+        image_dim=config.image_dim,
+        added_kv_proj_dim=config.dim if config.image_dim is not None else None,
     )
 
 
@@ -83,8 +101,18 @@ def make_inputs(config: TransformerConfig, size: tuple[int, int, int], batch: in
     return latents, torch.tensor([987, 13][:batch]), prompt
 
 
-def run(model: WanTransformer, latents: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-    return model(latents, timestep, model.encode_prompt(prompt), model.rope(*latents.shape[2:]))
+def make_image_tokens(config: TransformerConfig, batch: int) -> Tensor | None:
+    if config.image_dim is None:
+        return None
+    # So small that the norms' epsilon counts.
+    return 0.05 * torch.randn(batch, IMAGE_TOKENS, config.image_dim, generator=torch.Generator().manual_seed(2))
+
+
+def run(
+    model: WanTransformer, latents: Tensor, timestep: Tensor, prompt: Tensor, tokens: Tensor | None = None
+) -> Tensor:
+    image = model.encode_image(tokens) if tokens is not None else None
+    return model(latents, timestep, model.encode_prompt(prompt), model.rope(*latents.shape[2:]), image)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -98,6 +126,69 @@ def test_velocity_equals_diffusers(
     latents, timestep, prompt = make_inputs(config, size, batch=2)
     expected = reference(latents, timestep, prompt, return_dict=False)[0]
     assert relative_error(run(model, latents, timestep, prompt), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_velocity_of_every_published_model(name: str, harden: Harden, relative_error: Compare) -> None:
+    """Each published model, shrunk, with two clips at two timesteps and image tokens if it sees them: the velocity of
+    Diffusers to 1e-5, of the channels that go on, out of those that come in."""
+    config = shrunk(load_model(name))
+    reference = harden(make_reference(config))
+    model = make_model(config, reference.state_dict())
+    latents, timestep, prompt = make_inputs(config, SIZES[0], batch=2)
+    tokens = make_image_tokens(config, batch=2)
+    expected = reference(latents, timestep, prompt, tokens, return_dict=False)[0]
+    actual = run(model, latents, timestep, prompt, tokens)
+    assert actual.shape == (2, config.out_channels, *SIZES[0])
+    assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_given_first_frame_has_timestep_0(
+    size: tuple[int, int, int], harden: Harden, relative_error: Compare
+) -> None:
+    """Wan2.2-TI2V-5B, shrunk, at timesteps (0, t): the velocity of Diffusers with a timestep per token, 0 for those of
+    the first latent frame; not that of t for all."""
+    model_params = load_model("wan2.2-ti2v-5b")
+    assert model_params.conditioning == "first_frame"
+    config = shrunk(model_params)
+    reference = harden(make_reference(config))
+    model = make_model(config, reference.state_dict())
+    latents, timestep, prompt = make_inputs(config, size, batch=2)
+    mask = torch.ones(size)
+    mask[0] = 0
+    per_token = (mask[:, ::2, ::2].flatten() * timestep.unsqueeze(1)).long()
+    assert per_token.shape == (2, model.rope(*size).shape[0])
+    expected = reference(latents, per_token, prompt, return_dict=False)[0]
+    pair = torch.stack((torch.zeros_like(timestep), timestep), dim=1)
+    assert relative_error(run(model, latents, pair, prompt), expected) <= 1e-5
+    assert relative_error(run(model, latents, timestep, prompt), expected) > 1e-3
+
+
+def test_two_equal_timesteps_are_one(harden: Harden, relative_error: Compare) -> None:
+    """(t, t) for the first frame and the others is t for all, also for a clip of one frame."""
+    config = CONFIGS[0]
+    model = make_model(config, harden(make_reference(config)).state_dict())
+    for size in SIZES[:2]:
+        latents, timestep, prompt = make_inputs(config, size, batch=2)
+        pair = timestep.unsqueeze(1).expand(-1, 2)
+        assert relative_error(run(model, latents, pair, prompt), run(model, latents, timestep, prompt)) <= 1e-6
+
+
+def test_image_tokens_serve_every_prompt(harden: Harden, relative_error: Compare) -> None:
+    """The image's keys and values, made once for a batch of one, go with either prompt: as when made with that prompt;
+    and other tokens give another velocity."""
+    model = make_model(IMAGE, harden(make_reference(IMAGE)).state_dict())
+    latents, timestep, prompt = make_inputs(IMAGE, SIZES[0], batch=2)
+    tokens = make_image_tokens(IMAGE, batch=1)
+    assert tokens is not None
+    image, rope = model.encode_image(tokens), model.rope(*SIZES[0])
+    assert image.shape == (IMAGE.num_layers, 2, 1, IMAGE_TOKENS, 3, 64)
+    together = run(model, latents, timestep, prompt, tokens.expand(2, -1, -1))
+    for i in range(2):
+        alone = model(latents[i : i + 1], timestep[i : i + 1], model.encode_prompt(prompt[i : i + 1]), rope, image)
+        assert relative_error(together[i : i + 1], alone) <= 1e-5
+    assert relative_error(run(model, latents, timestep, prompt, tokens.flip(2).expand(2, -1, -1)), together) > 1e-3
 
 
 def test_batch_is_independent(harden: Harden, relative_error: Compare) -> None:
@@ -126,6 +217,51 @@ def test_bfloat16_weights_give_float32_velocity(keep: bool, harden: Harden, rela
     assert relative_error(actual, expected) <= 3e-2
 
 
+def bfloat16_of_diffusers(reference: WanTransformer3DModel) -> WanTransformer3DModel:
+    """In place what `from_pretrained(torch_dtype=torch.bfloat16)` gives: bfloat16 but for the modules it names."""
+    for name, parameter in reference.named_parameters():
+        if not set(name.split(".")) & set(reference._keep_in_fp32_modules):
+            parameter.data = parameter.data.bfloat16()
+    return reference
+
+
+@pytest.mark.parametrize("kind", ["text", "image tokens", "first frame"])
+def test_the_float32_residual_stream_keeps_bfloat16_exact(kind: str, harden: Harden, relative_error: Compare) -> None:
+    """30 layers in bfloat16, of weights that bfloat16 holds exactly: within 6e-3 of float32, and at most half as far
+    from it as Diffusers, which rounds the residual stream to bfloat16 after each of its parts."""
+    config = TransformerConfig(
+        num_attention_heads=2, attention_head_dim=64, num_layers=30, ffn_dim=512, text_dim=64,
+        in_channels=36 if kind == "image tokens" else 16, image_dim=20 if kind == "image tokens" else None,
+    )  # fmt: skip
+    reference = harden(make_reference(config))
+    weights = {name: w.bfloat16().float() for name, w in reference.state_dict().items()}
+    reference.load_state_dict(weights)
+    latents, timestep, prompt = make_inputs(config, (3, 16, 16), batch=1)
+    tokens, theirs = make_image_tokens(config, batch=1), timestep
+    if kind == "first frame":
+        timestep, theirs = torch.tensor([[0, 987]]), torch.tensor([[0] * 64 + [987] * 128])
+    exact = run(make_model(config, weights), latents, timestep, prompt, tokens)
+    assert relative_error(reference(latents, theirs, prompt, tokens, return_dict=False)[0], exact) <= 1e-5
+    rounded = {name: w if keeps_float32(name) else w.bfloat16() for name, w in weights.items()}
+    ours = relative_error(run(make_model(config, rounded), latents, timestep, prompt, tokens), exact)
+    inputs = (latents.bfloat16(), theirs, prompt.bfloat16(), None if tokens is None else tokens.bfloat16())
+    diffusers = relative_error(bfloat16_of_diffusers(reference)(*inputs, return_dict=False)[0], exact)
+    assert ours <= 6e-3
+    assert 2 * ours <= diffusers
+
+
+def test_what_stays_float32() -> None:
+    """Of an image-to-video model these tensors are used in float32, and no others."""
+    with torch.device("meta"):
+        names = WanTransformer(IMAGE).state_dict()
+    time = ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj"]
+    modules = [f"condition_embedder.{name}" for name in (*time, "image_embedder.norm1", "image_embedder.norm2")]
+    modules += ["proj_out", *(f"blocks.{i}.norm2" for i in range(2))]
+    expected = {f"{module}.{tensor}" for module in modules for tensor in ("weight", "bias")}
+    expected |= {"scale_shift_table", *(f"blocks.{i}.scale_shift_table" for i in range(2))}
+    assert {name for name in names if keeps_float32(name)} == expected
+
+
 def test_float_timesteps(harden: Harden) -> None:
     """Timestep 500 as int64 and as float32 is the same timestep."""
     config = CONFIGS[1]
@@ -135,11 +271,12 @@ def test_float_timesteps(harden: Harden) -> None:
     assert torch.equal(run(model, latents, torch.tensor([500.0]), prompt), integer)
 
 
-def test_every_parameter_is_trained(harden: Harden) -> None:
-    """Backward through encode_prompt and forward leaves a finite, non-zero gradient on every parameter."""
-    config = CONFIGS[0]
+@pytest.mark.parametrize("config", [CONFIGS[0], IMAGE], ids=["text", "image"])
+def test_every_parameter_is_trained(config: TransformerConfig, harden: Harden) -> None:
+    """Backward through both encoders and forward leaves a finite, non-zero gradient on every parameter."""
     model = make_model(config, harden(make_reference(config)).state_dict()).requires_grad_(True)
-    run(model, *make_inputs(config, SIZES[0], batch=2)).square().mean().backward()
+    inputs = make_inputs(config, SIZES[0], batch=2)
+    run(model, *inputs, make_image_tokens(config, batch=2)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -149,27 +286,21 @@ def test_every_parameter_is_trained(harden: Harden) -> None:
 
 def test_forward_reads_no_data_on_the_host() -> None:
     """The whole forward runs on tensors without data: nothing in it asks for a value, so CUDA graphs can capture it."""
-    config = CONFIGS[0]
     with FakeTensorMode():
-        model = WanTransformer(config)
-        velocity = run(model, *make_inputs(config, SIZES[0], batch=2))
-    assert velocity.shape == (2, 16, *SIZES[0])
+        model = WanTransformer(IMAGE)
+        latents, timestep, prompt = make_inputs(IMAGE, SIZES[0], batch=2)
+        tokens = make_image_tokens(IMAGE, batch=2)
+        for time in (timestep, timestep.unsqueeze(1).expand(-1, 2)):
+            assert run(model, latents, time, prompt, tokens).shape == (2, 16, *SIZES[0])
 
 
-@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-t2v-14b"])
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models(name: str, facts: dict[str, Any]) -> None:
-    """On meta, the published configs have the published tensors: names, shapes, count; and no buffers."""
-    fact = facts["transformer"][name]
-    numbers = fact["config"]
-    config = TransformerConfig(
-        num_attention_heads=numbers["num_heads"],
-        attention_head_dim=numbers["dim"] // numbers["num_heads"],
-        num_layers=numbers["num_layers"],
-        ffn_dim=numbers["ffn_dim"],
-        text_dim=numbers["text_dim"],
-    )
+    """On meta, the configs of `configs/models` have the published tensors: names, shapes, count; and no buffers."""
+    model_params = load_model(name)
+    fact = facts["transformer"][name.removesuffix("-480p").removesuffix("-720p")]
     with torch.device("meta"):
-        model = WanTransformer(config)
+        model = WanTransformer(model_params.transformer)
     shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     assert len(shapes) == fact["tensors"]
     assert sum(parameter.numel() for parameter in model.parameters()) == fact["parameters"]
@@ -177,6 +308,32 @@ def test_published_models(name: str, facts: dict[str, Any]) -> None:
         fact["shapes"]
     )
     assert not list(model.buffers())
+
+
+def test_every_published_model_is_known(facts: dict[str, Any]) -> None:
+    """No published model of the facts lacks its config, and none of the configs its facts."""
+    assert {name.removesuffix("-480p").removesuffix("-720p") for name in PUBLISHED} == set(facts["transformer"])
+
+
+@pytest.mark.parametrize("shape", [(1, IMAGE_TOKENS, 21), (IMAGE_TOKENS, 20)])
+def test_wrong_image_tokens(shape: tuple[int, ...]) -> None:
+    """Image tokens of another width or without a batch: ValueError with what was expected and what came."""
+    with torch.device("meta"):
+        model = WanTransformer(IMAGE)
+        tokens = torch.empty(shape)
+    with pytest.raises(ValueError, match=r"image_embeds must be \[B, N, 20\], got"):
+        model.encode_image(tokens)
+
+
+def test_an_image_for_the_wrong_model() -> None:
+    """Image tokens for a model that sees none, or none for one that does: ValueError, never a forward without them."""
+    for config, image in ((CONFIGS[0], torch.empty(1)), (IMAGE, None)):
+        with torch.device("meta"):
+            model = WanTransformer(config)
+        with pytest.raises(ValueError, match=r"image is (missing|given), but image_dim is"):
+            model(torch.empty(1), torch.empty(1), torch.empty(1), torch.empty(1), image)
+    with torch.device("meta"), pytest.raises(ValueError, match="image_dim is not set"):
+        WanTransformer(CONFIGS[0]).encode_image(torch.empty(1, IMAGE_TOKENS, 20))
 
 
 @pytest.mark.parametrize("shape", [(1, TEXT_LEN - 1, 40), (1, TEXT_LEN, 41), (TEXT_LEN, 40)])

@@ -1,0 +1,182 @@
+"""The networks on CUDA against the same weights in float32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.models import list_models, load_model
+from engine.params import ModelParams
+from hotreload.checkpoint import open_checkpoint
+from hotreload.reading import BUFFERS
+from hotreload.weights import load_weights
+from stages.models import text_encoder
+from stages.models.image_encoder import ImageEncoder
+from stages.models.transformer import WanTransformer, keeps_float32
+from stages.models.vae import WanVae
+from stages.sampling import get_noise
+from tools.make_checkpoint import make_checkpoint, shrink
+
+pytestmark = pytest.mark.gpu
+
+MODELS = [name for name in list_models() if name != "wan-demo"]
+IDS = [5, 60, 211, 17, 340, 1]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """No TF32: float32 on the GPU is compared with float32 on the CPU."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[ModelParams, Path]]:
+    """A shrunken model and its checkpoint, float32 on the disk; made when first asked for."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def make(name: str) -> tuple[ModelParams, Path]:
+        model = shrink(load_model(name))
+        if not (root / name).is_dir():
+            make_checkpoint(model, root / name, "diffusers", dtype=torch.float32)
+        return model, root / name
+
+    return make
+
+
+def load(
+    network: Callable[[], nn.Module],
+    directory: Path,
+    component: str,
+    device: str,
+    dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+) -> tuple[nn.Module, str]:
+    """The network with a component's weights, and their content hash."""
+    with torch.device("meta"):
+        module = network()
+    experts = ("transformer_2",) if (directory / "transformer_2").is_dir() else ()
+    found = open_checkpoint(directory, (component, *experts)).components[component]
+    aliases = text_encoder.ALIASES if component == "text_encoder" else None
+    return module, load_weights(module, found, device=device, dtype=dtype, aliases=aliases)
+
+
+def mixed(name: str) -> torch.dtype:
+    """As the dit stage loads a transformer on a GPU."""
+    return torch.float32 if keeps_float32(name) else torch.bfloat16
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """||got - expected|| / ||expected||."""
+    return float((got.cpu().double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.inference_mode()
+def velocity(dit: WanTransformer, model: ModelParams, device: str) -> Tensor:
+    """At normal latents of 5x16x16, for a prompt of six rows; the first frame at timestep 0 where models do that."""
+    generator = torch.Generator().manual_seed(0)
+    t = model.transformer
+    latents = torch.randn(1, t.in_channels, 5, 16, 16, generator=generator).to(device)
+    prompt = torch.zeros(1, t.text_len, t.text_dim)
+    prompt[:, :6] = torch.randn(6, t.text_dim, generator=generator)
+    image = None
+    if model.image_encoder is not None:
+        tokens = torch.randn(1, model.image_encoder.tokens, model.image_encoder.hidden_size, generator=generator)
+        image = dit.encode_image(tokens.to(device))
+    time = torch.tensor([[0, 637]] if model.conditioning == "first_frame" else [637], device=device)
+    return dit(latents, time, dit.encode_prompt(prompt.to(device)), dit.rope(5, 16, 16), image)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_transformer_in_bfloat16(name: str, tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """Every model's DiT on CUDA as it is served, against float32 on the CPU: at most 6e-3 apart. In float32: 1e-5."""
+    model, directory = tiny(name)
+    expected, exact, half = (
+        velocity(load(lambda: WanTransformer(model.transformer), directory, "transformer", *where)[0], model, where[0])  # type: ignore[arg-type]
+        for where in (("cpu",), ("cuda",), ("cuda", mixed))
+    )
+    assert relative(exact, expected) <= 1e-5
+    assert relative(half, expected) <= 6e-3
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"])
+@torch.inference_mode()
+def test_the_vae_in_float32(name: str, tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """Both VAEs on CUDA against the CPU, encode and decode, whole and in chunks: at most 1e-4 apart."""
+    model, directory = tiny(name)
+    generator = torch.Generator().manual_seed(0)
+    side = 4 * model.vae.spatial_stride
+    frames = torch.rand(1, 3, 9, side, side, generator=generator) * 2 - 1
+    latents = torch.randn(1, model.vae.z_dim, 3, 4, 4, generator=generator)
+    cpu, gpu = (load(lambda: WanVae(model.vae), directory, "vae", device)[0] for device in ("cpu", "cuda"))
+    assert isinstance(cpu, WanVae)
+    assert isinstance(gpu, WanVae)
+    encoded, decoded = cpu.encode(frames), cpu.decode(latents)
+    assert relative(gpu.encode(frames.cuda()), encoded) <= 1e-4
+    assert relative(gpu.decode(latents.cuda()), decoded) <= 1e-4
+    cache: dict[str, Tensor] = {}
+    chunks = [gpu.decode_chunk(latents[:, :, i : i + 1].cuda(), cache) for i in range(3)]
+    assert relative(torch.cat(chunks, dim=2), decoded) <= 1e-4
+
+
+def test_the_text_encoder_in_bfloat16(tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """UMT5 on CUDA against float32 on the CPU: 1e-5 apart in float32, at most 2e-2 in bfloat16, which rounds every
+    residual."""
+    model, directory = tiny("wan2.1-t2v-1.3b")
+    expected, exact, half = (
+        text_encoder.encode(
+            load(lambda: text_encoder.build(model.text_encoder), directory, "text_encoder", *where)[0],  # type: ignore[arg-type]
+            IDS,
+        )
+        for where in (("cpu",), ("cuda",), ("cuda", lambda name: torch.bfloat16))
+    )
+    assert relative(exact, expected) <= 1e-5
+    assert half.dtype == torch.bfloat16
+    assert relative(half, expected) <= 2e-2
+
+
+@torch.inference_mode()
+def test_the_image_encoder(tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """CLIP's tower on CUDA against the CPU in float32: at most 1e-5 apart."""
+    model, directory = tiny("wan2.1-i2v-14b-480p")
+    config = model.image_encoder
+    assert config is not None
+    picture = torch.randn(1, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    cpu, gpu = (load(lambda: ImageEncoder(config), directory, "image_encoder", device)[0] for device in ("cpu", "cuda"))
+    assert relative(gpu(picture.cuda()), cpu(picture)) <= 1e-5
+
+
+def test_weights_on_cuda_are_those_on_the_cpu(tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """A float32 checkpoint streamed to CUDA and cast there to bfloat16 has the bits of the cast on the CPU and the same
+    content hash; beyond the weights, the GPU held the buffers of the stream and no more."""
+    model, directory = tiny("wan2.2-ti2v-5b")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gpu, gpu_hash = load(lambda: WanTransformer(model.transformer), directory, "transformer", "cuda", mixed)
+    peak = torch.cuda.max_memory_allocated() - before
+    cpu, cpu_hash = load(lambda: WanTransformer(model.transformer), directory, "transformer", "cpu", mixed)
+    assert gpu_hash == cpu_hash
+    expected = cpu.state_dict()
+    for key, tensor in gpu.state_dict().items():
+        assert tensor.is_cuda
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor.cpu(), expected[key]), key
+    rounded = sum(512 * (1 + tensor.nbytes // 512) for tensor in expected.values())
+    assert peak <= rounded + 3 * BUFFERS * (8 << 20)
+
+
+def test_noise_on_cuda_is_another_stream() -> None:
+    """The same seed on CUDA gives the same noise twice, and not that of the CPU; both are standard normal."""
+    shape = (16, 5, 16, 16)
+    first, again, cpu = (get_noise(7, shape, device) for device in ("cuda", "cuda", "cpu"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first.cpu(), cpu)
+    assert abs(float(first.mean())) < 0.05
+    assert abs(float(first.std()) - 1) < 0.05
