@@ -1,144 +1,157 @@
-"""Checkpoints on disk: a directory in the Diffusers layout, its files, and the table of the tensors in them.
+"""Which files of a directory are a model's weights: found by looking, in any of three layouts (docs/checkpoints.md).
 
-    DIR/tokenizer/tokenizer.json
-    DIR/text_encoder/model.safetensors                        one file, or
-    DIR/transformer/diffusion_pytorch_model.safetensors.index.json    an index and the shards it names
-    DIR/transformer_2/...                                     with two experts
-    DIR/vae/...
+    diffusers   transformer/diffusion_pytorch_model.safetensors, text_encoder/..., tokenizer/tokenizer.json
+    original    the Wan repositories: diffusion_pytorch_model-*.safetensors, models_t5_*.pth, Wan2.1_VAE.pth, google/...
+    comfyui     single files, told apart by the tensors they name: diffusion_models/*.safetensors, vae/..., or flat
 
-Only headers are read here, without torch, so the supervisor can check a directory before it starts a process. Every
-error is a `BadCheckpoint` that names the file relative to the checkpoint directory.
+Only headers are read here, without torch, so that the supervisor can check a directory before it starts a process.
+Every error is a `BadCheckpoint` that names files relative to the directory.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import msgspec
-
+from hotreload import comfyui
+from hotreload.shards import weight_files
+from hotreload.tables import check_archive, component_table, label_of, safetensors_only
 from ipc.errors import BadCheckpoint
+from ipc.messages import Component, Naming
 
-TOKENIZER = Path("tokenizer") / "tokenizer.json"
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""safetensors' names of the dtypes we know, and their bytes."""
-MAX_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
+Layout = Literal["diffusers", "original", "comfyui"]
+DESCRIPTIONS: dict[Layout, str] = {
+    "diffusers": "a Diffusers repository",
+    "original": "a Wan repository",
+    "comfyui": "ComfyUI files",
+}
+TOKENIZERS = ("tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer.json")
+TOKENIZER_SOURCE = "https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B/resolve/main/google/umt5-xxl/tokenizer.json"
+DIT_STEM = "diffusion_pytorch_model"
+EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+"""Directories of a Wan2.2-A14B repository."""
+ORIGINAL_FILES = {
+    "text_encoder": ("models_t5_*.pth", "models_t5_umt5-xxl-enc-bf16.pth"),
+    "image_encoder": ("models_clip_*.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
+    "vae": ("Wan2.*_VAE.pth", "Wan2.1_VAE.pth (or Wan2.2_VAE.pth)"),
+}
+"""The pattern, and the name for errors."""
+ORIGINAL_SIGNS = (
+    *EXPERTS.values(), "models_t5_*", "models_clip_*", "Wan2.*_VAE.pth", f"{DIT_STEM}*.safetensors*",
+)  # fmt: skip
 
-
-class TensorEntry(NamedTuple):
-    """Where one tensor is: `size` bytes at `offset` of `file`; `dtype` is safetensors' name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    size: int
-
-
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
-class _HeaderEntry(msgspec.Struct):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+Finder = Callable[[Path, str, tuple[str, ...]], tuple[list[Path], Naming]]
+"""(directory, component, all components of the model) -> the component's files, and whose names they use."""
 
 
-def check_directory(directory: Path, *, two_experts: bool) -> Path:
-    """Check that every component is there and whole; return the path of its tokenizer.json. Reads no weights."""
-    tokenizer = directory / TOKENIZER
-    if not tokenizer.is_file():
-        wanted = ", ".join(("tokenizer", *components(two_experts)))
-        raise BadCheckpoint(f"the checkpoint lacks {TOKENIZER}; it must be a Diffusers directory with {wanted}")
-    for component in components(two_experts):
-        tensor_table(directory / component, component)
-    return tokenizer
+class Checkpoint(NamedTuple):
+    """A directory with all that a model needs."""
+
+    layout: Layout
+    tokenizer: Path
+    components: dict[str, Component]
 
 
-def components(two_experts: bool) -> tuple[str, ...]:
-    """The components with weights."""
-    return ("text_encoder", "transformer", *(("transformer_2",) if two_experts else ()), "vae")
-
-
-def find_files(directory: Path, component: str) -> list[Path]:
-    """The safetensors files in a component's directory: the single one, or the shards that its index names."""
-    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise BadCheckpoint(f"the checkpoint lacks {component}/{single.name} (or {index.name} and its shards)")
+def open_checkpoint(directory: Path, components: tuple[str, ...]) -> Checkpoint:
+    """Find `components` and the tokenizer in `directory`, and check that their files are whole. Reads no weights."""
+    directory = directory.absolute()
     try:
-        names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-    except (OSError, msgspec.DecodeError) as error:
-        raise BadCheckpoint(f"{component}/{index.name} cannot be read: {error}") from error
-    for name in names:
-        if os.path.basename(name) != name:
-            raise BadCheckpoint(f"{component}/{index.name} names the shard {name!r}; it must be a file beside it")
-        if not (directory / name).is_file():
-            raise BadCheckpoint(f"the checkpoint lacks {component}/{name}, which {index.name} names")
-    return [directory / name for name in names]
-
-
-def tensor_table(directory: Path, component: str) -> dict[str, TensorEntry]:
-    """Every tensor in a component's directory by name, from the headers of its files."""
-    table: dict[str, TensorEntry] = {}
-    for file in find_files(directory, component):
-        for entry in read_header(file, f"{component}/{file.name}"):
-            if entry.name in table:
-                other = table[entry.name].file.name
-                raise BadCheckpoint(f"{component}: {entry.name!r} is in both {other} and {file.name}")
-            table[entry.name] = entry
-    return table
-
-
-def read_header(path: Path, label: str) -> list[TensorEntry]:
-    """The tensors of one safetensors file, which must fill it exactly. `label` names the file in errors."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise BadCheckpoint(f"{label} is not a safetensors file or is cut short: it has {size} bytes")
-            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
-            raw.pop("__metadata__", None)
-            parsed = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+        layout = find_layout(directory)
+        opened = {name: find_component(directory, layout, name, components) for name in components}
+        tokenizer = find_tokenizer(directory)
     except OSError as error:
-        raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise BadCheckpoint(f"{label} has a broken header: {error}") from error
-    return _entries(parsed, path, label, start=8 + length, end=size)
+        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        raise BadCheckpoint(f"the checkpoint cannot be read: {name}: {error.strerror}") from error
+    return Checkpoint(layout, tokenizer, opened)
 
 
-def _entries(parsed: Mapping[str, _HeaderEntry], path: Path, label: str, start: int, end: int) -> list[TensorEntry]:
-    """Check that the tensors lie one after another from `start` to `end`, each as long as its shape says."""
-    entries = []
-    position = start
-    for name, entry in sorted(parsed.items(), key=lambda item: item[1].data_offsets):
-        begin, stop = entry.data_offsets
-        if entry.dtype not in ITEM_SIZES:
-            raise BadCheckpoint(f"{label}: {name!r} has the dtype {entry.dtype}, which is not supported")
-        if min(entry.shape, default=0) < 0 or stop - begin != math.prod(entry.shape) * ITEM_SIZES[entry.dtype]:
-            raise BadCheckpoint(f"{label}: {name!r} has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}")
-        if start + begin != position:
-            raise BadCheckpoint(f"{label}: {name!r} overlaps another tensor or leaves a gap before it")
-        entries.append(TensorEntry(name, entry.dtype, tuple(entry.shape), path, position, stop - begin))
-        position += stop - begin
-    if position != end:
-        raise BadCheckpoint(f"{label} has {end} bytes, but its header describes {position}: it is cut short or damaged")
-    return entries
+def find_layout(directory: Path) -> Layout:
+    """Which of the layouts a directory has."""
+    if not directory.is_dir():
+        raise BadCheckpoint("the checkpoint is not a directory")
+    folders = ("transformer", "text_encoder")
+    if (directory / "model_index.json").is_file() or any((directory / folder).is_dir() for folder in folders):
+        return "diffusers"
+    if any(True for sign in ORIGINAL_SIGNS for _ in directory.glob(sign)):
+        return "original"
+    if comfyui.list_files(directory):
+        return "comfyui"
+    raise BadCheckpoint(
+        "the checkpoint is a directory without weights; expected a Diffusers repository (transformer/, text_encoder/, "
+        f"vae/), a Wan repository ({DIT_STEM}*.safetensors, models_t5_*.pth, Wan2.1_VAE.pth), or ComfyUI files "
+        "(diffusion_models/, text_encoders/, vae/)"
+    )
 
 
-def content_hash(digests: Iterable[tuple[TensorEntry, bytes]]) -> str:
-    """Hash of a component from the SHA-256 of each tensor's bytes, in hex; the same however the tensors are sharded."""
-    total = hashlib.sha256()
-    for entry, digest in sorted(digests, key=lambda pair: pair[0].name):
-        total.update(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode() + digest)
-    return total.hexdigest()
+def find_component(directory: Path, layout: Layout, name: str, components: tuple[str, ...]) -> Component:
+    """One component, its files whole. Which files are a transformer's depends on all `components` of the model."""
+    try:
+        files, naming = FINDERS[layout](directory, name, components)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{error} (the checkpoint looks like {DESCRIPTIONS[layout]})") from error
+    component = Component(name=name, files=[str(file) for file in files], naming=naming)
+    check_files(component)
+    return component
+
+
+def find_tokenizer(directory: Path) -> Path:
+    """tokenizer.json of UMT5, wherever one of the layouts has it."""
+    for name in TOKENIZERS:
+        if (directory / name).is_file():
+            return directory / name
+    raise BadCheckpoint(f"the checkpoint lacks {TOKENIZERS[0]}: download {TOKENIZER_SOURCE} (17 MB) and put it there")
+
+
+def check_files(component: Component) -> None:
+    """Check that a component's files are whole, as far as that shows without reading weights or using torch."""
+    component_table(safetensors_only(component))
+    for file in map(Path, component.files):
+        if file.suffix != ".safetensors":
+            check_archive(file, label_of(component, file))
+
+
+def _find_diffusers(directory: Path, name: str, components: tuple[str, ...]) -> tuple[list[Path], Naming]:
+    second = any((directory / "transformer_2").glob("*.safetensors"))
+    if name == "transformer" and "transformer_2" not in components and second:
+        raise BadCheckpoint(
+            "the checkpoint has two experts, transformer/ and transformer_2/, but the model has one transformer; "
+            "choose a Wan2.2-A14B model with --model"
+        )
+    return weight_files(directory, name, "model" if name.endswith("encoder") else DIT_STEM), "diffusers"
+
+
+def _find_original(directory: Path, name: str, components: tuple[str, ...]) -> tuple[list[Path], Naming]:
+    return _original_files(directory, name, components), "original"
+
+
+def _original_files(directory: Path, name: str, components: tuple[str, ...]) -> list[Path]:
+    if name in ORIGINAL_FILES:
+        pattern, wanted = ORIGINAL_FILES[name]
+        files = sorted(directory.glob(pattern))
+        if not files:
+            raise BadCheckpoint(f"the checkpoint lacks {wanted}, the {name}")
+        if len(files) > 1:
+            raise BadCheckpoint(f"several files could be the {name}: {', '.join(f.name for f in files)}; leave one")
+        return files
+    experts = [folder for folder in EXPERTS.values() if (directory / folder).is_dir()]
+    if "transformer_2" in components:
+        if not experts:
+            raise BadCheckpoint(
+                f"the checkpoint lacks {EXPERTS[name]}/: the model has two experts, and the checkpoint one transformer "
+                "or none; choose another model with --model"
+            )
+        return weight_files(directory, EXPERTS[name], DIT_STEM)
+    if experts:
+        raise BadCheckpoint(
+            f"the checkpoint has experts ({', '.join(f'{folder}/' for folder in experts)}), but the model has one "
+            "transformer; choose a Wan2.2-A14B model with --model"
+        )
+    return weight_files(directory, "", DIT_STEM)
+
+
+FINDERS: dict[Layout, Finder] = {
+    "diffusers": _find_diffusers,
+    "original": _find_original,
+    "comfyui": comfyui.find,
+}

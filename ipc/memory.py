@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 PAGE_BYTES = mmap.PAGESIZE
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -55,14 +55,15 @@ class SharedMemory:
         self._view: memoryview | None = None
 
     @classmethod
-    def create(cls, name: str, size: int) -> Self:
-        """Allocate `size` zero bytes. `name` is what /proc shows; it need not be unique."""
+    def create(cls, name: str, size: int, *, more_seals: bool = False) -> Self:
+        """Allocate `size` zero bytes. `name` is what /proc shows; it need not be unique. `more_seals`: the holder may
+        forbid more than a change of size later."""
         if size <= 0:
             raise ValueError(f"shared memory {name!r}: got size {size}, expected at least 1 byte")
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(fd, 0, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | (0 if more_seals else fcntl.F_SEAL_SEAL))
         except OSError as error:
             os.close(fd)
             raise OSError(error.errno, f"cannot allocate {size} bytes for {name!r}: {error.strerror}") from error

@@ -1,61 +1,109 @@
-"""Checkpoints on disk: which files, which tensors, and every way in which they can be wrong."""
+"""Checkpoints on disk: the three layouts, found by looking, and every way in which a directory can be wrong."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
-from hotreload.checkpoint import check_directory, find_files, read_header, tensor_table
+from hotreload.checkpoint import TOKENIZER_SOURCE, Checkpoint, open_checkpoint
+from hotreload.pth import read_pth
+from hotreload.tables import TransformerTraits, component_table, transformer_traits
 from ipc.errors import BadCheckpoint
+from ipc.messages import Component
+from tests.hotreload.tiny import (
+    ALL,
+    Tensors,
+    networks,
+    originals,
+    save,
+    save_shards,
+    write_comfyui,
+    write_diffusers,
+    write_original,
+)
 
-TENSORS = {
-    "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
-    "b.bias": torch.ones(4, dtype=torch.bfloat16),
-    "c": torch.tensor(2.0, dtype=torch.float16),
-}
-
-
-def write_header(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> None:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
-
-
-def make_directory(path: Path, experts: int = 1) -> Path:
-    """A checkpoint of one expert or two, with three tensors in each component."""
-    names = {"text_encoder": "model", "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-    if experts == 2:
-        names["transformer_2"] = "diffusion_pytorch_model"
-    for component, stem in names.items():
-        (path / component).mkdir(parents=True)
-        save_file(TENSORS, path / component / f"{stem}.safetensors", metadata={"format": "pt"})
-    (path / "tokenizer").mkdir()
-    (path / "tokenizer" / "tokenizer.json").write_text("{}")
-    return path
+ONE = ("text_encoder", "transformer", "vae")
+TWO = ("text_encoder", "transformer", "transformer_2", "vae")
+DIT = "diffusion_pytorch_model"
+Write = Callable[[Path, dict[str, Tensors]], Path]
+WRITERS: list[Write] = [write_diffusers, write_original, write_comfyui]
 
 
-def shard(directory: Path) -> None:
-    """Replace the single file of a component by two shards and an index."""
-    (directory / "diffusion_pytorch_model.safetensors").unlink()
-    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    parts = [{"a.weight": TENSORS["a.weight"]}, {k: TENSORS[k] for k in ("b.bias", "c")}]
-    for name, part in zip(names, parts, strict=True):
-        save_file(part, directory / name)
-    index = {"metadata": {"total_size": 34}, "weight_map": {k: n for n, part in zip(names, parts) for k in part}}  # noqa: B905
-    (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+@pytest.fixture(scope="module")
+def content() -> dict[str, Tensors]:
+    return networks(ALL)
 
 
-def test_a_whole_checkpoint_gives_its_tokenizer(tmp_path: Path) -> None:
-    """Single files and shards, one expert and two."""
-    directory = make_directory(tmp_path, experts=2)
-    shard(directory / "transformer")
-    assert check_directory(directory, two_experts=False) == tmp_path / "tokenizer" / "tokenizer.json"
-    assert check_directory(directory, two_experts=True) == tmp_path / "tokenizer" / "tokenizer.json"
+def some(content: dict[str, Tensors], names: tuple[str, ...]) -> dict[str, Tensors]:
+    return {name: content[name] for name in names}
+
+
+def refusal(directory: Path, components: tuple[str, ...]) -> str:
+    """The message of the refusal, which must not tell where the directory is."""
+    with pytest.raises(BadCheckpoint) as refused:
+        open_checkpoint(directory, components)
+    assert str(directory.parent) not in str(refused.value)
+    return str(refused.value)
+
+
+def values(component: Component) -> Tensors:
+    """Every float32 tensor of a component, read where its table says."""
+    found = {}
+    for name, entry in component_table(component, read_pth).items():
+        raw = bytearray(entry.file.read_bytes()[entry.offset : entry.offset + entry.size])
+        found[name] = torch.frombuffer(raw, dtype=torch.float32).view(entry.shape)
+    return found
+
+
+def check_same(checkpoint: Checkpoint, content: dict[str, Tensors]) -> None:
+    assert checkpoint.components.keys() == content.keys()
+    for name, tensors in content.items():
+        found = values(checkpoint.components[name])
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("names", [ONE, TWO, ALL, ("text_encoder", "image_encoder", "transformer", "vae")])
+@pytest.mark.parametrize("write", WRITERS)
+def test_each_layout_holds_the_same_tensors(
+    tmp_path: Path, content: dict[str, Tensors], names: tuple[str, ...], write: Write
+) -> None:
+    """One expert and two, with and without the image encoder: each component's files, our names, the same bytes; what
+    the model does not use (the tokenizer in the UMT5 file, CLIP's text half) is left out."""
+    wanted = some(content, names)
+    checkpoint = open_checkpoint(write(tmp_path, wanted), names)
+    assert checkpoint.layout == write.__name__.removeprefix("write_")
+    assert checkpoint.tokenizer.read_text() == "{}"
+    check_same(checkpoint, wanted)
+
+
+def test_a_vae_of_wan22_is_found_in_each_layout(tmp_path: Path) -> None:
+    """The VAE with 48 channels and residual stages, as TI2V-5B has it."""
+    content = networks(ONE, residual=True)
+    check_same(open_checkpoint(write_diffusers(tmp_path / "a", content), ONE), content)
+    check_same(open_checkpoint(write_original(tmp_path / "b", content, residual=True), ONE), content)
+    check_same(open_checkpoint(write_comfyui(tmp_path / "c", content, residual=True), ONE), content)
+
+
+def test_the_supervisor_needs_no_torch_for_this(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """All layouts opened, a LoRA option parsed, in a process that has not imported torch by the end."""
+    for write in WRITERS:
+        write(tmp_path / write.__name__, some(content, ALL))
+    script = (
+        "import sys; from pathlib import Path; from hotreload.checkpoint import open_checkpoint\n"
+        "from hotreload.lora_options import parse_lora; parse_lora('x.safetensors:1')\n"
+        "for d in Path(sys.argv[1]).iterdir(): open_checkpoint(d, tuple(sys.argv[2:]))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), *ALL], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -63,102 +111,244 @@ def test_a_whole_checkpoint_gives_its_tokenizer(tmp_path: Path) -> None:
     [
         "tokenizer/tokenizer.json",
         "text_encoder/model.safetensors",
+        "image_encoder/model.safetensors",
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer_2/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     ],
 )
-def test_a_missing_file_is_named(tmp_path: Path, file: str) -> None:
-    """Whatever file is missing, the error has its name relative to the checkpoint, and not where that is."""
-    directory = make_directory(tmp_path, experts=2)
+def test_a_missing_file_of_a_diffusers_directory_is_named(
+    tmp_path: Path, content: dict[str, Tensors], file: str
+) -> None:
+    """Whatever file is missing, the error has its name relative to the checkpoint."""
+    directory = write_diffusers(tmp_path / "x", content)
     (directory / file).unlink()
-    with pytest.raises(BadCheckpoint, match=f"lacks {file}") as refused:
-        check_directory(directory, two_experts=True)
-    assert str(tmp_path) not in str(refused.value)
-
-
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    """The index names a shard that is not there."""
-    directory = make_directory(tmp_path) / "transformer"
-    shard(directory)
-    (directory / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match=r"lacks transformer/diffusion_pytorch_model-00002-of-00002\.safetensors"):
-        find_files(directory, "transformer")
-
-
-@pytest.mark.parametrize("index", ["not json", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../vae/x"}}'])
-def test_a_broken_index_is_refused(tmp_path: Path, index: str) -> None:
-    """Not JSON, no map, a number for a file, a file elsewhere: the error names the index."""
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
-    with pytest.raises(BadCheckpoint, match=r"vae/diffusion_pytorch_model\.safetensors\.index\.json"):
-        find_files(tmp_path, "vae")
-
-
-def test_the_table_says_where_each_tensor_is(tmp_path: Path) -> None:
-    """Name, dtype, shape and bytes of every tensor, the same for one file and for shards."""
-    directory = make_directory(tmp_path) / "transformer"
-    single = tensor_table(directory, "transformer")
-    content = single["a.weight"].file.read_bytes()[single["a.weight"].offset :][: single["a.weight"].size]
-    assert content == TENSORS["a.weight"].numpy().tobytes()
-    assert {name: (e.dtype, e.shape, e.size) for name, e in single.items()} == {
-        "a.weight": ("F32", (2, 3), 24),
-        "b.bias": ("BF16", (4,), 8),
-        "c": ("F16", (), 2),
-    }
-    shard(directory)
-    sharded = tensor_table(directory, "transformer")
-    assert {n: e[:3] for n, e in sharded.items()} == {n: e[:3] for n, e in single.items()}
-
-
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    """The same name in both shards."""
-    directory = make_directory(tmp_path) / "transformer"
-    shard(directory)
-    first, second = sorted(directory.glob("*.safetensors"))
-    shutil.copy(second, first)
-    with pytest.raises(BadCheckpoint, match=r"'b\.bias' is in both"):
-        tensor_table(directory, "transformer")
-
-
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
-    """Truncated to any length, or with a byte too many: `BadCheckpoint` that names the file, never anything else."""
-    save_file(TENSORS, tmp_path / "whole")
-    whole = (tmp_path / "whole").read_bytes()
-    assert len(read_header(tmp_path / "whole", "vae/x")) == 3
-    for content in [whole[:length] for length in range(len(whole))] + [whole + b"\0"]:
-        (tmp_path / "cut").write_bytes(content)
-        with pytest.raises(BadCheckpoint, match=r"^vae/x "):
-            read_header(tmp_path / "cut", "vae/x")
-
-
-def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    assert f"lacks {file}" in refusal(directory, ALL)
 
 
 @pytest.mark.parametrize(
-    ("header", "problem"),
+    ("file", "named"),
     [
-        ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, "overlaps"),
-        ({"a": entry(0, 8, [2]), "b": entry(12, 16, [1])}, "gap"),
-        ({"a": entry(0, 8, [3])}, "8 bytes, not those of F32"),
-        ({"a": entry(0, 8, [-1, -2])}, "not those of F32"),
-        ({"a": entry(8, 0, [2])}, "-8 bytes"),
-        ({"a": entry(0, 8, [8], "F8_E4M3")}, "F8_E4M3, which is not supported"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "broken header"),
-        ({"a": entry(0, 2**70, [2])}, "1180591620717411303424 bytes"),
-        (b"\xff\xfe{}", "broken header"),
-        (b"[" * 5000, "broken header"),
+        ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.pth"),
+        ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "models_clip_open-clip"),
+        ("Wan2.1_VAE.pth", "Wan2.1_VAE.pth"),
+        ("google/umt5-xxl/tokenizer.json", TOKENIZER_SOURCE),
+        ("low_noise_model", "low_noise_model/diffusion_pytorch_model.safetensors"),
+        ("high_noise_model", "high_noise_model/diffusion_pytorch_model.safetensors"),
+        (f"high_noise_model/{DIT}-00002-of-00003.safetensors", f"high_noise_model/{DIT}-00002-of-00003.safetensors"),
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: dict[str, Any] | bytes, problem: str) -> None:
-    """Overlaps, gaps, sizes that do not fit the shape, unknown dtypes, missing fields, huge numbers, no JSON."""
-    write_header(tmp_path / "x", header, bytes(16))
-    with pytest.raises(BadCheckpoint, match=problem):
-        read_header(tmp_path / "x", "vae/x")
+def test_what_a_wan_repository_lacks_is_named(
+    tmp_path: Path, content: dict[str, Tensors], file: str, named: str
+) -> None:
+    """The T5, the VAE, the tokenizer, a whole expert, a shard: the error says which."""
+    directory = write_original(tmp_path / "x", content)
+    if (directory / file).is_dir():
+        shutil.rmtree(directory / file)
+    else:
+        (directory / file).unlink()
+    message = refusal(directory, ALL)
+    assert "lacks" in message
+    assert named in message
 
 
-def test_a_header_length_is_checked_before_it_is_read(tmp_path: Path) -> None:
-    """A file that claims a header of 2^63 bytes."""
-    write_header(tmp_path / "x", {}, length=2**63)
-    with pytest.raises(BadCheckpoint, match="is not a safetensors file or is cut short"):
-        read_header(tmp_path / "x", "vae/x")
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("text_encoders/umt5_xxl_fp16.safetensors", "lacks the text_encoder"),
+        ("clip_vision/clip_vision_h.safetensors", "lacks the image_encoder"),
+        ("vae/wan_2.1_vae.safetensors", "lacks the vae"),
+        ("diffusion_models/wan_high_noise_14B_fp16.safetensors", "lacks the high-noise expert (transformer)"),
+        ("diffusion_models/wan_low_noise_14B_fp16.safetensors", "lacks the low-noise expert (transformer_2)"),
+        ("tokenizer.json", f"lacks tokenizer/tokenizer.json: download {TOKENIZER_SOURCE}"),
+    ],
+)
+def test_what_comfyui_files_lack_is_named(tmp_path: Path, content: dict[str, Tensors], file: str, named: str) -> None:
+    """Each file in turn: the error says which component, and (but for the tokenizer) what files there are."""
+    directory = write_comfyui(tmp_path / "x", content)
+    (directory / file).unlink()
+    message = refusal(directory, ALL)
+    assert named in message
+    assert file == "tokenizer.json" or "files found: " in message
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_number_of_experts_must_be_the_models(tmp_path: Path, content: dict[str, Tensors], write: Write) -> None:
+    """The 14B models have the same shapes: only this tells that an A14B directory is not Wan2.1's, or the reverse."""
+    message = refusal(write(tmp_path / "two", some(content, TWO)), ONE)
+    assert "choose a Wan2.2-A14B model" in message
+    message = refusal(write(tmp_path / "one", some(content, ONE)), TWO)
+    assert any(name in message for name in ("transformer_2", "high-noise expert", "high_noise_model"))
+
+
+@pytest.mark.parametrize("place", ["tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_comfyui_files_may_lie_flat_and_have_a_prefix(
+    tmp_path: Path, content: dict[str, Tensors], prefix: str, place: str
+) -> None:
+    """All files in one directory, the tokenizer in any of three places."""
+    wanted = some(content, TWO)
+    directory = write_comfyui(tmp_path, wanted, prefix=prefix, flat=True)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(directory / "tokenizer.json", tmp_path / place)
+    checkpoint = open_checkpoint(directory, TWO)
+    assert checkpoint.tokenizer == tmp_path / place
+    check_same(checkpoint, wanted)
+
+
+def test_a_repackaged_repository_as_it_is_downloaded(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """Its files are below `split_files/`."""
+    write_comfyui(tmp_path / "split_files", some(content, ONE))
+    shutil.move(tmp_path / "split_files" / "tokenizer.json", tmp_path)
+    check_same(open_checkpoint(tmp_path, ONE), some(content, ONE))
+
+
+def test_files_of_other_models_are_passed_over(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """A T5 (a bias in its first layer only), another VAE, a broken file, GGUF, fp8 twins: ComfyUI's directory is shared
+    by models, and what is needed is there."""
+    directory = write_comfyui(tmp_path, some(content, ONE))
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    save(directory / "text_encoders" / "t5xxl.safetensors", {bias: torch.ones(2), "shared.weight": torch.ones(2)})
+    save(directory / "vae" / "ae.safetensors", {"decoder.conv_in.weight": torch.ones(2)})
+    (directory / "vae" / "broken.safetensors").write_bytes(b"\xff" * 20)
+    (directory / "diffusion_models" / "wan-Q4.gguf").write_bytes(b"GGUF")
+    fp8 = {n: t.to(torch.float8_e4m3fn) for n, t in originals("transformer", content["transformer"]).items()}
+    save(directory / "diffusion_models" / "wan_fp8_scaled.safetensors", fp8)
+    check_same(open_checkpoint(directory, ONE), some(content, ONE))
+
+
+def test_fp8_and_gguf_are_named_as_what_cannot_be_used(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """The only transformer is scaled fp8, the only text encoder GGUF: the error names that, and the way out."""
+    directory = write_comfyui(tmp_path / "x", some(content, ONE))
+    file = directory / "diffusion_models" / "wan_14B_fp16.safetensors"
+    save(file, {n: t.to(torch.float8_e4m3fn) for n, t in originals("transformer", content["transformer"]).items()})
+    message = refusal(directory, ("transformer", "vae"))
+    assert f"diffusion_models/{file.name} holds F8_E4M3 weights (fp8)" in message
+    assert "use the bf16 or fp16 file" in message
+    (directory / "text_encoders" / "umt5_xxl_fp16.safetensors").rename(directory / "text_encoders" / "umt5-Q8.gguf")
+    message = refusal(directory, ("text_encoder",))
+    assert "umt5-Q8.gguf is GGUF, which is not supported: use the bf16 or fp16 file" in message
+
+
+def test_fp8_in_a_diffusers_directory_is_refused(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """Weights whose scales no one would apply."""
+    directory = write_diffusers(tmp_path / "x", some(content, ONE))
+    fp8: dict[str, Tensor] = {name: t.to(torch.float8_e5m2) for name, t in content["transformer"].items()}
+    save(directory / "transformer" / f"{DIT}.safetensors", fp8)
+    assert f"transformer: {DIT}.safetensors holds F8_E5M2 weights (fp8)" in refusal(directory, ONE)
+
+
+@pytest.mark.parametrize(
+    ("write", "extra", "message"),
+    [
+        (
+            write_diffusers,
+            f"vae/{DIT}.safetensors.index.json",
+            "the weights: vae/diffusion_pytorch_model.safetensors, vae/",
+        ),
+        (write_original, "models_t5_other.pth", "the text_encoder: models_t5_other.pth, models_t5_umt5"),
+        (write_original, "Wan2.2_VAE.pth", "the vae: Wan2.1_VAE.pth, Wan2.2_VAE.pth"),
+        (write_comfyui, "vae/copy.safetensors", "the vae: vae/copy.safetensors, vae/wan_2.1_vae.safetensors"),
+    ],
+)
+def test_several_candidates_are_listed(
+    tmp_path: Path, content: dict[str, Tensors], write: Write, extra: str, message: str
+) -> None:
+    """Two files that could be one component: neither is chosen, both are named."""
+    directory = write(tmp_path / "x", some(content, ONE))
+    shutil.copy(
+        directory / "vae" / "wan_2.1_vae.safetensors" if write is write_comfyui else __file__, directory / extra
+    )
+    assert f"several files could be {message}" in refusal(directory, ONE)
+
+
+@pytest.mark.parametrize("suffix", ["", "-bf16"])
+@pytest.mark.parametrize("index", ["own", "of the original", "none"])
+def test_shards_with_a_suffix_are_found(tmp_path: Path, content: dict[str, Tensors], suffix: str, index: str) -> None:
+    """Re-uploads whose shards end in -bf16: with an index that names them, with the original's index, without one."""
+    wanted = some(content, ONE)
+    directory = write_original(tmp_path, wanted)
+    for file in directory.glob(f"{DIT}*"):
+        file.unlink()
+    save_shards(directory, DIT, originals("transformer", wanted["transformer"]), suffix=suffix)
+    file = directory / f"{DIT}.safetensors.index.json"
+    if index == "none":
+        file.unlink()
+    elif index == "of the original":
+        file.write_text(file.read_text().replace(suffix, "") if suffix else file.read_text())
+    check_same(open_checkpoint(directory, ONE), wanted)
+    (directory / f"{DIT}-00002-of-00003{suffix}.safetensors").unlink()
+    assert "lacks" in refusal(directory, ONE)
+
+
+def test_a_variant_is_taken_if_it_is_the_only_one(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """Diffusers' `.fp16` files: alone they are taken; beside the usual ones they are left."""
+    wanted = some(content, ONE)
+    directory = write_diffusers(tmp_path, wanted)
+    usual, variant = (directory / "vae" / f"{DIT}{dot}.safetensors" for dot in ("", ".fp16"))
+    shutil.copy(usual, variant)
+    assert open_checkpoint(directory, ONE).components["vae"].files == [str(usual)]
+    usual.unlink()
+    assert open_checkpoint(directory, ONE).components["vae"].files == [str(variant)]
+
+
+@pytest.mark.parametrize("index", ["not json", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../vae/x"}}',
+                                   '{"weight_map": {}}', '{"weight_map": {"a": "config.json"}}'])  # fmt: skip
+def test_a_broken_index_is_refused(tmp_path: Path, content: dict[str, Tensors], index: str) -> None:
+    """Not JSON, no map, a number for a file, a file elsewhere, no shards, another kind of file: the index is named."""
+    directory = write_diffusers(tmp_path / "x", some(content, ONE))
+    (directory / "vae" / f"{DIT}.safetensors").unlink()
+    (directory / "vae" / "config.json").write_text("{}")
+    (directory / "vae" / f"{DIT}.safetensors.index.json").write_text(index)
+    assert f"vae/{DIT}.safetensors.index.json" in refusal(directory, ONE)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """The same name in both shards: the error names it and both files."""
+    directory = write_original(tmp_path / "x", some(content, ONE))
+    first, second, _ = sorted(directory.glob(f"{DIT}-*.safetensors"))
+    shutil.copy(second, first)
+    assert f"is in both {first.name} and {second.name}" in refusal(directory, ONE)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_damaged_file_is_named(tmp_path: Path, content: dict[str, Tensors], write: Write) -> None:
+    """The VAE's file cut in half, as by an interrupted download."""
+    directory = write(tmp_path / "x", some(content, ONE))
+    (file,) = (Path(f) for f in open_checkpoint(directory, ONE).components["vae"].files)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    message = refusal(directory, ONE)
+    assert file.name in message
+    assert "cut short" in message
+
+
+@pytest.mark.parametrize("files", [(), ("model.bin",), ("vae/readme.md",)])
+def test_a_directory_without_weights_is_refused(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """Empty, or with nothing known: the error says what the three layouts look like."""
+    for file in files:
+        (tmp_path / "x" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / file).write_text("")
+    (tmp_path / "x").mkdir(exist_ok=True)
+    assert "expected a Diffusers repository" in refusal(tmp_path / "x", ONE)
+    assert refusal(tmp_path / "gone", ONE) == "the checkpoint is not a directory"
+
+
+def test_traits_tell_transformers_apart(tmp_path: Path) -> None:
+    """Width, layers, feed-forward width, channels and image attention, from the header in any naming."""
+    content = networks(ONE, image_dim=16)
+    expected = TransformerTraits(24, 2, 32, 4, 4, True)
+    for write in WRITERS:
+        checkpoint = open_checkpoint(write(tmp_path / write.__name__, content), ONE)
+        assert transformer_traits(component_table(checkpoint.components["transformer"])) == expected
+        with pytest.raises(BadCheckpoint, match="is not a Wan DiT"):
+            transformer_traits({})
+
+
+def test_an_index_may_name_each_shard_once(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """The files of a component are its shards, in order, each once, by absolute path."""
+    directory = write_original(tmp_path, some(content, ONE))
+    files = open_checkpoint(directory, ONE).components["transformer"].files
+    assert files == [str(tmp_path / f"{DIT}-0000{i}-of-00003.safetensors") for i in (1, 2, 3)]
+    assert set(json.loads((tmp_path / f"{DIT}.safetensors.index.json").read_text())["weight_map"].values()) == {
+        Path(file).name for file in files
+    }

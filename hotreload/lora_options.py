@@ -1,0 +1,93 @@
+"""LoRA files as the operator names them, FILE[,LOW_FILE][:STRENGTH], attached to the components they go into."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from hotreload.comfyui import expert_of
+from hotreload.lora import experts_in, read_lora
+from hotreload.safetensors_file import TensorEntry, read_header
+from hotreload.tables import component_table
+from ipc.errors import BadConfig
+from ipc.messages import Component, Lora
+
+EXTENSION = ".safetensors"
+MAX_STRENGTH = 10.0
+EXPERTS = ("transformer", "transformer_2")
+
+
+class LoraOption(NamedTuple):
+    """One file, or the high-noise and the low-noise expert's."""
+
+    files: tuple[str, ...]
+    strength: float
+
+
+def parse_lora(text: str) -> LoraOption:
+    """`FILE[,LOW_FILE][:STRENGTH]`; the strength is 1 if it is left out. Raises `BadConfig`."""
+    path, colon, tail = text.rpartition(":")
+    if not colon or tail.endswith(EXTENSION):
+        path, tail = text, "1"
+    try:
+        strength = float(tail)
+    except ValueError:
+        raise BadConfig(
+            f"LoRA {text!r}: {tail!r} is not a strength; expected FILE:STRENGTH, as in x{EXTENSION}:0.8"
+        ) from None
+    if not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
+        raise BadConfig(f"LoRA {text!r}: the strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {tail}")
+    files = tuple(re.split(rf"(?<={re.escape(EXTENSION)}),", path))
+    if len(files) > 2 or not all(file.endswith(EXTENSION) for file in files):
+        raise BadConfig(f"LoRA {text!r}: expected FILE or HIGH_FILE,LOW_FILE, each ending in {EXTENSION}")
+    return LoraOption(files, strength)
+
+
+def attach_loras(components: Mapping[str, Component], options: Iterable[str]) -> dict[str, Component]:
+    """`components` with the LoRA files of `options` in the transformers they go into, each checked to fit.
+
+    Raises `BadConfig` for an option that is not one, or has the wrong number of files; `BadCheckpoint` for a file.
+    """
+    attached = dict(components)
+    parsed = [parse_lora(text) for text in options]
+    experts = [name for name in EXPERTS if name in components]
+    shapes = {
+        name: {n: e.shape for n, e in component_table(components[name]).items()} for name in experts if parsed
+    }  # fmt: skip
+    for option in parsed:
+        files = [Path(file).absolute() for file in option.files]
+        for name, file in zip(experts, _for_each_expert(files, experts), strict=True):
+            read_lora(file, name, shapes[name])
+            lora = Lora(file=str(file), strength=option.strength)
+            attached[name] = msgspec.structs.replace(attached[name], loras=[*attached[name].loras, lora])
+    return attached
+
+
+def _for_each_expert(files: list[Path], experts: list[str]) -> list[Path]:
+    """The file that goes into each transformer."""
+    names = ", ".join(file.name for file in files)
+    both = [file.name for file in files if len(experts_in(_header_entries(file))) == 2]
+    if len(files) == 1 and len(experts) == 2:
+        if not both:
+            raise BadConfig(
+                f"LoRA {names} is for one transformer, but the model has two experts; give a file for each, "
+                "HIGH,LOW:STRENGTH"
+            )
+        return files * 2
+    if len(files) == 2 and len(experts) != 2:
+        raise BadConfig(f"LoRA {names}: two files are for a model with two experts; this one has one transformer")
+    if both:
+        expected = "give it alone" if len(experts) == 2 else "the model has one transformer"
+        raise BadConfig(f"LoRA {both[0]} holds both experts (transformer. and transformer_2.); {expected}")
+    if len(files) == 2 and [expert_of(file.name) for file in files] == ["low", "high"]:
+        raise BadConfig(f"LoRA {names}: by their names the low-noise file comes first; the order is HIGH,LOW")
+    return files
+
+
+def _header_entries(file: Path) -> list[TensorEntry]:
+    return read_header(file, f"LoRA {file.name}").entries

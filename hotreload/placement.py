@@ -1,0 +1,160 @@
+"""Weights in memory that outlives the process that read them, and modules whose tensors are views of it.
+
+The stage that reads a component from disk places it in a memfd: a table of tensors, then their bytes in the dtype that
+the stage computes in. The supervisor keeps the descriptor. A process that comes after maps it and binds its module to
+it: no file is read, no byte is copied, and every process on the machine shares the one copy.
+
+Memory layout: one page multiple with the table (length, then MessagePack), then each tensor aligned to `ALIGNMENT`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import mmap
+import os
+from collections.abc import Mapping
+from typing import NamedTuple, Self
+
+import msgspec
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ipc.layout import tensor_bytes
+from ipc.memory import PAGE_BYTES, SharedMemory, round_up
+from ipc.messages import WeightVersion
+from ipc.tensors import dtype_name, dtype_of
+
+ALIGNMENT = 64
+"""Bytes; a cache line, and more than any kernel asks for."""
+HASH_BYTES = 64 << 20
+"""Hashed at a time."""
+
+
+class PlacedTensor(NamedTuple):
+    """Where one tensor is, from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Table(msgspec.Struct, frozen=True):
+    """What is in front of the data."""
+
+    tensors: list[PlacedTensor]
+    size: int
+    """Bytes of data, gaps included."""
+
+    @property
+    def data_offset(self) -> int:
+        return round_up(8 + len(msgspec.msgpack.encode(self)), PAGE_BYTES)
+
+
+class Placement:
+    """One component's tensors in shared memory.
+
+    `create` makes it, to be filled through `tensors` and then completed with `seal`; `attach` maps a sealed one.
+
+    Resource handling: owns one descriptor until `close`. The memory stays mapped as long as a tensor refers to it.
+    Error handling: OSError when the memory is not there; ValueError for memory that is not what its version says.
+    """
+
+    def __init__(self, fd: int, table: Table, mapping: mmap.mmap) -> None:
+        """Take over `fd`; use `create` or `attach`."""
+        self._fd = fd
+        self._mapping = mapping
+        self.table = table
+        data = memoryview(mapping)[table.data_offset :]
+        self._data = data
+        self.tensors: dict[str, Tensor] = {t.name: _view(data, t) for t in table.tensors}
+        """By name: views of the memory."""
+
+    @classmethod
+    def create(cls, name: str, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Self:
+        """Room for these tensors, zero."""
+        table = lay_out(tensors)
+        with SharedMemory.create(name, table.data_offset + table.size, more_seals=True) as memory:
+            fd = fcntl.fcntl(memory.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        mapping = mmap.mmap(fd, table.data_offset + table.size, flags=mmap.MAP_SHARED)
+        header = msgspec.msgpack.encode(table)
+        mapping[: 8 + len(header)] = len(header).to_bytes(8, "little") + header
+        return cls(fd, table, mapping)
+
+    @classmethod
+    def attach(cls, version: WeightVersion, fd: int) -> Self:
+        """Map what another process placed. The descriptor is duplicated. What is written to the tensors stays here."""
+        if (got := os.fstat(fd).st_size) != version.bytes:
+            raise ValueError(f"placed {version.component}: got {got} bytes, expected {version.bytes}")
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        try:
+            mapping = mmap.mmap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
+            length = int.from_bytes(mapping[:8], "little")
+            table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
+            placement = cls(own, table, mapping)
+        except BaseException:
+            os.close(own)
+            raise
+        if (found := placement.fingerprint()) != version.fingerprint:
+            placement.close()
+            raise ValueError(f"placed {version.component}: its bytes hash to {found}, not to {version.fingerprint}")
+        return placement
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, to be passed to another process; stays owned by this object."""
+        return self._fd
+
+    def seal(self, component: str, content: str) -> WeightVersion:
+        """Let nobody write any more but who has it mapped now; what the supervisor keeps beside the descriptor."""
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        return WeightVersion(
+            component=component, content=content, fingerprint=self.fingerprint(), bytes=len(self._mapping)
+        )
+
+    def fingerprint(self) -> str:
+        """xxh3-128 of all data, gaps included, in hex."""
+        total = xxhash.xxh3_128()
+        for first in range(0, len(self._data), HASH_BYTES):
+            total.update(self._data[first : first + HASH_BYTES])
+        return total.hexdigest()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+F_SEAL_FUTURE_WRITE = 0x0010
+"""Linux 5.1; not in `fcntl` before Python 3.13."""
+
+
+def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Table:
+    """One tensor after another, by name."""
+    placed, offset = [], 0
+    for name, (dtype, shape) in sorted(tensors.items()):
+        placed.append(PlacedTensor(name, dtype_name(dtype), shape, offset))
+        offset = round_up(offset + tensor_bytes(dtype_name(dtype), shape), ALIGNMENT)
+    return Table(placed, max(offset, 1))
+
+
+def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    """Make every parameter and buffer of a module on the meta device the tensor of its name, without a copy.
+
+    `aliases` maps second names in the module to first ones. Names must be exactly those of the module's state dict.
+    """
+    expected = module.state_dict()
+    state = {name: tensors[aliases.get(name, name)] for name in expected}
+    module.load_state_dict(state, strict=True, assign=True)
+    module.eval().requires_grad_(False)
+    every = itertools.chain(module.named_parameters(), module.named_buffers())
+    pointers = {tensor.data_ptr() for tensor in tensors.values()}
+    strangers = [name for name, tensor in every if tensor.is_meta or tensor.data_ptr() not in pointers]
+    assert not strangers, f"tensors of the module that are not of its weights: {strangers}"
+
+
+def _view(data: memoryview, tensor: PlacedTensor) -> Tensor:
+    size = tensor_bytes(tensor.dtype, tensor.shape)
+    return torch.frombuffer(data[tensor.offset : tensor.offset + size], dtype=dtype_of(tensor.dtype)).view(tensor.shape)

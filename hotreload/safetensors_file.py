@@ -1,0 +1,92 @@
+"""safetensors files, headers only: which tensors a file has, and where in it their bytes are. Without torch.
+
+Every error is a `BadCheckpoint` that starts with `label`, the file's name as the operator knows it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from ipc.errors import BadCheckpoint
+
+ITEM_SIZES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""safetensors' names of the dtypes we know, and their bytes."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""The dtypes that weights may have."""
+MAX_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
+
+
+class TensorEntry(NamedTuple):
+    """Where one tensor is: `size` bytes at `offset` of `file`; `dtype` is safetensors' name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+
+
+class Header(NamedTuple):
+    """What a file says about itself."""
+
+    entries: list[TensorEntry]
+    metadata: dict[str, str]
+
+
+class _HeaderEntry(msgspec.Struct):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def read_header(path: Path, label: str) -> Header:
+    """The tensors of one file, which must fill it exactly, in the order of their bytes."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8:
+                raise BadCheckpoint(f"{label} is not a safetensors file: it has {size} bytes")
+            if length > min(size - 8, MAX_HEADER):
+                raise BadCheckpoint(
+                    f"{label} is not a safetensors file or is cut short: it has {size} bytes, of which its header "
+                    f"would be {length}"
+                )
+            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+        metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
+        parsed = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
+    except OSError as error:
+        raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadCheckpoint(f"{label} has a broken header: {error}") from error
+    return Header(_entries(parsed, path, label, start=8 + length, end=size), metadata)
+
+
+def _entries(parsed: Mapping[str, _HeaderEntry], path: Path, label: str, start: int, end: int) -> list[TensorEntry]:
+    """Check that the tensors lie one after another from `start` to `end`, each as long as its shape says."""
+    entries = []
+    position = start
+    for name, entry in sorted(parsed.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = entry.data_offsets
+        if entry.dtype not in ITEM_SIZES:
+            raise BadCheckpoint(f"{label}: {name!r} has the dtype {entry.dtype}, which is not supported")
+        if min(entry.shape, default=0) < 0 or stop - begin != math.prod(entry.shape) * ITEM_SIZES[entry.dtype]:
+            raise BadCheckpoint(f"{label}: {name!r} has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}")
+        if start + begin != position:
+            raise BadCheckpoint(f"{label}: {name!r} overlaps another tensor or leaves a gap before it")
+        entries.append(TensorEntry(name, entry.dtype, tuple(entry.shape), path, position, stop - begin))
+        position += stop - begin
+    if position != end:
+        raise BadCheckpoint(f"{label} has {end} bytes, but its header describes {position}: it is cut short or damaged")
+    return entries

@@ -1,0 +1,121 @@
+"""The tensors of a component under our names, from the headers of its files. Without torch.
+
+A `.pth` file is an archive with a pickle: its table needs torch (`hotreload/pth.py`); that it is whole can be told
+without.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from hotreload.names import to_ours
+from hotreload.safetensors_file import TensorEntry, read_header
+from ipc.errors import BadCheckpoint
+from ipc.messages import Component
+
+PthReader = Callable[[Path, str], list[TensorEntry]]
+"""(file, its name for errors) -> its tensors, under the names they have there: `hotreload.pth.read_pth`."""
+ARCHIVE_ERRORS = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error)
+"""What zipfile raises for a damaged archive."""
+NAMED = 10
+"""Tensors of a kind that an error names; it counts the others."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+class TransformerTraits(NamedTuple):
+    """What tells one Wan DiT from another."""
+
+    dim: int
+    layers: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    """Times the volume of a patch, (1, 2, 2) in every Wan model, its head has rows."""
+    image_attention: bool
+
+
+def label_of(component: Component, file: Path) -> str:
+    """How errors name a component's file: without the directories it is in."""
+    return f"{component.name}: {file.name}"
+
+
+def component_table(component: Component, read_pth: PthReader | None = None) -> dict[str, TensorEntry]:
+    """Every tensor that the model needs or that no one knows, by our name. Raises `BadCheckpoint`.
+
+    `read_pth`: needed for components in `.pth` files.
+    """
+    entries: list[TensorEntry] = []
+    for file in map(Path, component.files):
+        label = label_of(component, file)
+        if file.suffix != ".safetensors":
+            assert read_pth is not None, "the tensors of a .pth file cannot be listed without torch"
+            entries += read_pth(file, label)
+        else:
+            entries += read_header(file, label).entries
+    refuse_fp8(component, entries)
+    return to_ours(component.name, component.naming, entries)
+
+
+def safetensors_only(component: Component) -> Component:
+    """The component as far as its tensors can be listed without torch."""
+    files = [file for file in component.files if file.endswith(".safetensors")]
+    return Component(name=component.name, files=files, naming=component.naming, loras=component.loras)
+
+
+def refuse_fp8(component: Component, entries: list[TensorEntry]) -> None:
+    """Raise `BadCheckpoint` for scaled fp8 weights, which mean nothing without their scales."""
+    for entry in entries:
+        if entry.dtype.startswith("F8_"):
+            raise BadCheckpoint(
+                f"{label_of(component, entry.file)} holds {entry.dtype} weights (fp8), which are not supported; "
+                "use the bf16 or fp16 file of the same model"
+            )
+
+
+def check_archive(path: Path, label: str) -> None:
+    """Check that a `.pth` file is an archive that torch can have written, and that its end is there."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except OSError as error:
+        raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
+    except ARCHIVE_ERRORS as error:
+        raise BadCheckpoint(
+            f"{label} is cut short, damaged, or of PyTorch before 1.6, which wrote no zip archives: {error}; "
+            "download it again"
+        ) from error
+    if not any(member.filename.endswith("/data.pkl") for member in members):
+        raise BadCheckpoint(f"{label} is a zip archive, but not one that torch.save wrote: it has no data.pkl")
+    data = [member for member in members if re.fullmatch(r"[^/]+/data/\d+", member.filename)]
+    if packed := [member.filename for member in data if member.compress_type != zipfile.ZIP_STORED]:
+        raise BadCheckpoint(f"{label} is compressed ({packed[0]}), as torch.save never does; save it again with torch")
+
+
+def transformer_traits(table: Mapping[str, TensorEntry]) -> TransformerTraits:
+    """What kind of DiT a table describes. Raises `BadCheckpoint` if it is none."""
+    try:
+        dim, in_channels = table["patch_embedding.weight"].shape[:2]
+        patch = table["patch_embedding.weight"].shape[2:]
+        ffn_dim = table["blocks.0.ffn.net.0.proj.weight"].shape[0]
+        rows = table["proj_out.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise BadCheckpoint(f"the transformer is not a Wan DiT: {error} is missing or misshaped") from error
+    layers = 1 + max(int(match[1]) for name in table if (match := _BLOCK.match(name)))
+    image = "blocks.0.attn2.add_k_proj.weight" in table
+    return TransformerTraits(dim, layers, ffn_dim, in_channels, rows // max(math.prod(patch), 1), image)
+
+
+def describe(kinds: Mapping[str, list[str]]) -> str:
+    """What is wrong with which tensors, the first of each kind by name; empty if nothing is."""
+    return "; ".join(_named(names, kind) for kind, names in kinds.items() if names)
+
+
+def _named(names: list[str], what: str) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {', '.join(names[:NAMED])}{more}"

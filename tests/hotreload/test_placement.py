@@ -1,0 +1,140 @@
+"""Weights in shared memory: a second module sees the very bytes of the first, and cannot change them."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import signal
+import socket
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hotreload.placement import Placement, bind, lay_out
+from ipc.messages import WeightVersion
+
+
+class Net(nn.Module):
+    """Parameters, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(7, 5)
+        self.register_buffer("scale", torch.ones(3))
+
+
+def contents() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(t.shape, generator=generator) for name, t in Net().state_dict().items()}
+
+
+def placed() -> tuple[Placement, WeightVersion]:
+    tensors = contents()
+    placement = Placement.create("net", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        placement.tensors[name].copy_(tensor)
+    return placement, placement.seal("vae", "abc")
+
+
+def on_meta() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+def test_a_module_bound_to_it_holds_its_bytes() -> None:
+    """Parameters and buffers are views of the memory, bit for bit what was placed, without gradients."""
+    placement, version = placed()
+    with_views = Placement.attach(version, placement.fd)
+    module = on_meta()
+    bind(module, with_views.tensors, {})
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in contents().items())
+    assert {t.data_ptr() for t in module.state_dict().values()} == {t.data_ptr() for t in with_views.tensors.values()}
+    assert not any(p.requires_grad for p in module.parameters())
+    assert all(t.data_ptr() % 64 == 0 for t in module.state_dict().values())
+
+
+def test_the_memory_outlives_its_maker() -> None:
+    """A forked process places weights, passes the descriptor and is killed: who holds the descriptor still binds to
+    them."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if (pid := os.fork()) == 0:
+        try:
+            placement, version = placed()
+            socket.send_fds(theirs, [msgspec.msgpack.encode(version)], [placement.fd])
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    theirs.close()
+    data, (fd,), _, _ = socket.recv_fds(ours, 1 << 16, 1)
+    _, status = os.waitpid(pid, 0)
+    assert status == signal.SIGKILL
+    placement = Placement.attach(msgspec.msgpack.decode(data, type=WeightVersion), fd)
+    assert all(torch.equal(placement.tensors[name], tensor) for name, tensor in contents().items())
+    os.close(fd)
+
+
+def test_nobody_can_change_what_others_see() -> None:
+    """A write through an attached tensor stays private; a shared writable mapping is refused; nobody can resize it."""
+    placement, version = placed()
+    one, other = (Placement.attach(version, placement.fd) for _ in range(2))
+    one.tensors["scale"].zero_()
+    assert torch.equal(other.tensors["scale"], contents()["scale"])
+    assert other.fingerprint() == version.fingerprint
+    with pytest.raises(PermissionError):
+        mmap.mmap(other.fd, version.bytes, flags=mmap.MAP_SHARED)
+    with pytest.raises(PermissionError):
+        os.ftruncate(other.fd, 1)
+
+
+def test_bytes_that_changed_are_found() -> None:
+    """A single bit flipped before the seal took effect, or a version of other weights: refused at attach."""
+    placement, version = placed()
+    placement.tensors["scale"].view(torch.uint8)[5] ^= 1
+    with pytest.raises(ValueError, match="its bytes hash to"):
+        Placement.attach(version, placement.fd)
+    with pytest.raises(ValueError, match="expected 4096"):
+        Placement.attach(msgspec.structs.replace(version, bytes=4096), placement.fd)
+
+
+def test_a_tensor_that_is_not_of_the_weights_is_found() -> None:
+    """A module with a buffer outside its state dict cannot be bound: that buffer would have no value."""
+
+    class Stray(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("stray", torch.ones(2), persistent=False)
+
+    placement, _ = placed()
+    with torch.device("meta"):
+        module = Stray()
+    with pytest.raises(AssertionError, match="stray"):
+        bind(module, placement.tensors, {})
+
+
+def test_aliases_share_memory() -> None:
+    """Two names in the module for one tensor of the weights: one memory."""
+    module = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)}).to("meta")
+    placement = Placement.create("tied", {"a.weight": (torch.float32, (3, 3))})
+    bind(module, placement.tensors, {"b.weight": "a.weight"})
+    assert module["a"].weight.data_ptr() == module["b"].weight.data_ptr()
+
+
+def test_closing_leaves_the_tensors_and_no_descriptor(tmp_path: Path) -> None:
+    """After `close` the tensors are still readable, and the descriptor is gone."""
+    placement, _ = placed()
+    fd = placement.fd
+    scale = placement.tensors["scale"]
+    placement.close()
+    with pytest.raises(OSError):
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    assert torch.equal(scale, contents()["scale"])
+
+
+def test_the_table_does_not_overlap() -> None:
+    """Odd sizes and dtypes: every tensor starts aligned, after the end of the one before it."""
+    table = lay_out({"a": (torch.bfloat16, (3,)), "b": (torch.float32, (5, 7)), "c": (torch.float16, (1,))})
+    assert [t.offset for t in table.tensors] == [0, 64, 256]
+    assert table.size == 320

@@ -1,0 +1,156 @@
+"""`.pth` files: the same tables as of safetensors, from torch's archives, and a typed error for all else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hotreload.pth import read_pth
+from hotreload.tables import check_archive
+from ipc.errors import BadCheckpoint
+
+TENSORS = {
+    "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "b.bias": torch.ones(4, dtype=torch.bfloat16),
+    "c": torch.tensor(2.0, dtype=torch.float16),
+    "d": torch.arange(100.0)[10:20],
+    "e": nn.Parameter(torch.full((3,), 7.0, dtype=torch.float64)),
+    "f": torch.tensor([1, 2]),
+}
+
+
+def save(path: Path, content: Any, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def test_the_table_says_where_the_bytes_are(tmp_path: Path) -> None:
+    """Dtypes, a scalar, a parameter, a view into a larger storage: the file has each tensor's bytes where it says."""
+    path = save(tmp_path / "x.pth", TENSORS)
+    raw, entries = path.read_bytes(), read_pth(path, "vae: x.pth")
+    names = {
+        "F32": torch.float32,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F64": torch.float64,
+        "I64": torch.int64,
+    }
+    assert [entry.name for entry in entries] == list(TENSORS)
+    for entry in entries:
+        found = torch.frombuffer(bytearray(raw[entry.offset : entry.offset + entry.size]), dtype=names[entry.dtype])
+        assert torch.equal(found.view(entry.shape), TENSORS[entry.name].detach())
+
+
+def test_reading_a_table_takes_no_memory(tmp_path: Path) -> None:
+    """A tensor of 128 MiB: the process that reads the table grows by less than a quarter of that."""
+    script = (
+        "import resource, sys; from pathlib import Path; from hotreload.pth import read_pth\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_pth(Path(sys.argv[1]), 'x')\n"
+        "before = rss()\n"
+        "assert [e.size for e in read_pth(Path(sys.argv[2]), 'x')] == [128 << 20]\n"
+        "assert rss() - before < 32 << 10, rss() - before\n"
+    )
+    small = save(tmp_path / "small.pth", {"a": torch.zeros(1, dtype=torch.uint8)})
+    large = save(tmp_path / "large.pth", {"a": torch.zeros(128 << 20, dtype=torch.uint8)})
+    subprocess.run([sys.executable, "-c", script, str(small), str(large)], check=True, timeout=60)
+
+
+def test_every_cut_is_refused(tmp_path: Path) -> None:
+    """Cut at 200 places: the end of the archive is gone, and the supervisor sees it without torch."""
+    whole = save(tmp_path / "x.pth", TENSORS).read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 200)):
+        (tmp_path / "x.pth").write_bytes(whole[:length])
+        with pytest.raises(BadCheckpoint, match=r"^vae: x\.pth is cut short"):
+            check_archive(tmp_path / "x.pth", "vae: x.pth")
+        with pytest.raises(BadCheckpoint, match=r"^vae: x\.pth is cut short"):
+            read_pth(tmp_path / "x.pth", "vae: x.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_every_flipped_byte_of_the_pickle_is_survived(tmp_path: Path) -> None:
+    """Each byte of data.pkl and of the archive's directory inverted in turn: `BadCheckpoint` or a table."""
+    path = save(tmp_path / "x.pth", {"a.weight": torch.ones(3), "b": torch.ones(2, 2)})
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickle = archive.getinfo("x/data.pkl")
+    start = pickle.header_offset
+    refused = 0
+    for position in [*range(start, start + 64 + pickle.file_size), *range(len(whole) - 300, len(whole))]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            read_pth(path, "x")
+        except BadCheckpoint:
+            refused += 1
+    assert refused > 100
+
+
+class Evil:
+    """Creates a file when it is unpickled by whoever runs what a pickle says."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    """It names os.mkdir: refused, and nothing was created."""
+    path = save(tmp_path / "x.pth", {"a": Evil(str(tmp_path / "made"))})
+    with pytest.raises(BadCheckpoint, match=r"cannot be read as plain tensors: it names posix\.mkdir, which is code"):
+        read_pth(path, "x")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ([torch.ones(2)], "holds a list, expected a dictionary"),
+        ({"state_dict": {"a": torch.ones(2)}}, "'state_dict' is a dict; expected nothing but named tensors"),
+        ({"step": 7, "a": torch.ones(2)}, "'step' is a int"),
+        ({3: torch.ones(2)}, "has the key 3; expected nothing but named tensors"),
+        ({"a": torch.ones(2, 3).t()}, "'a' is not contiguous"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, r"'a' has the dtype torch\.complex64"),
+    ],
+)
+def test_what_is_no_plain_state_dict_is_refused(tmp_path: Path, content: object, problem: str) -> None:
+    """A list, nested dictionaries, numbers, transposed or complex tensors."""
+    with pytest.raises(BadCheckpoint, match=problem):
+        read_pth(save(tmp_path / "x.pth", content), "vae: x.pth")
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    """PyTorch's old format, a zip archive of something else, a compressed archive, one that another
+    program wrote without torch's alignment, a file that is not there."""
+    save(tmp_path / "legacy.pth", TENSORS, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("x/readme", "hello")
+    with (
+        zipfile.ZipFile(save(tmp_path / "x.pth", TENSORS)) as plain,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        zipfile.ZipFile(tmp_path / "unaligned.pth", "w") as unaligned,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+            unaligned.writestr(name, plain.read(name))
+    problems = {
+        "legacy": "or of PyTorch before 1.6",
+        "zip": "not one that torch.save wrote",
+        "packed": "is compressed",
+        "unaligned": "are not where torch.save puts them",
+        "gone": "cannot be read: No such file",
+    }
+    for name, problem in problems.items():
+        with pytest.raises(BadCheckpoint, match=problem):
+            read_pth(tmp_path / f"{name}.pth", "x")
