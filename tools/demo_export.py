@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
+from tools import checkpoint_documents as documents
 from tools.demo_networks import Architecture, Networks, build
 from tools.demo_training import save_module
 
-DIFFUSERS_VERSION = "0.42.1"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FLOW_SHIFT = 3.0
 
@@ -22,15 +22,15 @@ def export(networks: Networks, folder: Path, *, only_transformer: bool = False) 
     """Write every component, or the transformer alone for a revision that shares the others."""
     _check_range(networks)
     save_module(networks.transformer, folder / "transformer" / WEIGHTS, torch.float16)
-    _write_json(folder / "transformer" / "config.json", transformer_document(networks.transformer.config))
+    _write_json(folder / "transformer" / "config.json", documents.transformer(networks.transformer.config))
     if only_transformer:
         return
     save_module(networks.vae, folder / "vae" / WEIGHTS, torch.float16)
-    _write_json(folder / "vae" / "config.json", vae_document(networks.vae.config))
+    _write_json(folder / "vae" / "config.json", documents.vae(networks.vae.config))
     save_module(networks.text_encoder, folder / "text_encoder" / "model.safetensors", torch.float16)
     text = json.loads(networks.text_encoder.config.to_json_string(use_diff=True))
     _write_json(folder / "text_encoder" / "config.json", text | {"dtype": "float16"})
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(folder / "scheduler" / "scheduler_config.json", documents.scheduler(FLOW_SHIFT))
     _write_json(folder / "model_index.json", MODEL_INDEX)
 
 
@@ -67,39 +67,9 @@ def architecture_of(folder: Path) -> Architecture:
     )
 
 
-def transformer_document(config: TransformerConfig) -> dict[str, object]:
-    """`config.json` of Diffusers' WanTransformer3DModel."""
-    values = msgspec.to_builtins(config)
-    del values["text_len"]
-    return {
-        "_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS_VERSION, **values, "image_dim": None,
-        "added_kv_proj_dim": None, "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
-    }  # fmt: skip
-
-
-def vae_document(config: VaeConfig) -> dict[str, object]:
-    """`config.json` of Diffusers' AutoencoderKLWan."""
-    values = msgspec.to_builtins(config)
-    values["temperal_downsample"] = values.pop("temporal_downsample")
-    return {
-        "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS_VERSION, **values, "attn_scales": [],
-        "dropout": 0.0,
-    }  # fmt: skip
-
-
-SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS_VERSION, "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001, "disable_corrector": [], "dynamic_thresholding_ratio": 0.995, "final_sigmas_type": "zero",
-    "flow_shift": FLOW_SHIFT, "lower_order_final": True, "num_train_timesteps": 1000, "predict_x0": True,
-    "prediction_type": "flow_prediction", "rescale_betas_zero_snr": False, "sample_max_value": 1.0, "solver_order": 2,
-    "solver_p": None, "solver_type": "bh2", "steps_offset": 0, "thresholding": False, "timestep_spacing": "linspace",
-    "trained_betas": None, "use_beta_sigmas": False, "use_exponential_sigmas": False, "use_flow_sigmas": True,
-    "use_karras_sigmas": False,
-}  # fmt: skip
 MODEL_INDEX = {
     "_class_name": "WanPipeline",
-    "_diffusers_version": DIFFUSERS_VERSION,
+    "_diffusers_version": documents.DIFFUSERS_VERSION,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
@@ -121,9 +91,9 @@ def _check_range(networks: Networks) -> None:
 
 
 def _known(kind: type[msgspec.Struct], document: dict[str, object]) -> msgspec.Struct:
-    return msgspec.convert(
-        {key: document[key] for key in kind.__struct_fields__ if key in document}, kind, strict=False
-    )
+    """The fields of `kind` in a document, where null means the default."""
+    given = {key: value for key in kind.__struct_fields__ if (value := document.get(key)) is not None}
+    return msgspec.convert(given, kind, strict=False)
 
 
 def _write_json(path: Path, document: dict[str, object]) -> None:

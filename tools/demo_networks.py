@@ -135,7 +135,7 @@ def training_velocity(
 def training_block(block: Block, x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor, rope: Tensor) -> Tensor:
     """`Block.forward` with keys and values made from `text` [B, N+1, dim] and `bias` [N+1] added to the scores."""
     table = block.scale_shift_table + modulation
-    shift1, scale1, gate1, shift2, scale2, gate2 = table.chunk(6, dim=1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
     x = x + gate1 * block.attn1(modulate(x, shift1, scale1, block.eps), rope)
     k, v = block.attn2.keys_values(text)
     query = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias, block.eps)
