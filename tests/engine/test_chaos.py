@@ -1,0 +1,95 @@
+"""Random faults on the whole engine with the model that ships: every accepted request ends once, with the frames that
+it has when nobody disturbs it. Long versions: `make chaos`. A failure names its seed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine import SystemParams
+from tools import chaos
+
+SECONDS = 400
+
+
+@pytest.mark.timeout(SECONDS)
+async def test_sixty_kills(tmp_path: Path) -> None:
+    """SIGKILL of a random stage at a random moment, 60 times over 120 requests: all done, none twice, same frames."""
+    async with chaos.timed(None) as tally:
+        await chaos.kills(tally, tmp_path, 120, 60, SystemParams())
+    assert tally.requests >= 120
+    assert sum(tally.faults.values()) == 60
+    assert len(tally.faults) == 4, "every stage was hit"
+
+
+@pytest.mark.timeout(SECONDS)
+async def test_twenty_hangs(tmp_path: Path) -> None:
+    """SIGSTOP of a random stage, 20 times: each is found by its progress counter and replaced, frames are the same."""
+    async with chaos.timed(None) as tally:
+        await chaos.kills(tally, tmp_path, 40, 20, SystemParams(stage_deadline=2.0, start_deadline=20.0), stop=True)
+    assert sum(tally.faults.values()) == 20
+
+
+@pytest.mark.timeout(SECONDS)
+async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
+    """SIGKILL of `engine serve` at a random moment, 20 times: stages leave within 5 s, and after a restart what was
+    accepted is done, once, with the same frames."""
+    async with chaos.timed(None) as tally:
+        await chaos.restarts(tally, tmp_path, 20)
+    assert tally.requests == 60
+
+
+@pytest.mark.timeout(SECONDS)
+async def test_a_thousand_requests_leave_nothing(tmp_path: Path) -> None:
+    """1,000 requests and 50 restarts: descriptors, threads, children and memfds as before, resident memory within 1 KiB
+    per request."""
+    async with chaos.timed(None) as tally:
+        await chaos.leaks(tally, tmp_path, 1000, 50, SystemParams())
+    assert tally.requests >= 1000
+
+
+# The detectors, on what they must find.
+
+
+async def test_a_wrong_result_is_found(tmp_path: Path) -> None:
+    """A golden hash that belongs to another kind of request: the comparison fails and says which request."""
+    async with chaos.timed(7) as tally:
+        from engine import Supervisor
+
+        async with Supervisor(SystemParams(placement="fused")) as supervisor:
+            load = chaos.Load(supervisor, tmp_path, tally)
+            await load.calm()
+            load.golden.reverse()
+            with pytest.raises(chaos.Broken, match="of kind 0 gave"):
+                await load.one(0, tmp_path / "v.mp4")
+
+
+def test_leaks_are_found() -> None:
+    """A descriptor, a memfd, a thread and 64 MiB that stay: the footprint has grown by each."""
+    before = chaos.Footprint.of_this_process()
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    read, write = os.pipe()
+    memfd = os.memfd_create("leak")
+    ballast = bytearray(os.urandom(1)) * (64 << 20)
+    try:
+        after = chaos.Footprint.of_this_process()
+        assert before.grown(after) == {"fds": 3, "threads": 1, "memfds": 1}
+        assert after.resident - before.resident > 60 << 20
+    finally:
+        del ballast
+        stop.set()
+        thread.join()
+        for fd in (read, write, memfd):
+            os.close(fd)
+
+
+def test_what_is_left_in_the_directory_is_found(tmp_path: Path) -> None:
+    """A partial file that nobody removed."""
+    (tmp_path / ".v.mp4.1234.part").touch()
+    with pytest.raises(chaos.Broken, match="left in the output directory"):
+        chaos.nothing_left(tmp_path, chaos.Footprint.of_this_process())
