@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
-from engine.paths import peer_ids
+from engine.paths import peer_ids, socket_path
 from engine.version import VERSION
 from ipc.errors import Busy, EngineError, PermissionDenied, ProtocolError, ServerUnavailable, from_failure
 from ipc.frames import FrameReader, encode_frame
@@ -241,7 +241,7 @@ class AsyncConnection:
 
 
 def _connect(path: Path, deadline: float) -> socket.socket:
-    """A connected socket whose other end belongs to this user or to root."""
+    """A connected socket whose other end belongs to this user, to root, or to whom the caller chose."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # A blocking connect waits for room in the listener's backlog; a non-blocking one would fail with EAGAIN.
@@ -249,6 +249,7 @@ def _connect(path: Path, deadline: float) -> socket.socket:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         connection.connect(os.fspath(path))
         _, uid = peer_ids(connection)
+        trusted = uid in (os.geteuid(), 0) or os.geteuid() == 0 or _is_chosen(path, uid)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError) as error:
         connection.close()
         raise NotListening(
@@ -260,10 +261,17 @@ def _connect(path: Path, deadline: float) -> socket.socket:
     except OSError as error:
         connection.close()
         raise PermissionDenied(f"cannot connect to {path}: {error.strerror}") from error
-    if os.geteuid() not in (uid, 0) and uid != 0:
+    if not trusted:
         connection.close()
         raise PermissionDenied(f"the engine at {path} belongs to user {uid}: choose another --socket")
     return connection
+
+
+def _is_chosen(path: Path, uid: int) -> bool:
+    """Somebody named this socket, and in its directory only user `uid` could have put it. At the default path, which
+    nobody named, another user's engine is a trap."""
+    directory = os.lstat(path.parent)
+    return path != socket_path(None) and directory.st_uid == uid and not directory.st_mode & 0o022
 
 
 async def _connect_in_thread(path: Path, deadline: float) -> socket.socket:

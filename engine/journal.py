@@ -10,7 +10,9 @@ Resource handling: one connection and one thread from `open` to `close`. Error h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +80,7 @@ class Journal:
         """Returns when the entry is on disk."""
         row = (entry.job.id, entry.submitted_at, msgspec.msgpack.encode(entry))
         try:
-            await self._on_thread(self._execute, "INSERT INTO tasks VALUES (?, ?, ?)", row)
+            await self._on_thread(self._insert, row)
         except sqlite3.Error as error:
             raise OutputError(f"the request was not accepted, because it could not be journalled: {error}") from error
 
@@ -107,7 +109,7 @@ class Journal:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
     def _open(self) -> list[Entry]:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         self._path.chmod(0o600)
         # One engine per journal: two would both carry out what is in it.
@@ -127,6 +129,12 @@ class Journal:
             self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
             return None
 
+    def _insert(self, row: tuple[Any, ...]) -> None:
+        self._execute("INSERT INTO tasks VALUES (?, ?, ?)", row)
+        if self._ended:
+            with contextlib.suppress(sqlite3.Error):  # this entry is safe; the others have time
+                self._remove_ended()
+
     def _remove_ended(self) -> None:
         for identity in list(self._ended):
             self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
@@ -142,3 +150,16 @@ class Journal:
     def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
         assert self._connection is not None, "the journal is not open"
         self._connection.execute(statement, values)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory of mode 0700, and what is missing above it, so that it is still there after a loss of power:
+    SQLite syncs the directory in which the journal is, and nobody else the ones above."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in missing:
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

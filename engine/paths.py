@@ -1,11 +1,14 @@
 """Where the socket is, and who may have it.
 
-The socket has mode 0600 in a directory of mode 0700 that belongs to us. Which server owns a path is decided by a lock
-on `<socket>.lock`, never by the path itself: binding would silently take a live server's name away.
+The socket has mode 0600 in a directory of mode 0700 that belongs to us. One that is shared with other users has mode
+0666 in a directory that they may pass but not read or change (0711), and the server looks at who connects. Which server
+owns a path is decided by a lock on `<socket>.lock`, never by the path itself: binding would silently take a live
+server's name away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -55,18 +58,24 @@ def peer_ids(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def check_directory(directory: Path) -> None:
-    """Make the socket's directory if it is missing; `BadConfig` unless it is ours alone."""
+def check_directory(directory: Path, shared: bool = False) -> None:
+    """Make the socket's directory if it is missing; `BadConfig` unless it is ours alone or, `shared`, ours and others
+    can pass through it and do no more."""
+    wanted, closed = (0o711, 0o066) if shared else (0o700, 0o077)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700, parents=True)
+            directory.chmod(wanted)
         found = directory.lstat()
     except OSError as error:
         raise BadConfig(f"the socket directory {directory} cannot be made: {error.strerror}") from error
     mode = stat.S_IMODE(found.st_mode)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & 0o077:
+    shut = shared and not mode & 0o011
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & closed or shut:
         raise BadConfig(
             f"the socket directory {directory} has mode {mode:04o} and owner {found.st_uid}; it must be a real "
-            f"directory of mode 0700 that belongs to user {os.geteuid()}: choose a directory of its own with --socket"
+            f"directory of mode {wanted:04o} that belongs to user {os.geteuid()}: choose a directory of its own with "
+            "--socket"
         )
 
 
@@ -78,10 +87,12 @@ class SocketClaim:
     Error handling: `BadConfig` when another server holds the path; that server is not touched.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
+        """`shared`: other users may reach the socket; what they may do is up to who accepts their connections."""
         self.path = path
+        self._shared = shared
         self._bound = False
-        check_directory(path.parent)
+        check_directory(path.parent, shared)
         self._lock = _take_lock(path)
 
     def bind(self) -> socket.socket:
@@ -93,6 +104,8 @@ class SocketClaim:
             # at which the path has another one, and the process's umask is left alone.
             os.fchmod(listener.fileno(), 0o600)
             listener.bind(os.fspath(self.path))
+            if self._shared:
+                self.path.chmod(0o666)
             listener.listen(BACKLOG)
         except OSError as error:
             listener.close()

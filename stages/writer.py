@@ -2,16 +2,17 @@
 
 Frames are compressed as they come into an unnamed spool file in the output's directory, so a full disk is found early,
 a killed process leaves nothing, and memory does not grow with the video. The last chunk copies the compressed stream
-into the final file with its metadata, under a temporary name that is synced and then renamed.
+into the final file with its metadata, under a temporary name that is synced and then renamed. All of that happens in
+one open directory (`stages/files.py`), so that whoever swaps a part of its path leads nothing astray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import IO, Any, Final
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from ipc.errors import OutputError
 from ipc.messages import Job, Run, Start
+from stages.files import Directory
 from stages.stage import QUEUE_TIMEOUT, Links, StageState
 
 CODEC: Final = "libx264"
@@ -70,7 +72,7 @@ class WriterStage:
             return self._write(self._videos[run.id], job, run)
         except (OSError, av.FFmpegError) as error:
             self._forget(run.id)
-            raise refused(error, job.output) from error
+            raise refused(first_error(error), job.output) from error
 
     def _write(self, video: Video, job: Job, run: Run) -> dict[str, Any] | None:
         assert video.chunks == run.index, f"got chunk {run.index} after {video.chunks} chunks"
@@ -87,8 +89,11 @@ class WriterStage:
     def drop(self, identity: str) -> None:
         self._frames.release(identity)
         self._forget(identity)
-        if (job := self._jobs.pop(identity, None)) is not None:
-            remove(job.partial)  # of a process that died before it was complete
+        job = self._jobs.pop(identity, None)
+        # A file system that refuses to remove what a dead process left there must not end this one.
+        if job is not None:
+            with contextlib.suppress(OSError), Directory(os.path.dirname(job.output)) as directory:
+                clean(directory, job)
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))
@@ -99,24 +104,26 @@ class WriterStage:
 
 
 class Video:
-    """A video being compressed. Resource handling: owns the spool file and the encoder until `close`."""
+    """A video being compressed.
+
+    Resource handling: owns the directory's descriptor, the spool file and the encoder until `close`.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.frames = 0
         self.chunks = 0
-        remove(job.partial)
-        self._spool = tempfile.TemporaryFile(dir=os.path.dirname(job.output))  # noqa: SIM115
-        try:
+        with contextlib.ExitStack() as undo:
+            self._directory = undo.enter_context(Directory(os.path.dirname(job.output)))
+            clean(self._directory, job)
+            self._spool = undo.enter_context(self._directory.unnamed())
             self._container = av.open(self._spool, "w", format="mp4")
             self._stream = self._container.add_stream(CODEC, rate=job.fps, options=QUALITY)
             self._stream.width, self._stream.height, self._stream.pix_fmt = job.width, job.height, "yuv420p"
             tag_colours(self._stream.codec_context)
             self._stream.codec_context.thread_count = THREADS
             self._stream.codec_context.thread_type = "SLICE"
-        except BaseException:
-            self._spool.close()
-            raise
+            undo.pop_all()
 
     @property
     def spooled(self) -> int:
@@ -136,18 +143,17 @@ class Video:
         self._container.close()
         self._spool.seek(0)
         job, text = self._job, json.dumps(metadata, ensure_ascii=False, indent=1)
-        placed = []
+        name, partial = os.path.basename(job.output), os.path.basename(job.partial)
+        files = {}
         try:
             if job.metadata_json:
-                write_text(job.partial, text)
-                beside = os.path.splitext(job.output)[0] + ".json"
-                put_in_place(job.partial, beside)
-                placed.append(beside)
-            copy_stream(self._spool, job.partial, text)
-            put_in_place(job.partial, job.output)
+                write_text(self._directory.create(f"{partial}.json"), text)
+                files[f"{partial}.json"] = os.path.splitext(name)[0] + ".json"
+            copy_stream(self._spool, self._directory.create(partial), text)
+            self._directory.place({**files, partial: name})
         except BaseException:
-            for path in [job.partial, *placed]:
-                remove(path)
+            with contextlib.suppress(OSError):
+                clean(self._directory, job)
             raise
 
     def close(self) -> None:
@@ -156,6 +162,13 @@ class Video:
             self._container.close()
         with contextlib.suppress(OSError):  # what was buffered, then too; the file is closed all the same
             self._spool.close()
+        self._directory.close()
+
+
+def clean(directory: Directory, job: Job) -> None:
+    """Remove what an unfinished attempt has left."""
+    for path in job.temporaries:
+        directory.remove(os.path.basename(path))
 
 
 def tag_colours(context: av.VideoCodecContext) -> None:
@@ -176,41 +189,53 @@ def to_yuv(frame: NDArray[np.uint8]) -> av.VideoFrame:
     )
 
 
-def copy_stream(source: IO[bytes], path: str, comment: str) -> None:
-    """Copy the compressed video in `source` to an mp4 whose index is in front and whose comment is `comment`."""
-    with av.open(source, "r") as spool, av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as final:
-        final.metadata["comment"] = comment
-        stream = final.add_stream_from_template(spool.streams.video[0])
-        for packet in spool.demux(spool.streams.video[0]):
-            if packet.dts is not None:  # the demuxer ends with an empty packet
-                packet.stream = stream
-                final.mux(packet)
+def copy_stream(source: IO[bytes], target: int, comment: str) -> None:
+    """Copy the compressed video in `source` to an mp4 whose index is in front and whose comment is `comment`.
+
+    `target`: descriptor of an empty file; synced and closed. To move the index to the front libavformat reads the file
+    again: through descriptors of ours, because it loses its own when the disk is full.
+    """
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(WholeWrites(target, "r+b"))
+
+        def reopen(url: str, flags: int, options: dict[str, str]) -> io.FileIO:
+            reader = os.open(f"/proc/self/fd/{target}", os.O_RDONLY | os.O_CLOEXEC)
+            return opened.enter_context(io.FileIO(reader))
+
+        options = {"movflags": "faststart"}
+        with av.open(source, "r") as spool, av.open(file, "w", format="mp4", options=options, io_open=reopen) as final:
+            final.metadata["comment"] = comment
+            stream = final.add_stream_from_template(spool.streams.video[0])
+            for packet in spool.demux(spool.streams.video[0]):
+                if packet.dts is not None:  # the demuxer ends with an empty packet
+                    packet.stream = stream
+                    final.mux(packet)
+        os.fsync(target)
 
 
-def write_text(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+class WholeWrites(io.FileIO):
+    """A file without a buffer. What the kernel takes in parts is written in parts, until an error says why not."""
+
+    def write(self, data: Any) -> int:
+        view, written = memoryview(data), 0
+        while written < view.nbytes:
+            written += super().write(view[written:]) or 0
+        return written
+
+
+def write_text(target: int, text: str) -> None:
+    """Write and sync a file; its descriptor is closed."""
+    with open(target, "w", encoding="utf-8") as file:
         file.write(text + "\n")
+        file.flush()
+        os.fsync(target)
 
 
-def put_in_place(partial: str, final: str) -> None:
-    """Rename a finished file; it is on the disk before its name is, and the name before this returns."""
-    sync(partial)
-    os.replace(partial, final)
-    sync(os.path.dirname(final))
-
-
-def sync(path: str) -> None:
-    """Wait until a file or a directory is on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def first_error(error: OSError | av.FFmpegError) -> OSError | av.FFmpegError:
+    """The error that this one came after: closing a file that cannot be written fails again, and says less."""
+    while isinstance(error.__context__, OSError | av.FFmpegError):
+        error = error.__context__
+    return error
 
 
 def refused(error: OSError | av.FFmpegError, output: str) -> OutputError:
@@ -221,5 +246,6 @@ def refused(error: OSError | av.FFmpegError, output: str) -> OutputError:
         errno.EROFS: "choose another directory",
         errno.EACCES: "choose another directory",
         errno.ENOENT: "make its directory again",
+        errno.ENOTDIR: "its directory was replaced since the request was accepted: submit it again",
     }.get(error.errno or 0, "try again")
     return OutputError(f"{os.path.basename(output)} could not be written: {error.strerror}; {advice}")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import shutil
 import sqlite3
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from engine.admission import admit, resolved_params
@@ -14,6 +19,7 @@ from engine.journal import Entry, Journal
 from engine.models import load_model
 from engine.params import SystemParams, UserParams
 from ipc.errors import BadConfig, OutputError
+from tests.disks import run_on_small_disk, unsynced_bytes
 
 
 def entry(tmp_path: Path, name: str) -> Entry:
@@ -84,3 +90,167 @@ async def test_a_broken_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite3").write_bytes(b"not a database at all" * 100)
     with pytest.raises(BadConfig, match="journal"):
         await Journal(tmp_path).open()
+
+
+async def ask(journal: Journal, statement: str) -> Any:
+    """The one value that the journal's own connection answers."""
+    connection = journal._connection
+    assert connection is not None
+    return (await journal._on_thread(lambda: connection.execute(statement).fetchone()))[0]
+
+
+async def test_what_is_added_is_on_the_disk(tmp_path: Path) -> None:
+    """When `add` returns, nothing of the entry is still to be written by the kernel. The control: with
+    synchronous=OFF something is."""
+    journal = Journal(tmp_path / "above" / "state")
+    await journal.open()
+    files = [tmp_path / "above" / "state" / f"journal.sqlite3{suffix}" for suffix in ("", "-wal")]
+    assert await ask(journal, "PRAGMA synchronous") == 2
+    for number in range(5):
+        await journal.add(entry(tmp_path, f"{number}"))
+        assert [unsynced_bytes(file) for file in files] == [0, 0]
+    await journal._on_thread(journal._execute, "PRAGMA synchronous=OFF", ())
+    await journal.add(entry(tmp_path, "control"))
+    control = sum(unsynced_bytes(file) for file in files)
+    await journal.close()
+    if not control:
+        pytest.skip("this file system does not tell what is on its disk")
+
+
+async def test_what_is_added_outlives_the_process(tmp_path: Path) -> None:
+    """The files as they are when `add` returns, copied without closing anything, hold every entry added and none that
+    was removed."""
+    journal = Journal(tmp_path / "state")
+    await journal.open()
+    entries = [entry(tmp_path, f"{number}") for number in range(8)]
+    for number, e in enumerate(entries):
+        await journal.add(e)
+        if number % 3 == 0:
+            await journal.remove(e.job.id)
+        shutil.copytree(tmp_path / "state", tmp_path / f"copy{number}")
+    await journal.close()
+    for number in range(8):
+        copy = Journal(tmp_path / f"copy{number}")
+        assert await copy.open() == [e for i, e in enumerate(entries[: number + 1]) if i % 3]
+        await copy.close()
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Let no file of this process grow beyond so many bytes: a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_write_that_fails_anywhere(tmp_path: Path, file_limit: Callable[[int], None]) -> None:
+    """No file may grow beyond so many bytes, in small steps from nothing to enough: an entry is there afterwards if,
+    and only if, `add` said so; the journal is whole; with room again the next entry is added, and what could not be
+    removed is removed."""
+    first, second, third = (entry(tmp_path, name) for name in ("first", "second", "third"))
+    outcomes = set()
+    for limit in range(0, 60_000, 3000):
+        journal = Journal(tmp_path / f"{limit}")
+        await journal.open()
+        await journal.add(first)
+        file_limit(limit)
+        try:
+            await journal.add(second)
+            kept = [second]
+        except OutputError as error:
+            assert "could not be journalled" in str(error) and str(tmp_path) not in str(error)
+            kept = []
+        with contextlib.suppress(OutputError):
+            await journal.remove(first.job.id)
+        file_limit(resource.RLIM_INFINITY)
+        outcomes.add(bool(kept))
+        await journal.add(third)
+        assert await ask(journal, "PRAGMA integrity_check") == "ok"
+        shutil.copytree(tmp_path / f"{limit}", tmp_path / f"{limit}-copy")
+        await journal.close()
+        for directory in (f"{limit}-copy", f"{limit}"):
+            again = Journal(tmp_path / directory)
+            assert await again.open() == [*kept, third]
+            await again.close()
+    assert outcomes == {False, True}
+
+
+async def test_opening_where_nothing_can_be_written(tmp_path: Path, file_limit: Callable[[int], None]) -> None:
+    """A new journal on a full disk is a `BadConfig`, wherever the writing stops; later it is opened, and is whole."""
+    refused = 0
+    for limit in range(0, 24_000, 1000):
+        file_limit(limit)
+        journal = Journal(tmp_path / f"{limit}")
+        try:
+            await journal.open()
+            await journal.close()
+        except BadConfig:
+            refused += 1
+        file_limit(resource.RLIM_INFINITY)
+        again = Journal(tmp_path / f"{limit}")
+        assert await again.open() == []
+        await again.close()
+    assert 0 < refused < 24
+
+
+FULL_DISK = """
+import asyncio, os
+from pathlib import Path
+import msgspec
+from engine.journal import Entry, Journal
+from ipc.errors import BadConfig, OutputError
+from tests.disks import run_on_small_disk, unsynced_bytes
+
+entry = msgspec.json.decode(sys.argv[2], type=Entry)
+
+def another(name):
+    return msgspec.structs.replace(entry, job=msgspec.structs.replace(entry.job, id=name))
+
+async def main():
+    state = Path(directory, "state")
+    journal = Journal(state)
+    await journal.open()
+    await journal.add(another("before"))
+    with open(directory + "/filler", "wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass
+    for number in range(50):
+        try:
+            await journal.add(another(f"full{number}"))
+            print(f"full{number}")
+        except OutputError as error:
+            assert "full" in str(error), error
+            break
+    try:
+        await journal.remove("before")
+        raise AssertionError("there was room")
+    except OutputError:
+        pass
+    os.unlink(directory + "/filler")
+    await journal.add(another("after"))
+    await journal.close()
+    remount("ro")
+    try:
+        await Journal(state).open()
+        raise AssertionError("it could be written")
+    except BadConfig:
+        pass
+    remount("rw")
+    journal = Journal(state)
+    print(*[e.job.id for e in await journal.open()])
+    await journal.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """A tmpfs of 1 MiB is filled up: entries are refused until there is room again, what was added before and after is
+    there, and what ended meanwhile is not. Read-only, the journal is a `BadConfig`."""
+    example = msgspec.json.encode(entry(tmp_path, "example")).decode()
+    printed = run_on_small_disk(tmp_path, FULL_DISK, example)
+    accepted = printed[: printed.index("after") // 2]
+    assert printed == [*accepted, *accepted, "after"]

@@ -134,8 +134,8 @@ def test_frames_may_come_byte_by_byte(engine_process: EngineProcess) -> None:
 def test_many_messages_in_one_write_are_answered_in_order(engine_process: EngineProcess) -> None:
     """A client that does not wait gets all replies, with its refs, in its order."""
     with RawClient(engine_process.socket) as client:
-        client.send(b"".join(frame(type="list", ref=ref) for ref in range(100, 400)))
-        assert [client.receive()["ref"] for _ in range(300)] == list(range(100, 400))  # type: ignore[index]
+        client.send(b"".join(frame(type="list", ref=ref) for ref in range(100, 300)))
+        assert [client.receive()["ref"] for _ in range(200)] == list(range(100, 300))  # type: ignore[index]
 
 
 def test_a_half_closed_connection_is_answered_first(engine_process: EngineProcess) -> None:

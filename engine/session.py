@@ -1,0 +1,338 @@
+"""One client on the engine's side: what it says, what it gets, and how much it may take.
+
+No bytes wait in this process: what a client sends stays in its socket until the message before it is answered, and what
+it does not read stays with the one frame that is being sent. So its memory here is 64 KiB and one frame, and one small
+event per task that it follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from engine.decode import decode_strictly
+from engine.params import UserParams
+from engine.supervisor import Supervisor
+from engine.version import VERSION
+from ipc.errors import (
+    BadRequest,
+    Busy,
+    EngineError,
+    Failure,
+    NotFound,
+    PermissionDenied,
+    ProtocolError,
+    VersionMismatch,
+)
+from ipc.frames import MAX_FRAME, FrameReader, encode_frame
+from ipc.messages import (
+    PROTOCOL_VERSION,
+    Accepted,
+    AnyClientMessage,
+    AnyServerMessage,
+    Cancel,
+    GetStatus,
+    Hello,
+    ListTasks,
+    Ok,
+    Refused,
+    Shutdown,
+    Status,
+    Submit,
+    Subscribe,
+    TaskInfo,
+    TaskList,
+    Welcome,
+)
+
+READ_BYTES = 64 * 1024
+MAX_PARAMS = 64 * 1024
+"""Bytes of MessagePack in the `params` of a `submit`. What is decoded may be 64 times as large."""
+LISTED_PROMPT = 200
+"""Characters of each prompt in `list`."""
+MAX_REASON = 2000
+"""Characters of the message of a `Refused`, and of what the log says about a client."""
+
+log = logging.getLogger(__name__)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients may take. Times in seconds."""
+
+    clients: int = 256
+    followed: int = 128
+    """Tasks whose events one connection may receive at a time."""
+    burst: int = 256
+    """Messages that are answered as fast as they come; `rate` more per second."""
+    rate: float = 32.0
+    handshake: float = 5.0
+    frame: float = 10.0
+    """From the first byte of a frame to its last."""
+    drain: float = 10.0
+    """A client may leave a frame unread for this long before it is cut off."""
+    close: float = 2.0
+    """For last words to reach the clients when the server stops."""
+
+
+class Pace:
+    """How fast one client is answered: `burst` messages at once, then `rate` per second. Who asks more often waits,
+    so that it takes next to nothing of the loop from the others."""
+
+    def __init__(self, burst: int, rate: float, now: float) -> None:
+        self._burst, self._rate = burst, rate
+        self._left, self._since = float(burst), now
+
+    def delay(self, now: float) -> float:
+        """Count a message; the seconds until the next one may be answered."""
+        self._left = min(self._burst, self._left + (now - self._since) * self._rate) - 1
+        self._since = now
+        return max(0.0, -self._left / self._rate)
+
+
+class Session:
+    """One client, from its first byte to its last.
+
+    Resource handling: owns the socket and one asyncio task per followed task; `run` ends them all, whatever happens.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        limits: Limits,
+        connection: socket.socket,
+        peer: tuple[int, int],
+        on_shutdown: Callable[[bool], None],
+    ) -> None:
+        """`peer`: its pid and uid. `on_shutdown` is told that it asked for the end, and whether after draining."""
+        self.following: dict[str, asyncio.Task[None]] = {}
+        self.outgoing = 0
+        """Bytes of the frame that is being sent."""
+        self._supervisor = supervisor
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._socket = connection
+        self._socket.setblocking(False)
+        self._pid, self._uid = peer
+        self._on_shutdown = on_shutdown
+        self._pace = Pace(self._limits.burst, self._limits.rate, self._loop.time())
+        self._frames: FrameReader[AnyClientMessage] = FrameReader(AnyClientMessage)
+        self._decoded: Iterator[AnyClientMessage] = iter(())
+        self._sending = asyncio.Lock()
+        self._broken = False
+        """A frame was not sent to its end: nothing that could be said now would be understood."""
+
+    async def run(self) -> None:
+        """Greet, then answer until the client leaves, errs, or stops reading."""
+        try:
+            if await self._greet():
+                while await self._answer_one():
+                    pass
+        except ProtocolError as error:
+            log.warning("process %d broke the protocol: %s", self._pid, _shortened(str(error), MAX_REASON))
+            with contextlib.suppress(OSError):
+                await self._send(refusal(None, error))
+        except OSError:
+            # The client left, or left its answers unread (TimeoutError is an OSError): nobody is there to be told.
+            log.debug("process %d is gone", self._pid)
+        finally:
+            await self._close()
+
+    async def _answer_one(self) -> bool:
+        """Take one message and answer it; False when there are no more. A message lives no longer than this call.
+
+        Everything here may happen without waiting for anything, so others get their turn by the sleep, if only of 0.
+        """
+        message = await self._receive()
+        if message is None:
+            return False
+        await self._handle(message)
+        await asyncio.sleep(self._pace.delay(self._loop.time()))
+        return True
+
+    async def _greet(self) -> bool:
+        """The handshake: whether the client may go on."""
+        try:
+            async with asyncio.timeout(self._limits.handshake):
+                hello = await self._receive()
+        except TimeoutError:
+            raise ProtocolError(f"no hello came within {self._limits.handshake:g} seconds") from None
+        if hello is None:
+            return False
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"the first message was {_tag(hello)!r}; it must be 'hello'")
+        if hello.version != PROTOCOL_VERSION:
+            error = VersionMismatch(
+                f"the client speaks version {hello.version} of the protocol and this engine ({VERSION}) speaks version "
+                f"{PROTOCOL_VERSION}: use the client that comes with this engine"
+            )
+            await self._send(refusal(hello.ref, error))
+            return False
+        model = self._supervisor.model.name
+        await self._send(Welcome(ref=hello.ref, version=PROTOCOL_VERSION, engine=VERSION, model=model, pid=os.getpid()))
+        return True
+
+    async def _receive(self) -> AnyClientMessage | None:
+        """The next message; None when the client has closed its side."""
+        complete_by: float | None = None
+        while (message := next(self._decoded, None)) is None:
+            if self._frames.unfinished and complete_by is None:
+                complete_by = self._loop.time() + self._limits.frame
+            try:
+                async with asyncio.timeout_at(complete_by):
+                    data = await self._loop.sock_recv(self._socket, READ_BYTES)
+            except TimeoutError:
+                raise ProtocolError(f"a frame was not complete after {self._limits.frame:g} seconds") from None
+            if not data:
+                return None
+            self._decoded = self._frames.feed(data)
+        return message
+
+    async def _handle(self, message: AnyClientMessage) -> None:
+        """Answer one message; what follows from the answer happens after it was sent."""
+        try:
+            reply = await self._answer(message)
+        except ProtocolError:
+            raise
+        except EngineError as error:
+            reply = refusal(message.ref, error)
+        except Exception:
+            log.exception("answering %r of process %d failed", _tag(message), self._pid)
+            reply = Refused(ref=message.ref, error=Failure(EngineError.code, "the engine failed; its log says more"))
+        await self._send(reply)
+        match message, reply:
+            case (Submit(subscribe=True), Accepted(id=identity)) | (Subscribe(id=identity), Ok()):
+                self._follow(identity)
+            case Shutdown(drain=drain), Ok():
+                self._on_shutdown(drain)
+
+    async def _answer(self, message: AnyClientMessage) -> AnyServerMessage:
+        match message:
+            case Submit():
+                return await self._submit(message)
+            case Subscribe(ref=ref, id=identity):
+                self._check_may_follow()
+                self._supervisor.events(identity)
+                return Ok(ref=ref)
+            case Cancel(ref=ref, id=identity):
+                await self._supervisor.cancel(identity)
+                return Ok(ref=ref)
+            case ListTasks(ref=ref):
+                tasks, omitted = fitting(self._supervisor.tasks())
+                return TaskList(ref=ref, tasks=tasks, omitted=omitted)
+            case GetStatus(ref=ref):
+                return Status(ref=ref, status=self._supervisor.status())
+            case Shutdown(ref=ref):
+                if self._uid != os.geteuid():
+                    raise PermissionDenied("only the user who started this engine may stop it")
+                log.info("process %d asked for a shutdown (drain=%s)", self._pid, message.drain)
+                return Ok(ref=ref)
+            case Hello():
+                raise ProtocolError("a second 'hello' came; it is the first message only")
+
+    async def _submit(self, message: Submit) -> Accepted:
+        if message.subscribe:
+            self._check_may_follow()
+        size = memoryview(message.params).nbytes
+        if size > MAX_PARAMS:
+            raise BadRequest(f"the request has {size:,} bytes; the most is {MAX_PARAMS:,}: shorten its texts")
+        try:
+            given = msgspec.msgpack.decode(message.params)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise BadRequest(f"the params are not MessagePack: {error}") from error
+        try:
+            accepted = await self._supervisor.submit(decode_strictly(UserParams, given, BadRequest, "the request"))
+        except EngineError as error:
+            log.info("refused a request of process %d: %s", self._pid, _shortened(str(error), MAX_REASON))
+            raise
+        log.info("accepted %s of process %d, position %d", accepted.id, self._pid, accepted.position)
+        return msgspec.structs.replace(accepted, ref=message.ref)
+
+    def _check_may_follow(self) -> None:
+        if len(self.following) >= self._limits.followed:
+            raise Busy(f"this connection follows {len(self.following)} tasks, which is the limit; open another", 1.0)
+
+    def _follow(self, identity: str) -> None:
+        """Send the task's events from now on; once, however often it is asked for."""
+        if identity not in self.following:
+            task = asyncio.get_running_loop().create_task(self._send_events(identity), name=f"events-{identity}")
+            self.following[identity] = task
+            task.add_done_callback(lambda _: self.following.pop(identity))
+
+    async def _send_events(self, identity: str) -> None:
+        try:
+            async for event in self._supervisor.events(identity):
+                await self._send(event)
+        except NotFound:
+            log.warning("%s was forgotten before its events could be sent", identity)
+        except OSError:
+            log.debug("process %d left before the end of %s", self._pid, identity)
+
+    async def _send(self, message: AnyServerMessage) -> None:
+        """Hand one frame to the kernel, to its last byte. Cuts off a client that does not read.
+
+        Encoded in its turn, not before: of all that is to be said to this client, one frame exists at a time.
+        """
+        async with self._sending:
+            if self._broken:
+                raise ConnectionResetError("the client is gone")
+            frame = encode_frame(message)
+            self.outgoing, self._broken = len(frame), True
+            try:
+                async with asyncio.timeout(self._limits.drain):
+                    await self._loop.sock_sendall(self._socket, frame)
+                self._broken = False
+            except TimeoutError:
+                log.warning("process %d left its answers unread for %g seconds; cut off", self._pid, self._limits.drain)
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # `run`, which may wait for a message, sees the end
+                raise
+            finally:
+                self.outgoing = 0
+
+    async def _close(self) -> None:
+        """End what uses the socket, then the socket: the client still gets what the kernel has."""
+        following = list(self.following.values())
+        for task in following:
+            task.cancel()
+        try:
+            if following:
+                await asyncio.wait(following)
+        finally:
+            self._socket.close()
+
+
+def fitting(tasks: Iterable[TaskInfo]) -> tuple[list[TaskInfo], int]:
+    """The tasks that fit into one frame, in their order, and how many do not: the oldest finished ones go first.
+
+    Prompts are shortened to `LISTED_PROMPT` characters.
+    """
+    rows = [msgspec.structs.replace(task, prompt=_shortened(task.prompt, LISTED_PROMPT)) for task in tasks]
+    unfinished = [i for i, row in enumerate(rows) if row.state in ("queued", "running")]
+    finished = [i for i, row in enumerate(rows) if row.state not in ("queued", "running")]
+    room, kept = MAX_FRAME - 1024, set[int]()
+    for i in unfinished + finished[::-1]:
+        room -= len(msgspec.msgpack.encode(rows[i]))
+        if room < 0:
+            break
+        kept.add(i)
+    return [rows[i] for i in sorted(kept)], len(rows) - len(kept)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def refusal(ref: int | None, error: EngineError) -> Refused:
+    """What a message is refused with. A text that repeats what the client sent may be as long as that: it is cut."""
+    failure = Failure(error.code, str(error)[:MAX_REASON])
+    return Refused(ref=ref, error=failure, retry_after=error.retry_after if isinstance(error, Busy) else None)
+
+
+def _tag(message: msgspec.Struct) -> str:
+    return str(message.__struct_config__.tag)

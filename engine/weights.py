@@ -1,0 +1,37 @@
+"""The weights that are in memory, held by the supervisor so that they outlive the stage processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from ipc.messages import WeightVersion
+
+
+class WeightStore:
+    """Placed components by name.
+
+    Resource handling: owns one descriptor per component until it is replaced or `close`; the memory is free when that
+    and every mapping of it are gone.
+    """
+
+    def __init__(self) -> None:
+        self._placed: dict[str, tuple[WeightVersion, int]] = {}
+
+    def keep(self, version: WeightVersion, fd: int) -> None:
+        """Take over the descriptor of a component; one that was kept before is let go."""
+        if (old := self._placed.pop(version.component, None)) is not None:
+            os.close(old[1])
+        self._placed[version.component] = (version, fd)
+
+    def of(self, components: Collection[str]) -> list[tuple[WeightVersion, int]]:
+        """Those of these components that are placed; the descriptors stay owned by this object."""
+        return [placed for name, placed in self._placed.items() if name in components]
+
+    def versions(self) -> list[WeightVersion]:
+        return [version for version, _ in self._placed.values()]
+
+    def close(self) -> None:
+        while self._placed:
+            _, (_, fd) = self._placed.popitem()
+            os.close(fd)
