@@ -8,44 +8,47 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine.child import run_module
+from engine.conditioning import DEFAULT_STRENGTH, Init, check_length, find_init, size_of_condition
 from engine.decode import decode_strictly
-from engine.params import ModelParams, SystemParams, UserParams
+from engine.params import PRESETS, Defaults, ModelParams, SystemParams, UserParams
+from engine.roots import absolute, below_root, utf8
 from ipc.errors import BadRequest, EngineError
 from ipc.messages import Job
 
 MAX_PROMPT_BYTES = 16 * 1024
-MAX_PATH_BYTES = 4096
-DEFAULT_STRENGTH = 0.8
 
 
-def admit(user: UserParams, model: ModelParams, system: SystemParams, *, identity: str | None = None) -> Job:
-    """Check a request and fill in every default. Raises `BadRequest`; touches nothing.
+def admit(user: UserParams, model: ModelParams, system: SystemParams, *, on_gpu: bool = False) -> Job:
+    """Check a request and fill in every default. Raises `BadRequest`; changes nothing. Blocking: it reads files.
 
     The length of the prompt in tokens is checked by `check_prompt_tokens`, which needs the tokenizer.
     """
     user = decode_strictly(UserParams, msgspec.to_builtins(user), BadRequest, "the request")
-    defaults = model.defaults
+    defaults = _defaults(user, model)
     _check_prompt("prompt", user.prompt, may_be_empty=False)
     _check_prompt("negative_prompt", user.negative_prompt or "", may_be_empty=True)
-    height, width = _size(user, model)
+    if user.noise_device == "cuda" and not on_gpu:
+        raise BadRequest("noise_device is cuda, but this engine computes on the CPU; leave it out, or use cpu")
     num_frames = _frames(user, model)
     steps = user.steps if user.steps is not None else defaults.steps
     if not 1 <= steps <= model.limits.max_steps:
         raise BadRequest(f"steps is {steps}; it must be from 1 to {model.limits.max_steps}")
-    guidance, guidance_2 = _guidance(user, model)
-    init, strength = _init(user, system)
+    guidance, guidance_2 = _guidance(user, model, defaults)
     output = _output(user, system)
+    init = find_init(user, model, system)
+    height, width = _size(user, model, init)
+    if init is not None:
+        check_length(init, num_frames)
     return Job(
-        id=identity or uuid.uuid4().hex,
+        id=uuid.uuid4().hex,
         prompt=user.prompt,
         negative_prompt=defaults.negative_prompt if user.negative_prompt is None else user.negative_prompt,
         height=height,
@@ -58,8 +61,10 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, identit
         seed=user.seed if user.seed is not None else secrets.randbelow(2**31),
         solver=user.solver or defaults.solver,
         flow_shift=user.flow_shift if user.flow_shift is not None else defaults.flow_shift,
-        init=init,
-        start_step=0 if strength is None else steps - max(1, int(steps * strength)),
+        init=None if init is None else init.path,
+        start_step=_start_step(init, steps),
+        init_as="start" if init is None else init.role,
+        noise_device=user.noise_device,
         output=output,
         metadata_json=user.metadata_json,
         metadata={},
@@ -72,34 +77,47 @@ def resolved_params(user: UserParams, job: Job) -> dict[str, Any]:
     for name in params:
         if name in Job.__struct_fields__:
             params[name] = getattr(job, name)
-    if job.init is not None and params["strength"] is None:
+    if job.init is not None and job.init_as == "start" and params["strength"] is None:
         params["strength"] = DEFAULT_STRENGTH
     return params
+
+
+def _defaults(user: UserParams, model: ModelParams) -> Defaults:
+    """The model's, or what the preset puts in their place."""
+    if user.preset is None:
+        return model.defaults
+    return msgspec.structs.replace(model.defaults, **msgspec.structs.asdict(PRESETS[user.preset]))
+
+
+def _start_step(init: Init | None, steps: int) -> int:
+    """The first schedule index that is run: the later, the smaller the strength."""
+    if init is None or init.strength is None:
+        return 0
+    return steps - max(1, int(steps * init.strength))
 
 
 def _check_prompt(name: str, text: str, *, may_be_empty: bool) -> None:
     if not may_be_empty and not text.strip():
         raise BadRequest(f"the {name} is empty; say what the video should show")
-    size = len(_utf8(name, text))
+    size = len(utf8(name, text))
     if size > MAX_PROMPT_BYTES:
         raise BadRequest(f"the {name} has {size:,} bytes; the most is {MAX_PROMPT_BYTES:,}")
 
 
-def _utf8(name: str, text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRequest(f"the {name} contains characters that are not valid Unicode; remove them") from error
-
-
-def _size(user: UserParams, model: ModelParams) -> tuple[int, int]:
+def _size(user: UserParams, model: ModelParams, init: Init | None) -> tuple[int, int]:
+    """(height, width): what was asked for, the model's default for what was not; with neither, the image's aspect."""
     multiple = model.size_multiple
     height = user.height if user.height is not None else model.defaults.height
     width = user.width if user.width is not None else model.defaults.width
+    if init is not None and init.is_condition and user.height is None and user.width is None:
+        height, width = size_of_condition(init.media, model)
+    most = multiple * model.transformer.rope_max_seq_len
     for name, value in (("height", height), ("width", width)):
         if value < multiple or value % multiple:
             nearest = max(multiple, round(value / multiple) * multiple)
             raise BadRequest(f"{name} is {value}; it must be a multiple of {multiple}, the nearest is {nearest}")
+        if value > most:
+            raise BadRequest(f"{name} is {value}; {model.name} goes up to {most}: give a height and a width that fit")
     if height * width > model.limits.max_pixels:
         raise BadRequest(
             f"{width}x{height} is {height * width:,} pixels; {model.name} takes up to {model.limits.max_pixels:,}"
@@ -122,73 +140,39 @@ def _frames(user: UserParams, model: ModelParams) -> int:
     return frames
 
 
-def _guidance(user: UserParams, model: ModelParams) -> tuple[float, float]:
+def _guidance(user: UserParams, model: ModelParams, defaults: Defaults) -> tuple[float, float]:
+    """Of the high-noise and of the low-noise expert; the names are diffusers', the original's pair is (low, high)."""
     if user.guidance_scale_2 is not None and model.boundary is None:
-        raise BadRequest(f"guidance_scale_2 is for models with two experts; {model.name} has one: leave it out")
-    first = user.guidance_scale if user.guidance_scale is not None else model.defaults.guidance_scale
+        raise BadRequest(
+            f"guidance_scale_2 is the low-noise expert's (guidance_scale the high-noise one's), and {model.name} has "
+            "not two experts: leave it out"
+        )
+    first = user.guidance_scale if user.guidance_scale is not None else defaults.guidance_scale
     second = user.guidance_scale_2
     if second is None and user.guidance_scale is None:
-        second = model.defaults.guidance_scale_2
+        second = defaults.guidance_scale_2
     return first, first if second is None else second
-
-
-def _init(user: UserParams, system: SystemParams) -> tuple[str | None, float | None]:
-    """The resolved path of the init image or video, and the strength; (None, None) without one."""
-    if user.image is not None and user.video is not None:
-        raise BadRequest("both image and video are given; start from one of them")
-    name, path = ("image", user.image) if user.image is not None else ("video", user.video)
-    if path is None:
-        if user.strength is not None:
-            raise BadRequest("strength needs an image or a video to start from; give one, or leave strength out")
-        return None, None
-    resolved = _below_root(name, path, system)
-    try:
-        status = os.stat(resolved)
-    except OSError as error:
-        raise BadRequest(f"the {name} {path!r} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode) or not os.access(resolved, os.R_OK):
-        raise BadRequest(f"the {name} {path!r} is not a readable file")
-    if status.st_size == 0:
-        raise BadRequest(f"the {name} {path!r} is empty")
-    return resolved, user.strength if user.strength is not None else DEFAULT_STRENGTH
 
 
 def _output(user: UserParams, system: SystemParams) -> str:
     """The resolved output path, in a directory that exists and can be written."""
     path = user.output
-    directory, name = os.path.split(_absolute("output", path))
+    name = os.path.basename(absolute("output", path))
     stem, extension = os.path.splitext(name)
     if extension.lower() != ".mp4":
         raise BadRequest(f"the output {path!r} must end in .mp4, after a name")
-    resolved = os.path.join(_below_root("output", directory, system), name)
     parent = os.path.dirname(path) or "."
+    resolved = os.path.join(below_root("output", parent, system), name)
     if len(os.fsencode(name)) > 200:
         raise BadRequest("the name of the output is longer than 200 bytes; choose a shorter one")
     if not os.path.isdir(os.path.dirname(resolved)):
         raise BadRequest(f"the output directory {parent!r} does not exist; make it first")
-    if not os.access(os.path.dirname(resolved), os.W_OK | os.X_OK):
+    if not os.access(os.path.dirname(resolved), os.R_OK | os.W_OK | os.X_OK):  # syncing a directory takes reading it
         raise BadRequest(f"the output directory {parent!r} cannot be written; choose another or change its mode")
     beside = [os.path.join(os.path.dirname(resolved), stem + ".json")] if user.metadata_json else []
     for file in [resolved, *beside]:
-        if os.path.lexists(file) and not os.path.isfile(file):
+        if os.path.islink(file) or (os.path.lexists(file) and not os.path.isfile(file)):
             raise BadRequest(f"{os.path.basename(file)!r} exists in {parent!r} and is not a file; choose another name")
-    return resolved
-
-
-def _absolute(name: str, path: str) -> str:
-    if "\0" in path:
-        raise BadRequest(f"the {name} path contains a NUL character")
-    if len(_utf8(f"{name} path", path)) > MAX_PATH_BYTES:
-        raise BadRequest(f"the {name} path is longer than {MAX_PATH_BYTES:,} bytes; use a shorter one")
-    return os.path.join(os.getcwd(), os.path.expanduser(path))
-
-
-def _below_root(name: str, path: str, system: SystemParams) -> str:
-    """`path` with symbolic links resolved; `BadRequest` if that leaves the operator's root."""
-    resolved = os.path.realpath(_absolute(name, path))
-    root = os.path.realpath(system.output_root)
-    if os.path.commonpath((root, resolved)) != root:
-        raise BadRequest(f"the {name} path {path!r} is outside the directory this server works in")
     return resolved
 
 
@@ -205,22 +189,13 @@ def check_prompt_tokens(job: Job, model: ModelParams, tokenizer: Path) -> None:
         try:
             count = _count_tokens(text, tokenizer)
         except (subprocess.SubprocessError, ValueError) as error:
-            raise EngineError(f"the tokens of the {name} could not be counted: {error}") from error
+            # The error's own text has the command line, with the paths of this machine.
+            raise EngineError(f"the tokens of the {name} could not be counted: {type(error).__name__}") from error
         if count > most:
             raise BadRequest(f"the {name} has {count} tokens; {model.name} reads at most {most}: shorten it")
 
 
 def _count_tokens(text: str, tokenizer: Path) -> int:
-    ran = subprocess.run(
-        [sys.executable, "-P", "-m", "stages.prompt", str(tokenizer)],
-        input=text.encode(), capture_output=True, timeout=60, check=True,
-        env={**os.environ, "PYTHONPATH": python_path()},
-    )  # fmt: skip
+    ran = run_module("stages.prompt", str(tokenizer), given=text.encode(), timeout=60)
+    ran.check_returncode()
     return int(ran.stdout)
-
-
-def python_path() -> str:
-    """PYTHONPATH for child processes: they must import this very installation, wherever it was found."""
-    root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return root if not inherited else f"{root}{os.pathsep}{inherited}"

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.models import checkpoint_directory, list_models, load_model
-from engine.params import ModelParams
-from hotreload.checkpoint import check_directory, components, find_files
-from ipc.architecture import TransformerConfig
+from engine.checkpoint import file_bytes, open_model
+from engine.models import list_models, load_model
+from engine.params import ModelParams, SystemParams
+from ipc.architecture import Conditioning, TransformerConfig
 from ipc.errors import BadCheckpoint, BadConfig
 
 
@@ -25,8 +25,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     description: str
+    kind: str
+    """What it makes of what."""
+    experts: int
     transformer_parameters: int
-    """Of all experts together."""
+    """Of one expert."""
     height: int
     width: int
     num_frames: int
@@ -44,6 +47,11 @@ def describe_models() -> list[ModelCard]:
     return [_card(load_model(name)) for name in list_models()]
 
 
+def kind(conditioning: Conditioning) -> str:
+    """What a model makes a video of."""
+    return {"none": "text", "channels": "image", "first_frame": "text/image"}[conditioning] + " to video"
+
+
 def transformer_parameters(config: TransformerConfig) -> int:
     """Weights and biases of one Wan DiT."""
     dim, ffn, patch = config.dim, config.ffn_dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
@@ -52,27 +60,29 @@ def transformer_parameters(config: TransformerConfig) -> int:
     time = config.freq_dim * dim + dim + dim * dim + dim + 6 * (dim * dim + dim)
     text = config.text_dim * dim + dim + dim * dim + dim
     ends = config.in_channels * patch * dim + dim + dim * config.out_channels * patch + config.out_channels * patch
-    return config.num_layers * block + time + text + ends + 2 * dim
+    image = 0
+    if (width := config.image_dim) is not None:
+        block += 2 * (dim * dim + dim) + dim
+        image = 2 * width + width * width + width + width * dim + dim + 2 * dim
+    return config.num_layers * block + time + text + image + ends + 2 * dim
 
 
 def _card(model: ModelParams) -> ModelCard:
     weights, defaults = _weights(model), model.defaults
-    experts = 1 if model.boundary is None else 2
     return ModelCard(
-        name=model.name, description=model.description,
-        transformer_parameters=experts * transformer_parameters(model.transformer), height=defaults.height,
-        width=defaults.width, num_frames=defaults.num_frames, fps=defaults.fps, steps=defaults.steps,
-        guidance_scale=defaults.guidance_scale, max_pixels=model.limits.max_pixels, max_frames=model.limits.max_frames,
-        weights_bytes=weights.bytes, weights_missing=weights.missing,
+        name=model.name, description=model.description, kind=kind(model.conditioning),
+        experts=1 if model.boundary is None else 2, transformer_parameters=transformer_parameters(model.transformer),
+        height=defaults.height, width=defaults.width, num_frames=defaults.num_frames, fps=defaults.fps,
+        steps=defaults.steps, guidance_scale=defaults.guidance_scale, max_pixels=model.limits.max_pixels,
+        max_frames=model.limits.max_frames, weights_bytes=weights.bytes, weights_missing=weights.missing,
     )  # fmt: skip
 
 
 def _weights(model: ModelParams) -> Weights:
-    two_experts = model.boundary is not None
+    if model.checkpoint is None:
+        return Weights(0, "--checkpoint DIR")
     try:
-        directory = checkpoint_directory(model, None)
-        check_directory(directory, two_experts=two_experts)
-        files = [file for name in components(two_experts) for file in find_files(directory / name, name)]
-        return Weights(sum(file.stat().st_size for file in files), "")
+        checkpoint = open_model(model, SystemParams(model=model.name))
+        return Weights(sum(file_bytes(component) for component in checkpoint.components.values()), "")
     except (BadConfig, BadCheckpoint) as error:
         return Weights(0, str(error))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadRequest, EngineError, NotFound
+from ipc.errors import BadCheckpoint, BadRequest, EngineError, NotFound
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -40,12 +40,20 @@ def generate(
     num_frames: Annotated[int | None, typer.Option(help="4n + 1.")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Up to 1: no guidance.")] = None,
-    guidance_scale_2: Annotated[float | None, typer.Option(help="Of the low-noise expert.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Up to 1: no guidance. With two experts, the HIGH-noise one's.")
+    ] = None,
+    guidance_scale_2: Annotated[float | None, typer.Option(help="The LOW-noise expert's, of two.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same video [random].")] = None,
+    noise_device: Annotated[
+        str | None, typer.Option(help="cpu: the same noise everywhere; cuda: the original programs' [cpu].")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="distilled: 4 Euler steps without guidance, for step-distilled weights.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="unipc, dpm++ or euler.")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to set in motion, or to start from.")] = None,
     video: Annotated[Path | None, typer.Option(help="A video to start from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to leave the start: over 0, up to 1 [0.8].")] = None,
     priority: Annotated[int, typer.Option(help="-10 to 10, higher first.")] = 0,
@@ -53,19 +61,24 @@ def generate(
     metadata_json: Annotated[bool, typer.Option("--metadata-json", help="Also write the metadata beside it.")] = False,
     model: Annotated[str | None, typer.Option(help="See `engine models`.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Directory of the weights, without a server.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="As for `engine serve`, without a server.")
+    ] = None,
     placement: Annotated[str | None, typer.Option(help="split or fused, without a server.")] = None,
     socket: Socket = None,
     as_json: Json = False,
 ) -> None:
     """Make a video: on the running engine, or on one just for this."""
-    fields = _given(locals(), leave_out=("out", "model", "checkpoint", "placement", "socket", "as_json"))
+    fields = _given(locals(), leave_out=("out", "model", "checkpoint", "lora", "placement", "socket", "as_json"))
     from engine.decode import decode_strictly
     from engine.display import progress_view, summary
     from engine.generate import Order, run, suggestions
     from engine.params import UserParams
 
     params = decode_strictly(UserParams, {**fields, "output": str(out)}, BadRequest, "the request")
-    order = Order(params=params, socket=socket, model=model, checkpoint=checkpoint, placement=placement)
+    order = Order(
+        params=params, socket=socket, model=model, checkpoint=checkpoint, lora=tuple(lora or ()), placement=placement
+    )  # fmt: skip
     outcome = run(order, progress_view(quiet=as_json))
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
@@ -77,7 +90,13 @@ def generate(
 @app.command()
 def serve(
     model: Annotated[str | None, typer.Option(help="See `engine models` [wan-demo].")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="Directory of the weights [those that ship].")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Directory of the weights: original, Diffusers or ComfyUI [those that ship].")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:STRENGTH", help="Merged into the weights; two experts: HIGH,LOW:STRENGTH."),
+    ] = None,
     placement: Annotated[str | None, typer.Option(help="split or fused: a process per stage, or one [split].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16 [auto].")] = None,
@@ -86,6 +105,7 @@ def serve(
     max_queue: Annotated[int | None, typer.Option(help="Accepted and unfinished requests at most [64].")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,
     output_root: Annotated[str | None, typer.Option(help="Videos are only written below this directory [/].")] = None,
+    allow_uids: Annotated[list[int] | None, typer.Option("--allow-uid", help="Serve this user, too.")] = None,
     socket: Socket = None,
     config: Annotated[Path | None, typer.Option(help="YAML of the same names; options win.")] = None,
 ) -> None:
@@ -148,6 +168,22 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of a checkpoint.")],
+    model: Annotated[str | None, typer.Option(help="See `engine models` [found by looking].")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds, what is missing or wrong in it, and how much memory it needs. Loads no weights."""
+    from engine.check import check_checkpoint
+    from engine.display import print_check
+
+    report = check_checkpoint(directory, model)
+    _print_json(report) if as_json else print_check(report)
+    if not report.complete:
+        raise typer.Exit(BadCheckpoint.exit_code)
+
+
+@app.command()
 def shutdown(
     now: Annotated[bool, typer.Option("--now", help="Leave unfinished requests in the journal.")] = False,
     socket: Socket = None,
@@ -175,7 +211,7 @@ def version() -> None:
 
 def _given(values: dict[str, Any], leave_out: tuple[str, ...]) -> dict[str, Any]:
     """The options that were given, paths as strings."""
-    kept = {name: value for name, value in values.items() if value is not None and name not in leave_out}
+    kept = {name: value for name, value in values.items() if value not in (None, []) and name not in leave_out}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 

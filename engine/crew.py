@@ -11,14 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
+from engine.checkpoint import file_bytes
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.params import STAGES, ModelParams, SystemParams
 from engine.process import StageProcess, resident_bytes
+from engine.weights import WeightStore
+from hotreload.checkpoint import Checkpoint
+from ipc.channel import close_fds
 from ipc.errors import BadConfig, Failure, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_PHASE,
@@ -26,6 +30,9 @@ from ipc.messages import (
     AnyStageReport,
     Component,
     Dropped,
+    Loading,
+    LoadProgress,
+    Placed,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -36,6 +43,7 @@ from ipc.messages import (
     Start,
     StartFailed,
     Stop,
+    WeightVersion,
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -47,7 +55,14 @@ STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
 
 
+STAGE_OF_COMPONENT: dict[str, StageName] = {
+    "text_encoder": "text", "image_encoder": "vae", "transformer": "dit", "transformer_2": "dit", "vae": "vae",
+}  # fmt: skip
+
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
+
+OnLoading = Callable[[Sequence[LoadProgress]], None]
+"""Hears of all components whenever more of one of them is loaded."""
 
 
 class Owner(Protocol):
@@ -69,6 +84,8 @@ class _Post(msgspec.Struct):
     quanta: int = 0
     busy_seconds: float = 0.0
     error: Failure | None = None
+    loading: LoadProgress | None = None
+    """What its process reads, until it is up."""
 
 
 class Crew:
@@ -78,25 +95,29 @@ class Crew:
         self,
         params: SystemParams,
         model: ModelParams,
-        checkpoint: Path,
-        tokenizer: Path,
+        checkpoint: Checkpoint,
+        device: str,
         memory: EngineMemory,
         owner: Owner,
     ) -> None:
-        self._params, self._model, self._checkpoint, self._tokenizer = params, model, checkpoint, tokenizer
+        """`device`: of all stages but the writer, from `resolve_device`."""
+        self._params, self._model, self._checkpoint = params, model, checkpoint
         self._memory = memory
         self._owner = owner
         self._loop = asyncio.get_running_loop()
-        self.device = resolve_device(params.device)
+        self.device = device
         self.on_gpu = self.device.startswith("cuda")
         self.groups: list[tuple[StageName, ...]] = [STAGES] if params.placement == "fused" else [(s,) for s in STAGES]
         self._posts = {name: _Post(name, None if name == "writer" else self.device) for name in STAGES}
+        self.placed = WeightStore()
         self.weights: dict[str, str] = {}
         """Component -> content hash, of what is loaded."""
         self.versions: dict[str, str] = {}
+        self._loading = {
+            c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
+        }
         self._epoch = 0
         self._pending: dict[tuple[StageName, ...], asyncio.TimerHandle] = {}
-        self._deadlines: dict[int, float] = {}
         self._stopping = False
         self._changed = asyncio.Event()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
@@ -130,15 +151,12 @@ class Crew:
             return
         self._epoch += 1
         try:
-            process = StageProcess(
-                self._start_message(stages), self._memory.fds(stages), self._on_report, self._on_exit
-            )
+            process = StageProcess(self._start_message(stages), self._fds(stages), self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(stages), error)
             for name in stages:
                 self._owner.handle_lost(self._epoch, name, False)
             return
-        self._deadlines[process.epoch] = self._loop.time() + self._params.start_deadline
         for post in self._of(stages):
             post.process, post.state, post.error = process, "starting", None
             post.restarts += 1
@@ -156,10 +174,11 @@ class Crew:
         self._posts[stage].error = error
         self._notify()
 
-    async def ready(self) -> None:
+    async def ready(self, on_loading: OnLoading) -> None:
         """Wait until every stage is up; raises what keeps one from it."""
         while True:
             changed = self._changed
+            on_loading(list(self._loading.values()))
             for post in self._posts.values():
                 if post.error is not None:
                     raise from_failure(post.error)
@@ -185,6 +204,7 @@ class Crew:
         for process in processes:
             process.kill()
         await _wait_exited(processes, STOP_GRACE)
+        self.placed.close()
         self._notify()
 
     def kill(self) -> None:
@@ -213,20 +233,26 @@ class Crew:
                 device=post.device or "-", epoch=post.process.epoch if post.process else 0,
                 restarts=max(0, post.restarts),
                 resident_bytes=resident_bytes(post.process.pid) if post.process else 0,
-                busy_seconds=post.busy_seconds, quanta=post.quanta,
+                busy_seconds=post.busy_seconds, quanta=post.quanta, loading=post.loading,
             )
             for post in self._posts.values()
         ]  # fmt: skip
 
-    def _on_report(self, process: StageProcess, report: AnyStageReport) -> None:
+    def _on_report(self, process: StageProcess, report: AnyStageReport, fds: list[int]) -> None:
+        """`fds` came with the report and are ours now."""
         match report:
+            case Placed(version=version):
+                self.placed.keep(version, fds.pop())
+            case Loading(component=component, done=done, total=total):
+                progress = LoadProgress(component=component, done=done, total=total)
+                self._loading[component] = self._posts[STAGE_OF_COMPONENT[component]].loading = progress
+                self._notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
-                self._deadlines.pop(process.epoch, None)
                 self.weights.update(weights)
                 self.versions.update(versions)
                 for post in self._of(process.stages):
-                    post.state = "up"
+                    post.state, post.loading = "up", None
                     self._owner.handle_report(process.epoch, post.name, report)
                 self._notify()
             case StartFailed(error=error):
@@ -241,12 +267,12 @@ class Crew:
                     post.quanta += 1
                     post.busy_seconds += report.seconds
                 self._owner.handle_report(process.epoch, post.name, report)
+        close_fds(fds)
 
     def _on_exit(self, process: StageProcess, status: int) -> None:
-        self._deadlines.pop(process.epoch, None)
         posts = self._of(process.stages)
         for post in posts:
-            post.process, post.state = None, "stopped"
+            post.process, post.state, post.loading = None, "stopped", None
         self._memory.reclaim(process.stages)
         if self._stopping:
             return
@@ -262,25 +288,36 @@ class Crew:
         """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
         now = self._loop.time()
         for process in self._processes():
-            hung = process.outstanding > 0 and process.silent_for(now) > self._params.stage_deadline
-            if hung or now > self._deadlines.get(process.epoch, now):
+            if process.ready:
+                hung = process.outstanding > 0 and process.silent_for(now) > self._params.stage_deadline
+            else:
+                hung = process.silent_for(now) > self._params.start_deadline
+            if hung:
                 process.kill()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+
+    def _fds(self, stages: tuple[StageName, ...]) -> list[int]:
+        """What goes with `_start_message`, in its order."""
+        return self._memory.fds(stages) + [fd for _, fd in self._placed_for(stages)]
+
+    def _placed_for(self, stages: tuple[StageName, ...]) -> list[tuple[WeightVersion, int]]:
+        return self.placed.of([name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
 
     def _start_message(self, stages: tuple[StageName, ...]) -> Start:
         dtype = self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
         return Start(
             stages=list(stages), epoch=self._epoch, supervisor_pid=os.getpid(), model=self._model.name,
             transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
-            boundary=self._model.boundary, components=self._components(), tokenizer=str(self._tokenizer),
+            image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
+            boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
             devices={s: self.device for s in stages if s != "writer"},
             threads={s: self.threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
+            placed=[version for version, _ in self._placed_for(stages)],
         )  # fmt: skip
 
     def _components(self) -> list[Component]:
-        names = ["text_encoder", "transformer", "vae"] + (["transformer_2"] if self._model.boundary is not None else [])
-        return [Component(name=name, directory=str(self._checkpoint / name)) for name in names]
+        return list(self._checkpoint.components.values())
 
     def _of(self, stages: tuple[StageName, ...]) -> list[_Post]:
         return [self._posts[name] for name in stages]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.catalogue import ModelCard
-from ipc.messages import Done, EngineStatus, Progress, TaskInfo
+from engine.check import CheckReport
+from ipc.messages import Done, EngineStatus, LoadProgress, Progress, StageStatus, TaskInfo
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines of one phase."""
@@ -31,9 +32,10 @@ PHASES = {
 
 
 class ProgressView(Protocol):
-    """Shows how far a request is, between `with` and its end."""
+    """Shows how far the loading of weights and a request are, between `with` and its end."""
 
     def update(self, progress: Progress) -> None: ...
+    def load(self, components: Sequence[LoadProgress]) -> None: ...
     def note(self, text: str) -> None: ...
     def __enter__(self) -> ProgressView: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -43,6 +45,9 @@ class SilentView:
     """Shows notes only: what the user asked for is one JSON object."""
 
     def update(self, progress: Progress) -> None:
+        return None
+
+    def load(self, components: Sequence[LoadProgress]) -> None:
         return None
 
     def note(self, text: str) -> None:
@@ -55,12 +60,50 @@ class SilentView:
         return None
 
 
+class LoadMeter:
+    """What is said of the weights as they are read: which, how much of how much, how fast."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        """Bytes, of all components."""
+        self.total = 0
+        self.seconds = 0.0
+        """Since the first byte was heard of."""
+        self._reading: list[str] = []
+        self._began: float | None = None
+
+    def update(self, components: Sequence[LoadProgress]) -> None:
+        self.done, self.total = sum(c.done for c in components), sum(c.total for c in components)
+        self._reading = [c.component for c in components if 0 < c.done < c.total]
+        now = time.monotonic()
+        if self._began is None and self.done:
+            self._began = now
+        self.seconds = 0.0 if self._began is None else now - self._began
+
+    @property
+    def complete(self) -> bool:
+        return 0 < self.total == self.done
+
+    @property
+    def what(self) -> str:
+        return f"loading {', '.join(self._reading)}".rstrip()
+
+    @property
+    def amount(self) -> str:
+        return f"{size(self.done)} of {size(self.total)}"
+
+    @property
+    def rate(self) -> str:
+        return f"{self.done / self.seconds / 1e9:.2f} GB/s" if self.seconds else ""
+
+
 class PlainView(SilentView):
     """A line when the phase changes, and now and then."""
 
     def __init__(self) -> None:
         self._phase = ""
-        self._shown_at = 0.0
+        self._shown_at = time.monotonic()
+        self._meter = LoadMeter()
 
     def update(self, progress: Progress) -> None:
         now = time.monotonic()
@@ -68,20 +111,41 @@ class PlainView(SilentView):
             self._phase, self._shown_at = progress.phase, now
             self.note(" ".join(filter(None, (PHASES[progress.phase], steps(progress), left(progress)))))
 
+    def load(self, components: Sequence[LoadProgress]) -> None:
+        was_complete, now = self._meter.complete, time.monotonic()
+        self._meter.update(components)
+        if was_complete:
+            return
+        if self._meter.complete:
+            self.note(" ".join(("loaded", size(self._meter.total), self._meter.rate)).rstrip())
+        elif self._meter.done and now - self._shown_at >= PLAIN_INTERVAL:
+            self._shown_at = now
+            self.note(f"{self._meter.what}: {self._meter.amount} {self._meter.rate}".rstrip())
+
 
 class BarView:
-    """A bar on a terminal: phase, step of steps, seconds left."""
+    """A bar on a terminal: phase, step of steps, seconds left; while weights are read, bytes and their rate."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.fields[steps]:>7}"))
         self._bar = Bar(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None, steps="", left="")
+        self._meter = LoadMeter()
 
     def update(self, progress: Progress) -> None:
         self._bar.update(
             self._task, description=PHASES[progress.phase], completed=progress.step, total=progress.steps or None,
             steps=steps(progress), left=left(progress),
         )  # fmt: skip
+
+    def load(self, components: Sequence[LoadProgress]) -> None:
+        self._meter.update(components)
+        meter = self._meter
+        if meter.done:
+            self._bar.update(
+                self._task, description=meter.what, completed=meter.done, total=meter.total, steps=meter.amount,
+                left=meter.rate,
+            )  # fmt: skip
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -170,14 +234,64 @@ def print_models(cards: Sequence[ModelCard]) -> None:
     rows = [
         (
             card.name,
-            count(card.transformer_parameters),
-            f"{card.width}x{card.height}, {card.num_frames} frames at {card.fps} fps",
-            f"{card.steps} steps, guidance {card.guidance_scale:g}",
+            card.kind,
+            ("2 x " if card.experts == 2 else "") + count(card.transformer_parameters),
+            f"{card.width}x{card.height}, {card.num_frames} frames",
+            card.steps,
             card.weights_missing or f"here, {size(card.weights_bytes)}",
         )
         for card in cards
     ]
-    print_table(("model", "parameters", "usual video", "usual sampling", "weights"), rows)
+    print_table(("model", "kind", "parameters", "usual video", "steps", "weights"), rows)
+
+
+SHOWN_TENSORS = 3
+
+
+def print_check(report: CheckReport) -> None:
+    """`engine check`. Of the tensors that are wrong, the first of each kind; `--json` has all."""
+    others = [name for name in report.fits if name != report.model]
+    also = f" (or {', '.join(others)})" if others and report.model in report.fits else ""
+    print(f"{report.directory}: {report.layout} layout, {report.model}{also}\n")
+    rows = [
+        (
+            c.name,
+            files(c.files),
+            ", ".join(sorted(c.dtypes)) or "-",
+            count(c.parameters) if c.parameters else "-",
+            size(c.bytes),
+            "complete" if c.complete else "WRONG" if c.files else "MISSING",
+        )
+        for c in report.components
+    ]
+    print_table(("component", "files", "dtype", "parameters", "on disk", ""), rows)
+    wrong = [f"{c.name}: {c.problem or tensors(c.wrong)}" for c in report.components if not c.complete]
+    print("\n".join(["", *report.problems, *wrong, ""]))
+    needs = [
+        (c.name, size(report.gpu.components[c.name]), size(report.cpu.components[c.name])) for c in report.components
+    ]
+    needs.append(("everything resident", size(report.gpu.resident), size(report.cpu.resident)))
+    print_table(("weights in memory", "GPU, bfloat16", "CPU, float32"), needs)
+    print(
+        f"\na GPU with one component at a time: {size(report.gpu.largest)}; with one transformer and all else on the "
+        f"host: {size(report.gpu.expert)}, and {size(report.gpu.host)} of host memory\n"
+        f"shared host memory of the queues: {size(report.queue_bytes)}; activations come on top"
+    )
+
+
+def tensors(wrong: Mapping[str, Sequence[str]]) -> str:
+    """How many are wrong in which way, and the first of each."""
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(names[:SHOWN_TENSORS])}" + (", ..." if len(names) > SHOWN_TENSORS else "")
+        for what, names in wrong.items()
+    )
+
+
+def files(names: Sequence[str]) -> str:
+    """The only one, or the first of so many."""
+    if len(names) < 2:
+        return names[0] if names else "-"
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 def print_tasks(tasks: Sequence[TaskInfo]) -> None:
@@ -197,6 +311,14 @@ def print_tasks(tasks: Sequence[TaskInfo]) -> None:
     print_table(("id", "state", "step", "submitted", "prompt", "video"), rows)
 
 
+def state(stage: StageStatus) -> str:
+    """Of a stage that starts: what it loads, and how much of it is there."""
+    loading = stage.loading
+    if loading is None or loading.done >= loading.total:
+        return stage.state
+    return f"loading {loading.component} {100 * loading.done // loading.total} %"
+
+
 def print_status(status: EngineStatus) -> None:
     """`engine status`."""
     accepting = "accepting requests" if status.accepting else "stopping"
@@ -207,7 +329,16 @@ def print_status(status: EngineStatus) -> None:
         f"supervisor {size(status.resident_bytes)}\n"
     )
     stages = [
-        (s.name, s.state, s.pid or "-", s.device, s.restarts, size(s.resident_bytes), seconds(s.busy_seconds), s.quanta)
+        (
+            s.name,
+            state(s),
+            s.pid or "-",
+            s.device,
+            s.restarts,
+            size(s.resident_bytes),
+            seconds(s.busy_seconds),
+            s.quanta,
+        )
         for s in status.stages
     ]
     print_table(("stage", "state", "pid", "device", "restarts", "memory", "busy", "quanta"), stages)

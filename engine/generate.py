@@ -17,7 +17,6 @@ from typing import Protocol
 import msgspec
 import uvloop
 
-from engine.admission import admit, check_prompt_tokens
 from engine.client import AsyncClient, absolute_params
 from engine.connection import NotListening
 from engine.decode import decode_strictly
@@ -40,12 +39,14 @@ class Engine(Protocol):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. None in `model`, `checkpoint`, `placement`: whatever the server has, or the default."""
+    """What was asked for. None in `model`, `checkpoint`, `placement`: whatever the server has, or the default; also no
+    `lora`."""
 
     params: UserParams
     socket: str | None = None
     model: str | None = None
     checkpoint: str | None = None
+    lora: tuple[str, ...] = ()
     placement: str | None = None
 
 
@@ -84,7 +85,9 @@ def suggestions(order: Order, outcome: Outcome) -> list[str]:
     seed = (outcome.done.metadata["seed"] + 1) % 2**63
     again = command(order, seed=seed, output=f"{stem}-2{end}")
     onward = command(order, image=None, video=stem + end, strength=0.6, output=f"{stem}-3{end}")
-    lines = [f"{again}   # another take", f"{onward}   # start from this one"]
+    lines = [f"{again}   # another take"]
+    if outcome.done.metadata.get("init", {}).get("as") != "channels":  # such a model takes no video
+        lines.append(f"{onward}   # start from this one")
     if outcome.embedded:
         return [*lines, "engine serve   # keep the model loaded; the next generate uses it and starts at once"]
     return [*lines, "engine list   # what the engine is doing"]
@@ -100,7 +103,8 @@ def command(order: Order, **changes: object) -> str:
             if field.name in ("prompt", "params") or value == field.default:
                 continue
             option = "--" + {"output": "out"}.get(field.name, field.name).replace("_", "-")
-            words += [option] if value is True else [option, str(value)]
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option] if each is True else [option, str(each)]
     return shlex.join(words)
 
 
@@ -153,8 +157,9 @@ async def _server(order: Order) -> AsyncClient | None:
     advice = "leave that out to use it, or name a --socket where no engine listens to run a second one"
     if order.model not in (None, welcome.model):
         raise BadConfig(f"the engine at {client.socket} serves {welcome.model}, not {order.model}: {advice}")
-    for option, value in (("--checkpoint", order.checkpoint), ("--placement", order.placement)):
-        if value is not None:
+    options = (("--checkpoint", order.checkpoint), ("--lora", order.lora), ("--placement", order.placement))
+    for option, value in options:
+        if value:
             raise BadConfig(f"the engine at {client.socket} is running, so {option} cannot be chosen: {advice}")
     return client
 
@@ -163,24 +168,24 @@ async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) ->
     """On a supervisor of our own, which is started only for a request that it will accept; also the seconds it took to
     load. All stages share a process unless that was asked otherwise: one request has little to overlap, and torch is
     loaded once instead of three times."""
-    chosen = {"placement": "fused"}
-    chosen |= {k: v for k in ("model", "checkpoint", "placement") if (v := getattr(order, k)) is not None}
+    chosen: dict[str, object] = {"placement": "fused"}
+    chosen |= {k: v for k in ("model", "checkpoint", "lora", "placement") if (v := getattr(order, k)) is not None}
     system = decode_strictly(SystemParams, chosen, BadConfig, "the command")
     supervisor = Supervisor(system)
-    await asyncio.to_thread(_check, order.params, supervisor)
+    await asyncio.to_thread(supervisor.check, order.params)
     interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
     began = time.monotonic()
     async with supervisor:
-        await _load(supervisor, interrupts)
+        await _load(supervisor, view, interrupts)
         loading = time.monotonic() - began
         return await _follow(supervisor, order.params, view, interrupts), loading
 
 
-async def _load(supervisor: Supervisor, interrupts: Interrupts) -> None:
-    """Wait until the stages are up, or until Ctrl-C."""
-    ready, asked = asyncio.create_task(supervisor.ready()), asyncio.create_task(interrupts.asked.wait())
+async def _load(supervisor: Supervisor, view: ProgressView, interrupts: Interrupts) -> None:
+    """Wait until the stages are up, showing how far they are, or until Ctrl-C."""
+    ready, asked = asyncio.create_task(supervisor.ready(view.load)), asyncio.create_task(interrupts.asked.wait())
     try:
         await asyncio.wait([ready, asked], return_when=asyncio.FIRST_COMPLETED)
         interrupts.check()
@@ -188,11 +193,6 @@ async def _load(supervisor: Supervisor, interrupts: Interrupts) -> None:
     finally:
         ready.cancel()
         asked.cancel()
-
-
-def _check(params: UserParams, supervisor: Supervisor) -> None:
-    job = admit(params, supervisor.model, supervisor.params)
-    check_prompt_tokens(job, supervisor.model, supervisor.tokenizer)
 
 
 async def _follow(engine: Engine, params: UserParams, view: ProgressView, interrupts: Interrupts) -> Done:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -51,27 +51,45 @@ def capacity(devices: dict[StageName, str | None]) -> Capacity:
     )
 
 
+class SlotSizes(NamedTuple):
+    """Slots and bytes per slot, of each queue and of the states."""
+
+    queues: dict[QueueName, tuple[int, int]]
+    states: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of host memory, headers aside. A state slot has two halves."""
+        slots, slot_bytes = self.states
+        return sum(count * size for count, size in self.queues.values()) + 2 * slots * slot_bytes
+
+
+def slot_sizes(model: ModelParams) -> SlotSizes:
+    """The largest request of the model fits into every slot."""
+    limits, vae, transformer, image = model.limits, model.vae, model.transformer, model.image_encoder
+    latent_frames = (limits.max_frames - 1) // vae.temporal_stride + 1
+    latents = vae.z_dim * latent_frames * (limits.max_pixels // vae.spatial_stride**2) * 4
+    image_tokens = image.tokens * image.hidden_size * 4 if image is not None else 0
+    queues: dict[QueueName, tuple[int, int]] = {
+        "prompts": (2 * PROMPTS, transformer.text_len * transformer.text_dim * 4),
+        "init_latents": (INIT_LATENTS * (1 if image is None else 2), max(latents, image_tokens)),
+        "latents": (LATENTS, latents),
+        "frames": (FRAMES, DECODE_LATENTS * vae.temporal_stride * limits.max_pixels * 3),
+    }
+    return SlotSizes(queues, (STATES, STATE_TENSORS * latents))
+
+
 class EngineMemory:
     """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
     def __init__(self, model: ModelParams) -> None:
-        limits, vae, transformer = model.limits, model.vae, model.transformer
-        latent_frames = (limits.max_frames - 1) // vae.temporal_stride + 1
-        latents = vae.z_dim * latent_frames * (limits.max_pixels // vae.spatial_stride**2) * 4
-        chunk = DECODE_LATENTS * vae.temporal_stride * limits.max_pixels * 3
-        prompt = transformer.text_len * transformer.text_dim * 4
-        sizes: dict[QueueName, tuple[int, int]] = {
-            "prompts": (2 * PROMPTS, prompt),
-            "init_latents": (INIT_LATENTS, latents),
-            "latents": (LATENTS, latents),
-            "frames": (FRAMES, chunk),
-        }
+        sizes = slot_sizes(model)
         self.queues: dict[QueueName, TensorQueue] = {}
         with contextlib.ExitStack() as undo:
-            for name, (slots, slot_bytes) in sizes.items():
+            for name, (slots, slot_bytes) in sizes.queues.items():
                 self.queues[name] = TensorQueue.create(name, slots, slot_bytes)
                 undo.callback(self.queues[name].close)
-            self.state = StateSlots.create(STATES, STATE_TENSORS * latents)
+            self.state = StateSlots.create(*sizes.states)
             undo.pop_all()
 
     def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ipc.messages import StageName
 
 Solver = Literal["unipc", "dpm++", "euler"]
@@ -38,6 +38,22 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     negative_prompt: str = ""
 
 
+class Preset(msgspec.Struct, frozen=True, kw_only=True):
+    """What takes the place of a model's defaults of these names."""
+
+    steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    solver: Solver
+    flow_shift: float
+
+
+PRESETS: dict[str, Preset] = {
+    "distilled": Preset(steps=4, guidance_scale=1.0, guidance_scale_2=1.0, solver="euler", flow_shift=5.0),
+}
+"""By the values of `UserParams.preset`."""
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The largest request this model serves; the slots of every queue are sized by it."""
 
@@ -56,6 +72,8 @@ class ModelParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     transformer: TransformerConfig
     vae: VaeConfig
     text_encoder: TextEncoderConfig
+    image_encoder: ImageEncoderConfig | None = None
+    conditioning: Conditioning = "none"
     defaults: Defaults
     limits: Limits
     boundary: float | None = None
@@ -64,8 +82,15 @@ class ModelParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Directory below `configs/` for a model that ships with its weights."""
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """The networks with weights, by the names of their directories in a Diffusers checkpoint."""
+        second = ("transformer_2",) if self.boundary is not None else ()
+        image = ("image_encoder",) if self.image_encoder is not None else ()
+        return ("text_encoder", *image, "transformer", *second, "vae")
+
+    @property
     def size_multiple(self) -> int:
-        """Height and width must be multiples of this: VAE stride times patch size (16 for Wan2.1)."""
+        """Height and width must be multiples of this: VAE stride times patch size (16; 32 for Wan2.2-TI2V-5B)."""
         return self.vae.spatial_stride * self.transformer.patch_size[1]
 
 
@@ -84,19 +109,24 @@ class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     steps: int | None = None
     """Denoising steps (diffusers: `num_inference_steps`)."""
     guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
-    """With two experts, the high-noise one's. <= 1 switches guidance off."""
+    """With two experts, the HIGH-noise one's (as in diffusers; the original's pair is low, high). <= 1: no guidance."""
     guidance_scale_2: Annotated[float, Meta(ge=0, le=100)] | None = None
-    """The low-noise expert's."""
+    """The LOW-noise expert's. None: `guidance_scale`, or the model's if that is None too."""
     seed: Seed | None = None
     """None: drawn at submission and written into the metadata."""
+    noise_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the noise is drawn. cpu: the same for a seed on every machine; cuda: that of the original programs."""
+    preset: Literal["distilled"] | None = None
+    """distilled: for step-distilled checkpoints, 4 Euler steps without guidance, in place of the model's defaults."""
     solver: Solver | None = None
     flow_shift: Annotated[float, Meta(ge=0.001, le=100)] | None = None
     image: str | None = None
-    """A picture to start from (with `strength`); path on the server's file system."""
+    """A picture, by its path on the server's file system. Image-to-video models make it move; the others start from it,
+    with `strength`."""
     video: str | None = None
     """A video to start from (with `strength`)."""
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
-    """How much of the schedule is run on the init video: 1 ignores it, small values keep it. None: 0.8 with an init."""
+    """How much of the schedule is run on the start image or video: 1 ignores it, small values keep it. None: 0.8."""
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
     """Higher first."""
     deadline: Annotated[float, Meta(gt=0)] | None = None
@@ -112,7 +142,9 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str = "wan-demo"
     checkpoint: str | None = None
-    """Directory with the weights; None: the one that ships with the model."""
+    """Directory with the weights, in any of the layouts of docs/checkpoints.md; None: what ships with the model."""
+    lora: tuple[str, ...] = ()
+    """LoRA files merged into the transformer at start, FILE:STRENGTH each; with two experts, HIGH,LOW:STRENGTH."""
     placement: Literal["split", "fused"] = "split"
     """split: a process per stage; fused: all stages in one process."""
     device: str = "auto"
@@ -130,10 +162,12 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Path of the Unix socket; None: $XDG_RUNTIME_DIR/engine/engine.sock."""
     state_dir: str | None = None
     """Directory of the journal; None: no journal (one-off, embedded use)."""
+    allow_uids: tuple[Annotated[int, Meta(ge=0, le=2**32 - 2)], ...] = ()
+    """Numbers of the users that are served beside the owner and root; needs an `output_root` (docs/security.md)."""
     output_root: str = "/"
     """Videos are only written, and init files only read, below this directory."""
     start_deadline: Annotated[float, Meta(gt=0)] = 180.0
-    """Seconds a stage process may take to load."""
+    """Seconds a stage process may go without progress while it loads."""
     stage_deadline: Annotated[float, Meta(gt=0)] = 300.0
     """Seconds a quantum may go without progress before its stage counts as hung."""
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from engine.admission import python_path
+from engine.child import python_path
 from ipc.channel import Channel, ChannelClosed
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
@@ -39,7 +39,7 @@ class StageProcess:
         self,
         start: Start,
         fds: Sequence[int],
-        on_report: Callable[[StageProcess, AnyStageReport], None],
+        on_report: Callable[[StageProcess, AnyStageReport, list[int]], None],
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
         """Spawn the process and send `Start`. `fds` are the descriptors of the queues and the state slots, in order.
@@ -99,9 +99,9 @@ class StageProcess:
         self.send(run)
 
     def kill(self) -> None:
-        """SIGKILL; `on_exit` follows when it is reaped."""
+        """SIGKILL; `on_exit` follows when it is reaped. One that somebody has stopped did nothing to deserve it."""
         if self._pidfd >= 0:
-            self._killed = True
+            self._killed = not is_stopped(self.pid)
             with contextlib.suppress(ProcessLookupError):  # gone, and reaped by someone else
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -130,7 +130,7 @@ class StageProcess:
     def _readable(self) -> None:
         try:
             while (received := self._channel.try_receive()) is not None:
-                self._on_report(self, received.message)
+                self._on_report(self, received.message, received.fds)
         except ChannelClosed:
             self._loop.remove_reader(self._channel.fileno())
         except (OSError, ProtocolError):
@@ -178,6 +178,15 @@ def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
         pass_fds=(channel_end.fileno(),),
         env={**os.environ, "PYTHONPATH": python_path()},
     )
+
+
+def is_stopped(pid: int) -> bool:
+    """The process was stopped by a signal or a debugger."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
 
 
 def oom_kills() -> int:

@@ -15,6 +15,7 @@ import msgspec
 import uvloop
 
 from engine.decode import decode_strictly
+from engine.display import progress_view
 from engine.models import read_yaml
 from engine.params import SystemParams
 from engine.paths import SocketClaim, default_state_dir, socket_path
@@ -30,8 +31,18 @@ log = logging.getLogger(__name__)
 
 def run(params: SystemParams) -> None:
     """Serve until a client or a signal ends it. Raises `BadConfig`, `BadCheckpoint`, `StageFailed`."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
+    logging.basicConfig(level=logging.INFO, handlers=[StderrHandler()], format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
     uvloop.run(serve(params))
+
+
+class StderrHandler(logging.Handler):
+    """Writes to what stderr is at the time: a progress bar puts itself in its place, to draw below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except (OSError, TypeError, ValueError):
+            self.handleError(record)
 
 
 def system_params(config: Path | None, flags: dict[str, Any]) -> SystemParams:
@@ -45,7 +56,7 @@ def system_params(config: Path | None, flags: dict[str, Any]) -> SystemParams:
 
 async def serve(params: SystemParams) -> None:
     """Claim the path, start the stages, answer clients, and end in the opposite order."""
-    with SocketClaim(socket_path(params.socket)) as claim:
+    with SocketClaim(socket_path(params.socket), shared=bool(params.allow_uids)) as claim:
         supervisor = Supervisor(params)
         server = Server(supervisor, claim)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -96,7 +107,9 @@ async def _until_asked(server: Server, supervisor: Supervisor, claim: SocketClai
 
 
 async def _announce(supervisor: Supervisor, claim: SocketClaim) -> None:
+    """Show what is loaded, then say that the engine is ready."""
     started = time.monotonic()
-    await supervisor.ready()
+    with progress_view(quiet=False) as view:
+        await supervisor.ready(view.load)
     taken = time.monotonic() - started
     print(f"engine {VERSION} serves {supervisor.model.name} on {claim.path} (ready in {taken:.1f} s)", flush=True)

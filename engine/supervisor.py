@@ -22,7 +22,8 @@ from typing import Any, Literal
 import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
-from engine.crew import Crew
+from engine.checkpoint import lora_metadata, open_model
+from engine.crew import Crew, OnLoading, resolve_device
 from engine.events import (
     Action,
     BeginTask,
@@ -46,13 +47,12 @@ from engine.events import (
 )  # fmt: skip
 from engine.journal import Entry, Journal
 from engine.memory import EngineMemory, capacity
-from engine.models import checkpoint_directory, load_model
+from engine.models import load_model
 from engine.params import SystemParams, UserParams
 from engine.process import resident_bytes
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, task_spec
 from engine.version import VERSION
-from hotreload.checkpoint import check_directory
 from ipc.errors import (
     BadConfig,
     BadRequest,
@@ -100,8 +100,8 @@ class Supervisor:
     def __init__(self, params: SystemParams | None = None) -> None:
         self.params = params or SystemParams()
         self.model = load_model(self.params.model)
-        self.checkpoint = checkpoint_directory(self.model, self.params.checkpoint)
-        self.tokenizer = check_directory(self.checkpoint, two_experts=self.model.boundary is not None)
+        self.device = resolve_device(self.params.device)
+        self.checkpoint = open_model(self.model, self.params)
         self._pool = TaskPool()
         self._admitting = 0
         self._outputs: set[str] = set()
@@ -134,7 +134,7 @@ class Supervisor:
             with contextlib.ExitStack() as undo:
                 self._memory = EngineMemory(self.model)
                 undo.callback(self._memory.close)
-                self._crew = Crew(self.params, self.model, self.checkpoint, self.tokenizer, self._memory, self)
+                self._crew = Crew(self.params, self.model, self.checkpoint, self.device, self._memory, self)
                 undo.pop_all()
         except BaseException as error:
             if self._journal is not None:
@@ -152,9 +152,10 @@ class Supervisor:
             else:
                 log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
 
-    async def ready(self) -> None:
-        """Wait until every stage is loaded. Raises the error of a stage that cannot be."""
-        await self._crew.ready()
+    async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
+        """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot
+        be."""
+        await self._crew.ready(on_loading)
 
     async def stop(self, drain: bool = False) -> None:
         """Stop accepting; with `drain`, finish what was accepted first. Then end all processes and free all memory.
@@ -187,7 +188,7 @@ class Supervisor:
         try:
             await self._crew.stop()
             for task in self._pool:
-                _unlink(task.job.partial)
+                _unlink(task.job)
             await self._no_admissions.wait()
             if self._background:
                 await asyncio.wait(self._background)
@@ -214,7 +215,7 @@ class Supervisor:
         self._admitting += 1
         self._no_admissions.clear()
         try:
-            job = await asyncio.to_thread(self._check, user)
+            job = await asyncio.to_thread(self.check, user)
             if job.output in self._outputs:
                 raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
             self._outputs.add(job.output)
@@ -227,6 +228,15 @@ class Supervisor:
             self._admitting -= 1
             if not self._admitting:
                 self._no_admissions.set()
+
+    def check(self, user: UserParams) -> Job:
+        """Everything that can be wrong with a request; also before `start`. Raises `BadRequest`.
+
+        Blocks on the file system and on short-lived processes: call it in a thread.
+        """
+        job = admit(user, self.model, self.params, on_gpu=self.device != "cpu")
+        check_prompt_tokens(job, self.model, Path(self.checkpoint.tokenizer))
+        return job
 
     def events(self, identity: str) -> AsyncIterator[TaskEvent]:
         """The events of a task from its present state to its end. `NotFound` if there is none."""
@@ -285,12 +295,6 @@ class Supervisor:
     def _check_open(self) -> None:
         if self._phase != "open":
             raise ServerUnavailable("the engine is stopping and accepts no more requests")
-
-    def _check(self, user: UserParams) -> Job:
-        """Everything that can be wrong with a request. May block on the file system: runs in a thread."""
-        job = admit(user, self.model, self.params)
-        check_prompt_tokens(job, self.model, self.tokenizer)
-        return job
 
     async def _accept(self, job: Job, user: UserParams) -> Accepted:
         now = time.time()
@@ -406,7 +410,7 @@ class Supervisor:
         log.info("%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
         self._outputs.discard(task.job.output)
         if isinstance(event, Failed):
-            _unlink(task.job.partial)
+            _unlink(task.job)
         if self._journal is not None and not _is_ours(event):
             self._in_background(self._journal.remove(task.id))
         if not self._pool.unfinished():
@@ -414,12 +418,14 @@ class Supervisor:
 
     def _described(self, task: Task) -> Job:
         """The job with the metadata that goes into the file; the weights are known once their stage is up."""
+        job = task.job
         metadata = {
-            "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params,
-            "seed": task.job.seed, "weights": self._crew.weights, "versions": self._crew.versions,
-            "device": self._crew.device,
-        }  # fmt: skip
-        return msgspec.structs.replace(task.job, metadata=metadata)
+            "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params, "seed": job.seed,
+            "weights": self._crew.weights, "versions": self._crew.versions, "device": self.device,
+        } | lora_metadata(self.checkpoint)  # fmt: skip
+        if job.init is not None:
+            metadata["init"] = {"file": os.path.basename(job.init), "as": job.init_as}
+        return msgspec.structs.replace(job, metadata=metadata)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -437,6 +443,8 @@ def _is_ours(event: Done | Failed) -> bool:
     return isinstance(event, Failed) and event.error.code == StageFailed.code
 
 
-def _unlink(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+def _unlink(job: Job) -> None:
+    """Remove what a dead writer may have left of it."""
+    for path in job.temporaries:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

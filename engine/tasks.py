@@ -153,10 +153,11 @@ def estimated_cost(job: Job, model: ModelParams, on_gpu: bool) -> dict[Phase, fl
     branches = 2 if max(job.guidance_scale, job.guidance_scale_2) > 1 else 1
     rate = 5e14 if on_gpu else 5e10
     pixels = job.height * job.width
+    encoded = 1 if job.init_as == "first_frame" else job.num_frames
     vae_rate = 1.2e8 if on_gpu else 5e5
     return {
         "text": 0.06 if on_gpu else 0.05,
-        "encode": pixels * job.num_frames / (2 * vae_rate),
+        "encode": pixels * encoded / (2 * vae_rate),
         "denoise": forward * branches / rate,
         "decode": pixels * min(job.num_frames, 2 * v.temporal_stride) / vae_rate,
         "write": pixels * 8 / 5e7,

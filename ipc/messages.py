@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ipc.errors import Failure
 
 PROTOCOL_VERSION = 1
@@ -169,8 +169,16 @@ class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: Failure | None = None
 
 
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of a component's weights is loaded, in bytes of its files."""
+
+    component: str
+    done: int
+    total: int
+
+
 class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: starting, up, restarting, failed, stopped."""
+    """`state`: starting, up, restarting, failed, stopped. `loading`: while it starts, what it reads just now."""
 
     name: StageName
     state: Literal["starting", "up", "restarting", "failed", "stopped"]
@@ -181,6 +189,7 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: int
     busy_seconds: float
     quanta: int
+    loading: LoadProgress | None = None
 
 
 class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,11 +237,36 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     slot_bytes: int
 
 
+Naming = Literal["diffusers", "original"]
+"""Whose tensor names a file has: Diffusers' (and transformers'), which are ours, or those of the Wan repositories."""
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA file to be merged into a component as it is loaded, and how strongly."""
+
+    file: str
+    strength: float
+
+
 class Component(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights to load: `name` as in a Diffusers directory (text_encoder, transformer, transformer_2, vae)."""
+    """Weights to load: `name` as in a Diffusers directory (text_encoder, image_encoder, transformer, transformer_2,
+    vae), the files they are in (safetensors, or `.pth`), whose names the tensors have, and what is merged into them."""
 
     name: str
-    directory: str
+    files: list[str]
+    naming: Naming = "diffusers"
+    loras: list[Lora] = []
+
+
+class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A component's weights, placed in memory that outlives the process that read them (`hotreload/placement.py`)."""
+
+    component: str
+    content: str
+    """Hash of what was read, in hex: the same however it was sharded, named or placed."""
+    fingerprint: str
+    """Hash of the placed bytes, checked by everyone who binds to them."""
+    bytes: int
 
 
 class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -242,7 +276,8 @@ class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only
 class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """The first message to a process: become these stages. The writer has no device.
 
-    Descriptors, in this order: the progress counter's memfd; those of each queue; those of the state slots.
+    Descriptors, in this order: the progress counter's memfd; those of each queue; those of the state slots; one of each
+    placed component.
     """
 
     stages: list[StageName]
@@ -252,6 +287,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     transformer: TransformerConfig
     vae: VaeConfig
     text_encoder: TextEncoderConfig
+    image_encoder: ImageEncoderConfig | None
+    conditioning: Conditioning
     boundary: float | None
     components: list[Component]
     tokenizer: str
@@ -264,6 +301,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """Only those this process takes part in, in the order prompts, init_latents, latents, frames."""
     state: StateSpec | None
     """With the dit stage only."""
+    placed: list[WeightVersion] = []
+    """Weights of these stages that are in memory already: bind to them instead of reading files."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,6 +324,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     init: str | None
     start_step: int
     """First schedule index that is run: 0, or later with an init video (from strength: `engine/admission.py`)."""
+    init_as: Literal["start", "channels", "first_frame"] = "start"
+    """What `init` is: where denoising starts (image or video), or an image in the sense of `Conditioning`."""
+    noise_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the noise is drawn; the two give different noise for a seed."""
     output: str
     metadata_json: bool
     metadata: dict[str, Any]
@@ -295,6 +338,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """The temporary name the writer uses until the file is complete: same directory, hidden, of this task alone."""
         directory, name = os.path.split(self.output)
         return os.path.join(directory, f".{name}.{self.id[:8]}.part")
+
+    @property
+    def temporaries(self) -> tuple[str, ...]:
+        """Every name that the writer may use meanwhile: for the video, its JSON, and what had their names before."""
+        return tuple(self.partial + suffix for suffix in ("", ".json", ".old", ".json.old"))
 
 
 class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
@@ -334,6 +382,20 @@ AnyStageProcessMessage = Start | Begin | Run | Drop | Stop
 
 class StageReport(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
     pass
+
+
+class Loading(StageReport, frozen=True, tag="loading", kw_only=True):
+    """Sent a few times a second while weights are read: `done` of `total` bytes of the component's files."""
+
+    component: str
+    done: int
+    total: int
+
+
+class Placed(StageReport, frozen=True, tag="placed", kw_only=True):
+    """A component was read into memory that outlives this process; its descriptor comes with the message."""
+
+    version: WeightVersion
 
 
 class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
@@ -383,4 +445,35 @@ class Dropped(StageReport, frozen=True, tag="dropped", kw_only=True):
     stage: StageName
 
 
-AnyStageReport = Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped
+AnyStageReport = Loading | Placed | Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped
+
+
+# `engine check` -> the process that examines a checkpoint, and back, as JSON.
+
+
+class CheckAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """Compare the headers of `components` with the networks of a model, and say what all of those take up."""
+
+    wanted: list[str]
+    """Names of all components of the model; of those that were not found, only the size is asked for."""
+    components: list[Component]
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    image_encoder: ImageEncoderConfig | None
+
+
+class ComponentChecked(msgspec.Struct, frozen=True, kw_only=True):
+    """One component. `dtypes` and `parameters` are those of the files, the `bytes` those of the network once loaded."""
+
+    name: str
+    dtypes: dict[str, int]
+    """safetensors' name of the dtype -> number of tensors."""
+    parameters: int
+    wrong: dict[str, list[str]]
+    """What is wrong -> with which tensors, all of them."""
+    unreadable: str
+    """Why the files could not be compared; empty if they could."""
+    bytes_bfloat16: int
+    """Loaded with dtype bfloat16, in which some tensors stay float32."""
+    bytes_float32: int

@@ -1,37 +1,41 @@
 """The dit stage: from noise to latents, one denoising step per quantum.
 
 After each step the state goes to `StateSlots`, which outlive this process; the next process goes on from there and
-comes to the same bytes.
+comes to the same bytes. What it makes of the prompts and the image it makes again, from queue slots that are held until
+the task is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hotreload.weights import load_weights
-from ipc.errors import NumericalError
+from ipc.errors import BadRequest, NumericalError
 from ipc.messages import Job, Run, Start
 from ipc.state import StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import solvers
 from stages.models.transformer import WanTransformer, keeps_float32
 from stages.sampling import (
+    NO_IMAGE,
     Context,
+    ImageLatents,
     expert_index,
     first_sample,
     get_noise,
     guided,
+    image_channels,
     latent_shape,
+    pin_first_frame,
     predict,
     schedule_of,
 )
 from stages.solvers import Schedule
-from stages.stage import QUEUE_TIMEOUT, Links, StageState, component
+from stages.stage import QUEUE_TIMEOUT, Links, StageState
+from stages.weights import load
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class Denoising:
 
     job: Job
     schedule: Schedule
+    image: ImageLatents
     latents: Tensor
     """[C, T, H, W] float32."""
     history: Tensor
@@ -53,11 +58,18 @@ class Denoising:
     def total(self) -> int:
         return self.schedule.steps - self.schedule.start
 
+    @property
+    def bytes(self) -> int:
+        """Held for the task by this process."""
+        tensors = (self.latents, self.history, *self.image, *(self.context or ()))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 class DitStage:
     """Takes `prompts` and `init_latents`, puts `latents`.
 
-    Error handling: `NumericalError` when a step gives values that are not finite; such a state is never committed.
+    Error handling: `BadRequest` for noise from a device that this stage does not run on; `NumericalError` when a step
+    gives values that are not finite; such a state is never committed.
     """
 
     def __init__(self, start: Start, links: Links, experts: list[WanTransformer], weights: dict[str, str]) -> None:
@@ -77,13 +89,13 @@ class DitStage:
         for name in names:
             with torch.device("meta"):
                 model = WanTransformer(start.transformer)
-            weights[name] = load_weights(
+            weights[name] = load(
                 model,
-                Path(component(start, name).directory),
+                start,
+                links,
                 name,
                 device=start.devices["dit"],
                 dtype=lambda key: torch.float32 if keeps_float32(key) else dtype_of(start.dtype),
-                beat=links.beat,
             )
             experts.append(model)
         return cls(start, links, experts, weights)
@@ -118,11 +130,7 @@ class DitStage:
         self._states.release(identity)
 
     def state(self) -> StageState:
-        held = 0
-        for task in self._tasks.values():
-            context = task.context if task.context is not None else ()
-            held += sum(t.nbytes for t in (task.latents, task.history, *context) if t is not None)
-        return StageState(frozenset(self._jobs), held)
+        return StageState(frozenset(self._jobs), sum(task.bytes for task in self._tasks.values()))
 
     @property
     def _states(self) -> StateSlots:
@@ -131,17 +139,38 @@ class DitStage:
 
     def _take_up(self, job: Job) -> Denoising:
         """The task where the last process left it, or at its first step."""
-        schedule = schedule_of(job)
+        schedule, image = schedule_of(job), self._image(job)
         slot = self._states.claim(job.id)
         if (committed := load_tensors(slot)) is not None:
             done, tensors = committed
             latents = tensors["latents"].to(self._device)
             history = tensors.get("history", solvers.new_state(schedule, latents)).to(self._device)
-            return Denoising(job, schedule, latents, history, done)
-        shape = latent_shape(job, self._start.vae)
-        init = slot_tensor(self._links.inputs["init_latents"].take(job.id, 0, QUEUE_TIMEOUT)) if job.init else None
-        latents = first_sample(schedule, get_noise(job.seed, shape), init).to(self._device)
-        return Denoising(job, schedule, latents, solvers.new_state(schedule, latents))
+            return Denoising(job, schedule, image, latents, history, done)
+        noise = get_noise(job.seed, latent_shape(job, self._start.vae), self._noise_device(job))
+        init = self._init_latents(job, 0, noise.device) if job.init and job.init_as == "start" else None
+        latents = pin_first_frame(first_sample(schedule, noise, init).to(self._device), image.first_frame)
+        return Denoising(job, schedule, image, latents, solvers.new_state(schedule, latents))
+
+    def _noise_device(self, job: Job) -> str:
+        if job.noise_device == "cpu":
+            return "cpu"
+        if torch.device(self._device).type != "cuda":
+            raise BadRequest(f"noise_device is cuda, but the dit runs on {self._device}; use noise_device cpu")
+        return self._device
+
+    def _image(self, job: Job) -> ImageLatents:
+        """The image, for a model that is conditioned on one, on the device; as the model wants it."""
+        if job.init is None or job.init_as == "start":
+            return NO_IMAGE
+        latents = self._init_latents(job, 0, self._device)
+        if job.init_as == "first_frame":
+            return ImageLatents(first_frame=latents)
+        return ImageLatents(channels=image_channels(latents, self._start.vae.temporal_stride))
+
+    def _init_latents(self, job: Job, sequence: int, device: torch.device | str) -> Tensor:
+        """A copy on the device of what the vae stage put for the task."""
+        slot = self._links.inputs["init_latents"].take(job.id, sequence, QUEUE_TIMEOUT)
+        return slot_tensor(slot).to(device, copy=True)
 
     def _advance(self, task: Denoising) -> None:
         """One step, checked, then committed."""
@@ -152,8 +181,9 @@ class DitStage:
         if task.context is None or task.expert != expert:
             task.context = None  # free the other expert's keys and values first
             task.context, task.expert = self._context(task, expert, guided(scale)), expert
-        velocity = predict(self._experts[expert], task.latents, timestep, task.context, scale)
+        velocity = predict(self._experts[expert], task.latents, timestep, task.context, scale, task.image)
         latents, history = solvers.step(task.schedule, index, velocity, task.latents, task.history)
+        latents = pin_first_frame(latents, task.image.first_frame)
         if not bool(torch.isfinite(latents).all()):
             raise NumericalError(
                 f"step {task.done + 1} of {task.total} gave values that are not finite; "
@@ -166,10 +196,13 @@ class DitStage:
         self._links.beat()
 
     def _context(self, task: Denoising, expert: int, negative: bool) -> Context:
-        """Keys and values of the prompts for this expert, once for all its steps."""
+        """Keys and values of the prompts and of the image's tokens for this expert, once for all its steps."""
         model, prompts = self._experts[expert], self._links.inputs["prompts"]
         encoded = []
         for sequence in range(2 if negative else 1):
             embeds = slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
             encoded.append(model.encode_prompt(embeds.unsqueeze(0)))
-        return Context(encoded[0], encoded[1] if negative else None, model.rope(*task.latents.shape[1:]))
+        image = None
+        if self._start.image_encoder is not None:
+            image = model.encode_image(self._init_latents(task.job, 1, self._device).unsqueeze(0))
+        return Context(encoded[0], encoded[1] if negative else None, model.rope(*task.latents.shape[1:]), image)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ipc.messages import Component, Job, Run, StageName, Start
-from ipc.state import StateSlots
+from ipc.messages import Component, Job, Run, StageName, Start, WeightVersion
+from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, Side, TensorQueue
 
 PRODUCERS: dict[str, StageName] = {"prompts": "text", "init_latents": "vae", "latents": "dit", "frames": "vae"}
@@ -29,6 +29,12 @@ class Links(NamedTuple):
     states: StateSlots | None
     beat: Callable[[], None]
     """To be called often enough that a long quantum does not look hung."""
+    loading: Callable[[str, int, int], None]
+    """To be called as weights are read: the component, the bytes read, the bytes there are."""
+    placed: Mapping[str, tuple[WeightVersion, int]]
+    """Components that are in memory already, with their descriptors, which are the caller's."""
+    place: Callable[[WeightVersion, int], None]
+    """Hands the supervisor a component that was read, with its descriptor, which stays the caller's."""
 
 
 class StageState(msgspec.Struct, frozen=True):
@@ -65,14 +71,24 @@ class Stage(Protocol):
     def state(self) -> StageState: ...
 
 
-def attach_links(start: Start, fds: list[int], beat: Callable[[], None]) -> Links:
-    """Map what `start` names. `fds`: those of each queue, then those of the state slots; they stay the caller's."""
+def attach_links(
+    start: Start,
+    fds: list[int],
+    beat: Callable[[], None],
+    loading: Callable[[str, int, int], None],
+    place: Callable[[WeightVersion, int], None],
+) -> Links:
+    """Map what `start` names. `fds`: those of each queue, then those of the state slots, then one of each placed
+    component; they stay the caller's."""
     inputs = _attach(start, fds, "consumer", CONSUMERS)
     outputs = _attach(start, fds, "producer", PRODUCERS)
     states = None
+    fds = fds[len(start.queues) * FDS_PER_QUEUE :]
     if start.state is not None:
-        states = StateSlots.attach(start.state, fds[len(start.queues) * FDS_PER_QUEUE :], start.epoch)
-    return Links(inputs, outputs, states, beat)
+        states = StateSlots.attach(start.state, fds[:FDS_PER_STATE], start.epoch)
+        fds = fds[FDS_PER_STATE:]
+    placed = {version.component: (version, fd) for version, fd in zip(start.placed, fds, strict=True)}
+    return Links(inputs, outputs, states, beat, loading, placed, place)
 
 
 def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
-from pathlib import Path
 
 import tokenizers
 import torch
@@ -13,14 +12,14 @@ import transformers
 from torch import Tensor
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
-from hotreload.weights import load_weights
 from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
 from ipc.tensors import dtype_of, put_tensor
 from stages.models.text_encoder import ALIASES, build, encode
 from stages.prompt import load_tokenizer, prompt_ids
 from stages.sampling import guided
-from stages.stage import QUEUE_TIMEOUT, Links, StageState, component
+from stages.stage import QUEUE_TIMEOUT, Links, StageState
+from stages.weights import load
 
 KEPT_PROMPTS = 64
 """Prompts whose embeddings are kept; the negative prompt is mostly the same. Only real rows are kept: 8 KiB a token."""
@@ -46,14 +45,14 @@ class TextStage:
         """Read the tokenizer, build and bind the encoder. Raises `BadCheckpoint`."""
         with torch.device("meta"):
             encoder = build(start.text_encoder)
-        weights = load_weights(
+        weights = load(
             encoder,
-            Path(component(start, "text_encoder").directory),
+            start,
+            links,
             "text_encoder",
             device=start.devices["text"],
             dtype=lambda key: dtype_of(start.dtype),
             aliases=ALIASES,
-            beat=links.beat,
         )
         return cls(start, links, encoder, weights)
 

@@ -1,24 +1,25 @@
 """The vae stage: init frames to latents, and latents to frames chunk by chunk.
 
-The VAE runs in float32 on every device, as the original does.
+The VAE runs in float32 on every device, as the original does; the image encoder in the dtype of the DiT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hotreload.weights import load_weights
 from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
-from ipc.tensors import put_tensor, slot_tensor
-from stages.media import read_frames
-from stages.models.vae import Cache, WanVae
-from stages.stage import QUEUE_TIMEOUT, Links, StageState, component
+from ipc.tensors import dtype_of, put_tensor, slot_tensor
+from stages.media import fit, read_frames, read_image, upright
+from stages.models.image_encoder import ImageEncoder, image_tokens
+from stages.models.vae import WanVae
+from stages.models.vae_layers import Cache
+from stages.stage import QUEUE_TIMEOUT, Links, StageState
+from stages.weights import load
 
 
 @dataclass(slots=True)
@@ -35,29 +36,32 @@ class VaeStage:
     Error handling: `BadRequest` for an init file that cannot be used; `NumericalError` for values that are not finite.
     """
 
-    def __init__(self, start: Start, links: Links, vae: WanVae, weights: str) -> None:
+    def __init__(
+        self, start: Start, links: Links, vae: WanVae, image_encoder: ImageEncoder | None, weights: dict[str, str]
+    ) -> None:
         self._links = links
         self._device = start.devices["vae"]
         self._chunk = start.decode_latents
         self._vae = vae
-        self._weights = {"vae": weights}
+        self._image_encoder = image_encoder
+        self._weights = weights
         self._jobs: dict[str, Job] = {}
         self._decodings: dict[str, Decoding] = {}
 
     @classmethod
     def load(cls, start: Start, links: Links) -> VaeStage:
-        """Build and bind the VAE. Raises `BadCheckpoint`."""
+        """Build and bind the VAE, and the image encoder of a model that has one. Raises `BadCheckpoint`."""
+        device, weights = start.devices["vae"], {}
         with torch.device("meta"):
             vae = WanVae(start.vae)
-        weights = load_weights(
-            vae,
-            Path(component(start, "vae").directory),
-            "vae",
-            device=start.devices["vae"],
-            dtype=lambda key: torch.float32,
-            beat=links.beat,
-        )
-        return cls(start, links, vae, weights)
+            image_encoder = ImageEncoder(start.image_encoder) if start.image_encoder is not None else None
+        weights["vae"] = load(vae, start, links, "vae", device=device, dtype=lambda key: torch.float32)
+        if image_encoder is not None:
+            dtype = dtype_of(start.dtype)
+            weights["image_encoder"] = load(
+                image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype
+            )
+        return cls(start, links, vae, image_encoder, weights)
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -87,16 +91,22 @@ class VaeStage:
         return StageState(frozenset(self._jobs), held)
 
     def _encode(self, job: Job) -> None:
+        """Put the latents of the init file as what the request wants it for; then the image tokens, if the DiT reads
+        some."""
         assert job.init is not None, f"task {job.id} has nothing to encode"
-        frames = torch.from_numpy(read_frames(job.init, job.num_frames, job.height, job.width))
+        queue = self._links.outputs["init_latents"]
         latents = []
         cache: Cache = {}
-        for chunk in split_frames(frames, self._chunk * self._vae.config.temporal_stride):
-            latents.append(self._vae.encode_chunk(to_pixels(chunk.to(self._device)), cache))
+        for chunk in init_chunks(job, self._chunk * self._vae.config.temporal_stride):
+            latents.append(self._vae.encode_chunk(chunk.to(self._device), cache))
             self._links.beat()
         encoded = torch.cat(latents, dim=2).squeeze(0).float()
-        check_finite(encoded, "the encoded init video has")
-        put_tensor(self._links.outputs["init_latents"], job.id, 0, encoded, QUEUE_TIMEOUT)
+        check_finite(encoded, "the encoded init file has", "the VAE")
+        put_tensor(queue, job.id, 0, encoded, QUEUE_TIMEOUT)
+        if self._image_encoder is not None and job.init_as == "channels":
+            tokens = image_tokens(self._image_encoder, torch.from_numpy(upright(read_image(job.init))))
+            check_finite(tokens, "the image tokens have", "the image encoder")
+            put_tensor(queue, job.id, 1, tokens, QUEUE_TIMEOUT)
 
     def _decode(self, identity: str, index: int) -> None:
         """Put chunk `index`. Chunks before it are decoded again, silently, if this process has not."""
@@ -109,14 +119,32 @@ class VaeStage:
             pixels = self._vae.decode_chunk(chunk.unsqueeze(0).to(self._device), decoding.cache)
             decoding.next += 1
             self._links.beat()
-        check_finite(pixels, f"chunk {index} of the decoded video has")
+        check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
         put_tensor(self._links.outputs["frames"], identity, index, to_frames(pixels), QUEUE_TIMEOUT)
 
 
-def split_frames(frames: Tensor, size: int) -> Iterator[Tensor]:
-    """[1 + 4n, ...] -> the first frame, then `size` (a multiple of 4) at a time: what `encode_chunk` wants."""
-    yield frames[:1]
-    yield from frames[1:].split(size) if len(frames) > 1 else ()
+def init_chunks(job: Job, size: int) -> Iterator[Tensor]:
+    """The clip that `job.init` stands for, [1, 3, frames, H, W] float32 at a time: the first frame, then `size` (a
+    multiple of 4) frames each, which is what `encode_chunk` wants.
+
+    start: the video, or the image held still. channels: the image, then mid-grey. first_frame: the image alone. All are
+    scaled to cover the size and cropped in the centre. (The original does the same for first_frame; for channels it
+    squeezes the picture into a size of about its own aspect, so that the crop here is of some pixels at most.)
+    """
+    assert job.init is not None
+    if job.init_as == "start":
+        frames = read_frames(job.init, job.num_frames, job.height, job.width)
+        for first in (0, *range(1, job.num_frames, size)):
+            chunk = frames[first : first + size] if first else frames[:1]
+            yield to_pixels(torch.from_numpy(chunk.copy()))
+        return
+    picture = to_pixels(torch.from_numpy(fit(read_image(job.init), job.height, job.width)).unsqueeze(0))
+    yield picture
+    left = job.num_frames - 1 if job.init_as == "channels" else 0
+    while left:
+        count = min(size, left)
+        yield picture.new_zeros(()).expand(1, 3, count, job.height, job.width)
+        left -= count
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -129,6 +157,6 @@ def to_frames(pixels: Tensor) -> Tensor:
     return pixels.squeeze(0).permute(1, 2, 3, 0).float().add(1).mul(127.5).round().to(torch.uint8)
 
 
-def check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str, network: str) -> None:
     if not bool(torch.isfinite(values).all()):
-        raise NumericalError(f"{what} values that are not finite; check the weights of the VAE")
+        raise NumericalError(f"{what} values that are not finite; check the weights of {network}")

@@ -21,8 +21,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from ipc.channel import Channel, ChannelClosed, close_fds
@@ -35,6 +36,8 @@ from ipc.messages import (
     Begin,
     Drop,
     Dropped,
+    Loading,
+    Placed,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -44,6 +47,7 @@ from ipc.messages import (
     Start,
     StartFailed,
     Stop,
+    WeightVersion,
 )
 from stages.stage import Links, Stage, attach_links
 
@@ -57,6 +61,8 @@ START_TIMEOUT = 60.0
 """Seconds until `Start` must be here."""
 SEND_TIMEOUT = 60.0
 """Seconds the supervisor may leave a report unread before this process gives up on it."""
+LOADING_INTERVAL = 0.2
+"""Seconds between two reports of how much is loaded."""
 MAX_ERROR_TEXT = 300
 """Characters of an unexpected exception that travel."""
 
@@ -173,6 +179,33 @@ class Worker:
         return QuantumDone(id=run.id, phase=run.phase, index=run.index, seconds=seconds, metadata=metadata)
 
 
+class LoadingReporter:
+    """Tells the supervisor how much of a component is loaded: at first, every `LOADING_INTERVAL`, and at last.
+
+    Each call is a sign of life. A report that does not fit into the channel is left out: others follow. Raises
+    `ChannelClosed` when the supervisor is gone.
+    """
+
+    def __init__(self, channel: Channel[AnyStageProcessMessage], beat: Callable[[], None]) -> None:
+        self._channel = channel
+        self._beat = beat
+        self._component = ""
+        self._due = 0.0
+
+    def __call__(self, component: str, done: int, total: int) -> None:
+        self._beat()
+        now = time.monotonic()
+        if component == self._component and done < total and now < self._due:
+            return
+        self._component, self._due = component, now + LOADING_INTERVAL
+        self._channel.try_send(Loading(component=component, done=done, total=total))
+
+
+def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, fd: int) -> None:
+    """Give the supervisor a component that was placed."""
+    channel.send(Placed(version=version), [fd], timeout=SEND_TIMEOUT)
+
+
 def describe(error: Exception, stage: StageName) -> Failure:
     """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
     if isinstance(error, EngineError):
@@ -273,7 +306,11 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     watch_supervisor(start.supervisor_pid)
     counter = ProgressCounter.attach(fds[0])
     try:
-        stages = load_stages(start, attach_links(start, fds[1:], counter.increment))
+        loading = LoadingReporter(channel, counter.increment)
+        links = attach_links(start, fds[1:], counter.increment, loading, partial(hand_over, channel))
+        stages = load_stages(start, links)
+    except ChannelClosed:
+        raise
     except Exception as error:
         failure = to_failure(error) if isinstance(error, EngineError) else Failure(StageFailed.code, summary(error))
         if not isinstance(error, EngineError):

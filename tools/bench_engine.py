@@ -34,6 +34,7 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
 
     from engine.memory import DECODE_LATENTS
     from engine.models import CONFIGS, load_model
+    from hotreload.checkpoint import open_checkpoint
     from hotreload.weights import load_weights
     from stages import sampling, solvers
     from stages.models import text_encoder
@@ -48,9 +49,11 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
     with torch.device("meta"):
         encoder, dit = text_encoder.build(model.text_encoder), WanTransformer(model.transformer)
         vae = WanVae(model.vae)
+    checkpoint = open_checkpoint(directory, model.components)
     for module, name in ((encoder, "text_encoder"), (dit, "transformer"), (vae, "vae")):
-        load_weights(module, directory / name, name, dtype=lambda key: torch.float32, aliases=text_encoder.ALIASES)
-    tokenizer = load_tokenizer(str(directory / "tokenizer" / "tokenizer.json"))
+        component = checkpoint.components[name]
+        load_weights(module, component, dtype=lambda key: torch.float32, aliases=text_encoder.ALIASES)
+    tokenizer = load_tokenizer(str(checkpoint.tokenizer))
 
     def embed(text: str) -> torch.Tensor:
         rows = text_encoder.encode(encoder, prompt_ids(tokenizer, text, model.transformer.text_len))

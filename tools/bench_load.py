@@ -2,14 +2,14 @@
 
     python -m tools.bench_load --gigabytes 4 --folder /tmp/bench-load --out docs/results/load-cpu.txt
 
-Two transformers with random weights, one stored in float32 and one in bfloat16, each in shards of 1 GB, are written to
-the folder if they are not there. Then, file set by file set: dd to /dev/null, dd to a new file in memory (/dev/shm), and
-the loader, first with the files in the page cache (warm; best of `--rounds`), then after they were dropped from it
-(cold, once a round). Every load is done in a process of its own, whose memory is new to it; its clock runs from the
-first byte of a header to the last of the weights, without starting Python and importing torch.
+Random weights with the sizes of a 14B DiT, once in float32 and once in bfloat16, in shards of 1 GB, are written to the
+folder if they are not there. Then, for each: dd to /dev/null, dd to a new file in memory (/dev/shm), and the loader,
+all in turn, `--rounds` times with the files in the page cache (warm) and as often after they were dropped from it
+(cold); the medians are shown. Every load is done in a process of its own, whose memory is new to it; its clock runs
+from the first byte of a header to the last of the weights, without starting Python and importing torch.
 
-dd to /dev/null never writes to memory that the kernel must first find and clear; a loader has to, and dd to a new file
-in memory does. `over` is the time over that of dd to /dev/null, `over new memory` that of dd to /dev/shm.
+dd to /dev/null never writes to memory that the kernel must first find and clear; a loader has to, and dd to /dev/shm
+does. `x null` and `x shm` are the times over those of the two.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hotreload.shards import weight_files
+from hotreload.tables import component_table
 from hotreload.weights import load_weights
 from ipc.messages import Component
 
@@ -38,7 +40,6 @@ STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 1_000_000_000
 ROWS = 5120
 BLOCK_DD = "8M"
-GOAL = 1.3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
 """(stored, loaded)."""
@@ -121,48 +122,52 @@ def child(loaded: str, files: list[str]) -> None:
     """Load the files; print the seconds."""
     component = Component(name="transformer", files=files)
     with torch.device("meta"):
-        shapes = {name: entry for name, entry in tensor_table(component).items()}
         module = nn.Module()
-        module.blocks = nn.ModuleList(nn.Linear(c, r, bias=False) for r, c in shapes.values())
+        module.blocks = nn.ModuleList(nn.Linear(c, r, bias=False) for r, c in tensor_shapes_of(component))
     dtype = DTYPES[loaded]
     begin = time.perf_counter()
     load_weights(module, component, dtype=lambda name: dtype)
     print(time.perf_counter() - begin)
 
 
-def tensor_table(component: Component) -> dict[str, tuple[int, int]]:
-    """Shapes by name, in the order of the blocks."""
-    from hotreload.tables import component_table
-
+def tensor_shapes_of(component: Component) -> list[tuple[int, int]]:
+    """In the order of the blocks."""
     table = component_table(component)
-    ordered = sorted(table, key=lambda name: int(name.split(".")[1]))
-    return {name: (table[name].shape[0], table[name].shape[1]) for name in ordered}
+    ordered = sorted(table.values(), key=lambda entry: int(entry.name.split(".")[1]))
+    return [(entry.shape[0], entry.shape[1]) for entry in ordered]
 
 
-def measure(what: str, files: list[Path], run: Callable[[], float], rounds: int) -> Row:
-    """The best of `rounds` with the files in the page cache, and the median of as many after they were dropped."""
-    run()
-    warm = min(run() for _ in range(rounds))
-    colds = []
+def measure(files: list[Path], runs: dict[str, Callable[[], float]], rounds: int) -> list[Row]:
+    """The medians of `rounds` of all runs in turn, with the files in the page cache and after they were dropped."""
+    warm: dict[str, list[float]] = {what: [] for what in runs}
+    cold: dict[str, list[float]] = {what: [] for what in runs}
+    dd(files, None)
     for _ in range(rounds):
-        drop(files)
-        colds.append(run())
-    return Row(what, warm, statistics.median(colds))
+        for what, run in runs.items():
+            warm[what].append(run())
+    for _ in range(rounds):
+        for what, run in runs.items():
+            drop(files)
+            cold[what].append(run())
+    return [Row(what, statistics.median(warm[what]), statistics.median(cold[what])) for what in runs]
 
 
 def table_of(files: list[Path], stored: str, rounds: int) -> list[str]:
     """Lines: dd and the loader on one set of files."""
     size = sum(file.stat().st_size for file in files) / 1e9
     memory = Path("/dev/shm") / f"bench-load-{os.getpid()}"
-    null = measure("dd of=/dev/null", files, lambda: dd(files, None), rounds)
-    new = measure("dd of=/dev/shm/new", files, lambda: dd(files, memory), rounds)
-    rows = [null, new]
-    for kind, loaded in CASES:
-        if kind == stored:
-            rows.append(measure(f"loader, {stored} -> {loaded}", files, lambda to=loaded: load(files, to), rounds))
+    runs: dict[str, Callable[[], float]] = {
+        "dd of=/dev/null": lambda: dd(files, None),
+        "dd of=/dev/shm/new": lambda: dd(files, memory),
+    }
+    for loaded in (to for kind, to in CASES if kind == stored):
+        runs[f"loader, {stored} -> {loaded}"] = partial(load, files, loaded)
+    rows = measure(files, runs, rounds)
+    null, new = rows[:2]
     return [
-        f"{size:5.2f}  {row.what:32} {row.warm:7.2f} {size / row.warm:6.2f} {row.warm / null.warm:6.2f} "
-        f"{row.warm / new.warm:6.2f}   {row.cold:7.2f} {size / row.cold:6.2f} {row.cold / null.cold:6.2f}"
+        f"{size:5.2f}  {row.what:30} {row.warm:7.2f} {size / row.warm:6.2f} {row.warm / null.warm:6.2f} "
+        f"{row.warm / new.warm:6.2f}  {row.cold:7.2f} {size / row.cold:6.2f} {row.cold / null.cold:6.2f} "
+        f"{row.cold / new.cold:6.2f}"
         for row in rows
     ]
 
@@ -191,7 +196,8 @@ def main() -> None:
     lines = [f"$ python -m tools.bench_load --gigabytes {options.gigabytes:g} --rounds {options.rounds}", system()]
     lines += ["seconds, GB/s, and times those of dd (goal: at most 1.3 x dd)", ""]
     lines += [
-        f"{'GB':>5}  {'':32} {'warm s':>7} {'GB/s':>6} {'x null':>6} {'x shm':>6}   {'cold s':>7} {'GB/s':>6} {'x null':>6}"
+        f"{'GB':>5}  {'':30} {'warm s':>7} {'GB/s':>6} {'x null':>6} {'x shm':>6}  "
+        f"{'cold s':>7} {'GB/s':>6} {'x null':>6} {'x shm':>6}"
     ]
     for stored, bytes_ in (("float32", options.gigabytes * 1e9), ("bfloat16", options.gigabytes * 5e8)):
         files = write(options.folder / f"{stored}-{options.gigabytes:g}", int(bytes_), stored)

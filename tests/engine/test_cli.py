@@ -39,6 +39,7 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "v.mp4").stat().st_size > 0
     assert "loading wan-demo" in ran.stderr
+    assert "loaded 9.6 MB" in ran.stderr
     assert "denoising" in ran.stderr
     first, cost, *rest = ran.stdout.splitlines()
     assert first.startswith(f"{tmp_path / 'v.mp4'}  32x32, 5 frames at 8 fps (0.6 s), ")
@@ -63,7 +64,14 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("generate", PROMPT, "--model", "wan-dmeo"), "the known models are: "),
         (("generate", PROMPT, "--placement", "both"), "one of split, fused"),
         (("generate", PROMPT, "--checkpoint", "/nowhere"), "not a directory"),
-        (("generate", PROMPT, "--checkpoint", CONFIGS / "models"), "lacks tokenizer/tokenizer.json"),
+        (("generate", PROMPT, "--checkpoint", CONFIGS / "models"), "a directory without weights"),
+        (("generate", PROMPT, "--lora", "x.safetensors:strong"), "'strong' is not a strength"),
+        (("generate", PROMPT, "--lora", "none.safetensors:0.5"), "LoRA none.safetensors cannot be read"),
+        (("generate", PROMPT, "--preset", "distiled"), "did you mean 'distilled'?"),
+        (("generate", PROMPT, "--noise-device", "cuda", "--image", "none.png"), "computes on the CPU"),
+        (("generate", PROMPT, "--guidance-scale-2", "3"), "guidance_scale the high-noise one's"),
+        (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b"), "say where they are with --checkpoint DIR"),
+        (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b", "--checkpoint", CONFIGS / "demo"), "--model wan-demo"),
         (("generate", PROMPT, "--out", "/nowhere/v.mp4"), "does not exist"),
         (("generate", PROMPT, "--out", "video.avi"), "must end in .mp4"),
         (("generate", PROMPT, "--image", "none.png"), "cannot be read"),
@@ -71,7 +79,8 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("serve", "--policy", "random"), "one of shortest, fifo"),
         (("serve", "--max-queue", "0"), "max_queue must be int >= 1"),
         (("serve", "--config", "none.yaml"), "none.yaml cannot be read"),
-        (("serve", "--checkpoint", CONFIGS / "models"), "lacks tokenizer/tokenizer.json"),
+        (("serve", "--checkpoint", CONFIGS / "models"), "a directory without weights"),
+        (("serve", "--lora", "a.safetensors,b.safetensors:1", "--lora", "c:1"), "expected FILE or HIGH_FILE,LOW_FILE"),
         (("cancel", "abc"), "no engine listens"),
     ],
 )
@@ -198,6 +207,7 @@ def test_generate_uses_the_running_engine(engine_process: EngineProcess, tmp_pat
         (("--model", "wan2.1-t2v-1.3b"), "serves wan-demo, not wan2.1-t2v-1.3b"),
         (("--placement", "fused"), "--placement cannot be chosen"),
         (("--checkpoint", "/tmp"), "--checkpoint cannot be chosen"),
+        (("--lora", "a.safetensors:1"), "--lora cannot be chosen"),
         (("--steps", "0"), "from 1 to 1000"),
         (("--out", "/nowhere/v.mp4"), "does not exist"),
     ],
@@ -306,6 +316,7 @@ def test_serve_says_when_it_is_ready_and_ends_on_sigterm(short_dir: Path) -> Non
             prompt=PROMPT, height=32, width=32, num_frames=5, steps=1, output=str(short_dir / "v.mp4")
         )
         assert f"{done.id} done after " in engine.log.read_text()
+        assert "\nloaded 9." in engine.log.read_text()
         engine.process.send_signal(signal.SIGTERM)
         assert engine.process.wait(20) == 0
         assert not engine.socket.exists()
@@ -417,7 +428,7 @@ def test_version_and_help() -> None:
     """`version` has the engine's and the protocol's; `--help` names every command; an unknown one is exit code 2."""
     assert run_engine("version").stdout.startswith(f"engine {VERSION}, protocol 1, Python 3.")
     ran = run_engine("--help")
-    for name in ("generate", "serve", "status", "list", "cancel", "models", "shutdown", "version"):
+    for name in ("generate", "serve", "status", "list", "cancel", "models", "check", "shutdown", "version"):
         assert name in ran.stdout
     assert run_engine("fly").returncode == 2
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 
+import msgspec
 import pytest
 
-from engine.catalogue import transformer_parameters
-from engine.display import count, seconds, size, summary
+from engine import display
+from engine.display import LoadMeter, PlainView, seconds, size, state, summary
 from engine.generate import Order, Outcome, suggestions
 from engine.params import UserParams
-from ipc.architecture import TransformerConfig
-from ipc.messages import Done
+from ipc.messages import Done, LoadProgress, StageStatus
 
 
 @pytest.mark.parametrize(
@@ -29,18 +29,6 @@ def test_seconds(value: float, shown: str) -> None:
 def test_size(value: float, shown: str) -> None:
     """Powers of 1000."""
     assert size(value) == shown
-
-
-def test_parameters_of_the_official_models() -> None:
-    """The formula gives 1.4 billion for Wan2.1-T2V-1.3B and 14.3 for the 14B model, as their checkpoints have."""
-    small = TransformerConfig(
-        num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096
-    )
-    large = TransformerConfig(
-        num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096
-    )
-    assert count(transformer_parameters(small)) == "1.4 B"
-    assert count(transformer_parameters(large)) == "14.3 B"
 
 
 def test_the_summary_of_a_video_that_is_gone() -> None:
@@ -69,3 +57,63 @@ def test_suggestions_can_be_pasted_into_a_shell() -> None:
     assert words[words.index("--out") + 1] == "/gone/a b-2.mp4"
     assert "--video" in shlex.split(onward, comments=True)
     assert serve.startswith("engine serve")
+
+
+def test_an_image_to_video_model_is_not_sent_on_to_a_video() -> None:
+    """What such a model made is no start for it: another take is suggested, with the same image; LoRAs are repeated."""
+    params = UserParams(prompt="a circle", image="/gone/a.png", preset="distilled", output="/gone/v.mp4")
+    order = Order(params=params, model="wan2.2-i2v-a14b", lora=("h.safetensors,l.safetensors:0.5", "x.safetensors:1"))
+    done = Done(id="0", path="/gone/v.mp4", metadata={"seed": 1, "init": {"file": "a.png", "as": "channels"}})
+    again, other = suggestions(order, Outcome(done, 4.0, 1.0, True))
+    words = shlex.split(again, comments=True)
+    assert words[words.index("--image") + 1] == "/gone/a.png"
+    assert words[words.index("--preset") + 1] == "distilled"
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--lora"] == list(order.lora)
+    assert "--video" not in other
+
+
+def loads(*rows: tuple[str, int, int]) -> list[LoadProgress]:
+    return [LoadProgress(component=name, done=done, total=total) for name, done, total in rows]
+
+
+def test_the_meter_adds_up_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two components at once: their names, their bytes together, and the rate since the first byte."""
+    now = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    meter = LoadMeter()
+    meter.update(loads(("text_encoder", 0, 10), ("transformer", 0, 20)))
+    assert (meter.what, meter.rate, meter.complete) == ("loading", "", False)
+    meter.update(loads(("text_encoder", 1, 10_000_000_000), ("transformer", 0, 20_000_000_000)))
+    now = 104.0
+    meter.update(loads(("text_encoder", 4_000_000_000, 10_000_000_000), ("transformer", 2, 20_000_000_000)))
+    assert meter.what == "loading text_encoder, transformer"
+    assert meter.amount == "4.0 GB of 30.0 GB"
+    assert meter.rate == "1.00 GB/s"
+    meter.update(loads(("text_encoder", 5, 5), ("transformer", 5, 5)))
+    assert meter.complete
+
+
+def test_plain_lines_of_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where stderr is no terminal: a line every few seconds while weights are read, and one when all are there."""
+    now = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    view = PlainView()
+    for time, done in ((0.5, 1), (1.0, 1_000), (6.0, 11_000_000_000), (7.0, 12_000_000_000), (10.5, 20_000_000_000)):
+        now = time
+        view.load(loads(("transformer", done, 20_000_000_000)))
+    view.load(loads(("transformer", 20_000_000_000, 20_000_000_000)))
+    assert capsys.readouterr().err.splitlines() == [
+        "loading transformer: 11.0 GB of 20.0 GB 2.00 GB/s",
+        "loaded 20.0 GB 2.00 GB/s",
+    ]
+
+
+def test_the_state_of_a_stage_that_loads() -> None:
+    """Which component and how much of it; when all of it is there, and when there is nothing to load, the state."""
+    stage = StageStatus(
+        name="dit", state="starting", pid=1, device="cpu", epoch=1, restarts=0, resident_bytes=0, busy_seconds=0,
+        quanta=0, loading=LoadProgress(component="transformer", done=434, total=1000),
+    )  # fmt: skip
+    assert state(stage) == "loading transformer 43 %"
+    for loading in (None, LoadProgress(component="transformer", done=10, total=10)):
+        assert state(msgspec.structs.replace(stage, loading=loading)) == "starting"

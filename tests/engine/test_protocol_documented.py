@@ -9,7 +9,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from engine.server import Limits
+from engine.session import Limits
 from ipc.frames import MAX_FRAME
 from ipc.messages import PROTOCOL_VERSION, AnyClientMessage, AnyServerMessage
 

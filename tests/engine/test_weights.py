@@ -25,7 +25,7 @@ def version(component: str) -> WeightVersion:
 
 
 def test_the_store_owns_its_descriptors() -> None:
-    """A component that is replaced, and all that are left at the end, are closed; what is asked for by name is found."""
+    """A component that is replaced, and all that are left at the end, are closed; what is asked for is found."""
     before = set(os.listdir("/proc/self/fd"))
     store = WeightStore()
     for name in ("vae", "transformer", "vae"):

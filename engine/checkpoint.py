@@ -1,0 +1,111 @@
+"""The operator's weights for a model: found, of the right model, with their LoRAs, before any process is started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.models import checkpoint_directory, list_models, load_model
+from engine.params import ModelParams, SystemParams
+from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
+from hotreload.lora_options import attach_loras
+from hotreload.tables import TransformerTraits, component_table, transformer_traits
+from ipc.errors import BadCheckpoint
+from ipc.messages import Component
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
+    """All that `model` needs, from the operator's directory or what ships. Reads headers, no weights.
+
+    Raises `BadCheckpoint` for what is missing, damaged or of another model, and says which one, and for a LoRA that
+    does not fit; `BadConfig` for a directory that is not there or a `lora` that is not FILE:STRENGTH.
+    """
+    directory = checkpoint_directory(model, params.checkpoint)
+    try:
+        checkpoint = open_checkpoint(directory, model.components)
+    except BadCheckpoint as error:
+        names = identify(directory)
+        if not names or model.name in names:
+            raise
+        raise BadCheckpoint(f"{error}; {advice(names)}") from error
+    for name in EXPERTS:
+        if name in checkpoint.components:
+            check_transformer(checkpoint.components[name], model, directory)
+    return checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
+
+
+def check_transformer(component: Component, model: ModelParams, directory: Path) -> None:
+    """`BadCheckpoint` if a DiT's header shows another model, with the names of those it could be."""
+    found, expected = transformer_traits(component_table(component)), traits_of(model)
+    if found == expected:
+        return
+    what = f"the {component.name} is not that of {model.name}: {differences(found, expected)}"
+    raise BadCheckpoint(f"{what}; {advice(identify(directory))}")
+
+
+def identify(directory: Path) -> list[str]:
+    """The known models that the DiT in a directory, or what is there of a pair of experts, could be of."""
+    models = [load_model(name) for name in list_models()]
+    for experts in (EXPERTS[:1], EXPERTS):
+        found = {_traits(component) for component in find_components(directory, experts).values()}
+        two = len(experts) == 2
+        names = [m.name for m in models if {traits_of(m)} == found and (m.boundary is not None) == two]
+        if names:
+            return names
+    return []
+
+
+def find_components(directory: Path, wanted: tuple[str, ...]) -> dict[str, Component]:
+    """Those of the components of a model that are there and whole."""
+    found: dict[str, Component] = {}
+    with contextlib.suppress(BadCheckpoint):
+        layout = find_layout(directory)
+        for name in wanted:
+            with contextlib.suppress(BadCheckpoint, OSError):
+                found[name] = find_component(directory, layout, name, wanted)
+    return found
+
+
+def traits_of(model: ModelParams) -> TransformerTraits:
+    """What the header of a model's DiT must show."""
+    t = model.transformer
+    return TransformerTraits(t.dim, t.num_layers, t.ffn_dim, t.in_channels, t.out_channels, t.image_dim is not None)
+
+
+def differences(found: TransformerTraits, expected: TransformerTraits) -> str:
+    """Each trait that is not as expected."""
+    pairs = zip(TransformerTraits._fields, found, expected, strict=True)
+    return ", ".join(f"{name} is {got}, expected {wanted}" for name, got, wanted in pairs if got != wanted)
+
+
+def advice(names: list[str]) -> str:
+    """What to do with a checkpoint of the models of these names."""
+    if not names:
+        return "it is of none of the known models: see `engine models`"
+    return f"this is {' or '.join(names)}: serve it with --model {' or --model '.join(names)}"
+
+
+def file_bytes(component: Component) -> int:
+    """On disk."""
+    return sum(os.stat(file).st_size for file in component.files)
+
+
+def lora_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the metadata of results says about the LoRAs that are merged into the weights, if there are any."""
+    loras = [
+        {"component": component.name, "file": os.path.basename(lora.file), "strength": lora.strength}
+        for component in checkpoint.components.values()
+        for lora in component.loras
+    ]
+    return {"lora": loras} if loras else {}
+
+
+def _traits(component: Component) -> TransformerTraits | None:
+    """None for something else than a Wan DiT."""
+    with contextlib.suppress(BadCheckpoint):
+        return transformer_traits(component_table(component))
+    return None

@@ -1,0 +1,44 @@
+"""`engine models`: the numbers of models whose weights are not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.catalogue import describe_models, transformer_parameters
+from engine.display import count, print_models
+from engine.models import list_models, load_model
+
+PARAMETERS = {
+    "wan2.1-t2v-1.3b": 1_418_996_800,
+    "wan2.1-t2v-14b": 14_288_491_584,
+    "wan2.1-i2v-14b-480p": 16_394_878_784,
+    "wan2.1-i2v-14b-720p": 16_394_878_784,
+    "wan2.2-t2v-a14b": 14_288_491_584,
+    "wan2.2-i2v-a14b": 14_288_901_184,
+    "wan2.2-ti2v-5b": 4_999_787_712,
+}
+"""Of one expert, counted in the official checkpoints."""
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_the_official_models(name: str) -> None:
+    """The formula gives what their checkpoints have, image attention included."""
+    assert transformer_parameters(load_model(name).transformer) == PARAMETERS[name]
+
+
+def test_every_model_has_a_row_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Name, kind, parameters, usual video: at most 100 columns; experts are counted, weights that do not ship are asked
+    for."""
+    cards = {card.name: card for card in describe_models()}
+    assert sorted(cards) == list_models()
+    assert sorted(set(PARAMETERS) | {"wan-demo"}) == list_models()
+    print_models(list(cards.values()))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line for line in lines}
+    assert "text to video" in rows["wan2.1-t2v-1.3b"] and "1.4 B" in rows["wan2.1-t2v-1.3b"]
+    assert "image to video" in rows["wan2.2-i2v-a14b"] and "2 x 14.3 B" in rows["wan2.2-i2v-a14b"]
+    assert "text/image to video" in rows["wan2.2-ti2v-5b"]
+    assert "--checkpoint DIR" in rows["wan2.1-i2v-14b-480p"]
+    assert "here, " in rows["wan-demo"]
+    assert count(cards["wan-demo"].transformer_parameters) == "3.1 M"

@@ -1,0 +1,144 @@
+"""Checkpoints, LoRAs and loading in the whole engine, with the model that ships."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from engine import Supervisor, SystemParams, UserParams
+from engine.models import CONFIGS, load_model
+from hotreload.checkpoint import Layout
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest
+from ipc.messages import LoadProgress, StageStatus
+from tools.make_checkpoint import directory_source, make_checkpoint
+
+MODEL = load_model("wan-demo")
+DIM = MODEL.transformer.dim
+PROMPT = "a red circle moves left on a black background"
+
+
+def ask(path: Path, **fields: Any) -> UserParams:
+    small = {"height": 48, "width": 48, "num_frames": 5, "steps": 4}
+    return UserParams(**{"prompt": PROMPT, "seed": 3, **small, "output": str(path), **fields})
+
+
+async def make(params: SystemParams, path: Path, **fields: Any) -> dict[str, Any]:
+    """A video of an engine of its own; its metadata."""
+    async with Supervisor(params) as supervisor:
+        return (await supervisor.generate(ask(path, **fields))).metadata
+
+
+def write_lora(path: Path, module: str = "diffusion_model.blocks.0.self_attn.q") -> str:
+    """Rank 2, for a linear layer of the demo model."""
+    torch.manual_seed(1)
+    save_file({f"{module}.lora_A.weight": torch.randn(2, DIM), f"{module}.lora_B.weight": torch.randn(DIM, 2)}, path)
+    return str(path)
+
+
+async def test_every_layout_gives_the_same_video(tmp_path: Path, read_video: Any) -> None:
+    """The demo model as a Wan repository, as ComfyUI's files and as it ships, in the same dtype: the same frames, and
+    the same weight hashes in the metadata."""
+    source = directory_source(CONFIGS / "demo", MODEL.components)
+    layouts: tuple[Layout, ...] = ("diffusers", "original", "comfyui")
+    shipped = await make(SystemParams(placement="fused"), tmp_path / "v.mp4")
+    for layout in layouts:
+        make_checkpoint(MODEL, tmp_path / layout, layout, dtype=torch.float16, source=source)
+        params = SystemParams(placement="fused", checkpoint=str(tmp_path / layout))
+        metadata = await make(params, tmp_path / f"{layout}.mp4")
+        assert metadata["weights"] == shipped["weights"]
+        assert read_video(tmp_path / f"{layout}.mp4").sha256 == read_video(tmp_path / "v.mp4").sha256
+
+
+async def test_loading_is_heard_of_and_shows_in_the_status() -> None:
+    """While the stages start, whoever waits hears of every component, in the end all of it; `status` says what a stage
+    is reading just then, and nothing once it is up."""
+    heard: list[dict[str, LoadProgress]] = []
+    reading: list[StageStatus] = []
+    async with Supervisor(SystemParams()) as supervisor:
+
+        def hear(components: Sequence[LoadProgress]) -> None:
+            heard.append({progress.component: progress for progress in components})
+            reading.extend(stage for stage in supervisor.status().stages if stage.loading is not None)
+
+        await supervisor.ready(hear)
+        assert all(stage.loading is None for stage in supervisor.status().stages)
+    assert all(progress.total > 100_000 and progress.done == 0 for progress in heard[0].values())
+    assert set(heard[-1]) == set(MODEL.components)
+    assert all(0 < progress.done == progress.total for progress in heard[-1].values())
+    shown = {(stage.name, stage.loading.component) for stage in reading if stage.loading is not None}
+    assert shown == {("text", "text_encoder"), ("dit", "transformer"), ("vae", "vae")}
+    assert {stage.state for stage in reading} == {"starting"}
+
+
+async def test_a_lora_is_merged_and_named(tmp_path: Path, read_video: Any) -> None:
+    """With a LoRA the frames and the transformer's hash are others, and the metadata names file and strength, not the
+    directory; at strength 0 the frames are those of the model alone."""
+    file = write_lora(tmp_path / "style.safetensors")
+    plain = await make(SystemParams(placement="fused"), tmp_path / "plain.mp4")
+    merged = await make(SystemParams(placement="fused", lora=(f"{file}:0.8",)), tmp_path / "merged.mp4")
+    nothing = await make(SystemParams(placement="fused", lora=(f"{file}:0",)), tmp_path / "nothing.mp4")
+    assert "lora" not in plain
+    assert merged["lora"] == [{"component": "transformer", "file": "style.safetensors", "strength": 0.8}]
+    assert merged["weights"]["transformer"] != plain["weights"]["transformer"]
+    assert merged["weights"]["vae"] == plain["weights"]["vae"] == nothing["weights"]["vae"]
+    frames = {name: read_video(tmp_path / f"{name}.mp4").sha256 for name in ("plain", "merged", "nothing")}
+    assert frames["plain"] == frames["nothing"] != frames["merged"]
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """A key without a match is named; two files for one transformer, and something that is no strength, are the
+    operator's mistakes."""
+    stranger = write_lora(tmp_path / "s.safetensors", "diffusion_model.blocks.77.self_attn.q")
+    with pytest.raises(BadCheckpoint, match=r"LoRA s\.safetensors .*blocks\.77\.self_attn\.q\.lora_A\.weight"):
+        Supervisor(SystemParams(lora=(f"{stranger}:1",)))
+    file = write_lora(tmp_path / "a.safetensors")
+    with pytest.raises(BadConfig, match="two files"):
+        Supervisor(SystemParams(lora=(f"{file},{file}:1",)))
+    with pytest.raises(BadConfig, match="not a strength"):
+        Supervisor(SystemParams(lora=(f"{file}:strong",)))
+
+
+async def test_metadata_say_how_a_video_was_made(tmp_path: Path) -> None:
+    """Model, preset, noise device and the start image's name, not its directory, are in the metadata; what the preset
+    stands for is in the parameters."""
+    Image.new("RGB", (96, 96), "red").save(tmp_path / "a.png")
+    metadata = await make(
+        SystemParams(placement="fused"),
+        tmp_path / "v.mp4",
+        preset="distilled",
+        steps=None,
+        image=str(tmp_path / "a.png"),
+    )
+    assert metadata["model"] == "wan-demo"
+    assert metadata["init"] == {"file": "a.png", "as": "start"}
+    parameters = metadata["parameters"]
+    assert (parameters["preset"], parameters["steps"], parameters["solver"]) == ("distilled", 4, "euler")
+    assert (parameters["noise_device"], parameters["strength"], parameters["guidance_scale"]) == ("cpu", 0.8, 1.0)
+
+
+def test_a_request_is_checked_before_the_engine_is_started(tmp_path: Path) -> None:
+    """`check` gives the job or the refusal without starting anything."""
+    supervisor = Supervisor(SystemParams())
+    assert supervisor.check(ask(tmp_path / "v.mp4")).steps == 4
+    with pytest.raises(BadRequest, match="computes on the CPU"):
+        supervisor.check(ask(tmp_path / "v.mp4", noise_device="cuda"))
+
+
+async def test_a_stage_that_stops_while_it_loads_is_replaced() -> None:
+    """SIGSTOP of the writer before it is up: when it has shown no progress for the start deadline it is replaced, and
+    all stages come up."""
+    async with Supervisor(SystemParams(start_deadline=15.0)) as supervisor:
+        pid = next(stage.pid for stage in supervisor.status().stages if stage.name == "writer")
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        await asyncio.wait_for(supervisor.ready(), 60)
+        assert next(stage.pid for stage in supervisor.status().stages if stage.name == "writer") != pid
