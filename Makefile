@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types check gpu-test clean
+.PHONY: demo test lint types check chaos gpu-test clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,14 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not gpu" --durations=10
 
 test: lint types check
+
+# Hours: the long versions of what `check` does with random faults.
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.chaos kills --kills 1000 --requests 2000
+	$(BIN)/python -m tools.chaos stops --stops 100
+	$(BIN)/python -m tools.chaos restarts --kills 200
+	$(BIN)/python -m tools.chaos leaks --requests 10000 --kills 500
+	$(BIN)/python -m tools.fuzz --frames 10000000 --live 1000000
 
 gpu-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu
