@@ -28,6 +28,7 @@ from ipc.slot_table import SlotTable
 from ipc.state import StateSlot, StateSlots, _Half
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
+from stages.files import Directory
 from stages.stage import CONSUMERS
 from tests.stages.rig import CHUNK, STAGES, Rig, is_empty, make_job, quanta
 
@@ -40,7 +41,8 @@ POINTS: frozenset[CodeType] = frozenset(
         stages.dit.DitStage._advance, stages.dit.DitStage.drop, stages.vae.VaeStage.step, stages.vae.VaeStage.drop,
         stages.writer.WriterStage.step,
         stages.writer.WriterStage.drop, stages.writer.Video.add, stages.writer.Video.complete,
-        stages.writer.copy_stream, stages.writer.put_in_place, stages.writer.sync, stages.writer.remove,
+        stages.writer.copy_stream, stages.writer.write_text, stages.writer.clean, Directory.create, Directory.remove,
+        Directory.place,
     )
 )  # fmt: skip
 """Where the shared memory, the state or the file changes hands; a point is before and after each."""
