@@ -145,6 +145,7 @@ def attempt(rig: Rig, phase: Phase, job: Job, point: int) -> tuple[str, bool]:
     return digest, done is not None
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("phase", ORDER)
 def test_whatever_it_was_doing(rig: Rig, tmp_path: Path, phase: Phase) -> None:
     """The process of this phase is killed at every point in turn; its successor leaves the same bytes, and no slot is
