@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -141,8 +141,8 @@ def pieces_of(entries: Iterable[TensorEntry]) -> list[Piece]:
 
 def read_ahead(
     files: Files, pieces: Sequence[Piece], place: Callable[[Piece], memoryview | None], device: torch.device
-) -> Iterator[Read]:
-    """Yield each piece in order when it has been read, while the next ones are being read.
+) -> Generator[Read, None, None]:
+    """Yield each piece in order when it has been read, while the next ones are being read; `close` waits for these.
 
     `place`: where in host memory a piece belongs, or None to have it in a buffer, until the next piece is asked for.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +110,12 @@ class _Loading:
         for name in sorted(self._table):
             if not self._table[name].size:
                 self._destination(self._table[name])
-        with Files(self._component.name) as files:
-            for read in read_ahead(files, pieces_of(self._table.values()), self._place, self._device):
+        pieces = pieces_of(self._table.values())
+        with (
+            Files(self._component.name) as files,
+            closing(read_ahead(files, pieces, self._place, self._device)) as reads,
+        ):
+            for read in reads:
                 self._take(read, files)
                 done += read.piece.size
                 progress(done, total)
