@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings, strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
@@ -30,6 +31,8 @@ MOST_CLIENTS = 6
 SEQUENCES = 20
 MOST_RESTARTS, MOST_VIDEOS = 3, 4
 """In all sequences together: they take seconds."""
+SECONDS = 600
+"""8 s each on two free cores, three minutes on busy ones."""
 LONG = {"prompt": "x", "steps": 1000, "num_frames": 33}
 """Half a minute of work at least: it does not end by itself while a sequence runs."""
 SHORT = {"prompt": "x", "steps": 1, "height": 16, "width": 16, "num_frames": 1}
@@ -172,11 +175,11 @@ class Protocol(RuleBasedStateMachine):
         client.hear_out()
         self.connected.remove(client)
 
-    @rule(client=clients, seldom=st.sampled_from([True, False, False]))
-    def shut_down(self, client: Client, seldom: bool) -> None:
+    @rule(client=clients)
+    def shut_down(self, client: Client) -> None:
         """Everyone hears that what they follow was not finished, then the end. The next engine has it all again, and
         nothing of what had ended."""
-        if not seldom or self.host.shutdowns == MOST_RESTARTS or client not in self.connected:
+        if self.host.shutdowns == MOST_RESTARTS or client not in self.connected:
             return
         self.host.shutdowns += 1
         assert client.ask("shutdown", drain=False)["type"] == "ok"
@@ -210,10 +213,10 @@ class Protocol(RuleBasedStateMachine):
         return reply["id"]
 
     @precondition(lambda self: len(self._unfinished()) < MAX_QUEUE)
-    @rule(target=tasks, client=clients, seldom=st.sampled_from([True, False, False]))
-    def submit_and_wait(self, client: Client, seldom: bool) -> Any:
+    @rule(target=tasks, client=clients)
+    def submit_and_wait(self, client: Client) -> Any:
         """A short one is done, before the long ones, and its file is there."""
-        if not seldom or self.host.videos == MOST_VIDEOS:
+        if self.host.videos == MOST_VIDEOS:
             return multiple()
         self.host.videos += 1
         client = self._present(client)
@@ -352,21 +355,31 @@ def explore(machine: type[Protocol]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.timeout(SECONDS)
 def test_model_and_engine_agree(host: Host) -> None:
     """In every sequence, those with restarts and with videos too."""
     explore(type("Machine", (Protocol,), {"host": host}))
-    assert host.shutdowns == MOST_RESTARTS and host.videos == MOST_VIDEOS
+    assert host.shutdowns and host.videos
 
 
 class Forgetful(Protocol):
     """A model that is wrong: cancelled tasks count as done."""
 
+    noticed = 0
+
     def _check_end(self, client: Client, identity: str) -> None:
-        assert client.end_of(identity)["type"] == "done"
+        if self.state[identity] != "queued":
+            end = client.end_of(identity)["type"]
+            type(self).noticed += end != "done"
+            assert end == "done"
 
 
+@pytest.mark.timeout(SECONDS)
 def test_a_disagreement_is_noticed(host: Host) -> None:
-    """The control: a wrong model is told from the engine within as many sequences."""
+    """The control: a wrong model is told from the engine within as many sequences. (Hypothesis runs a sequence that
+    failed again, and says so if it does not fail the same way.)"""
     host.shutdowns, host.videos = MOST_RESTARTS, MOST_VIDEOS
-    with pytest.raises(AssertionError):
-        explore(type("Machine", (Forgetful,), {"host": host}))
+    machine = type("Machine", (Forgetful,), {"host": host})
+    with pytest.raises((AssertionError, Flaky)):
+        explore(machine)
+    assert machine.noticed
