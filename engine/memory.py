@@ -19,8 +19,8 @@ from ipc.messages import QueueSpec, QueueStatistics, StageName, StateSpec
 from ipc.state import StateSlots
 from ipc.tensor_queue import TensorQueue
 
-DECODE_LATENTS = 2
-"""Latent frames per decode quantum: fewer give finer preemption, more give fewer launches."""
+DECODE_LATENTS = 1
+"""Latent frames per decode quantum. Two at a time take nearly twice the memory: at 1280x720 in float32, 36 GiB."""
 
 PROMPTS, INIT_LATENTS, STATES, LATENTS, FRAMES = 4, 2, 2, 3, 4
 """Bounds, in tasks (frames: in chunks). Text may run ahead of the dit by `PROMPTS` tasks."""
@@ -64,7 +64,7 @@ class SlotSizes(NamedTuple):
         return sum(count * size for count, size in self.queues.values()) + 2 * slots * slot_bytes
 
 
-def slot_sizes(model: ModelParams) -> SlotSizes:
+def slot_sizes(model: ModelParams, decode_latents: int = DECODE_LATENTS) -> SlotSizes:
     """The largest request of the model fits into every slot."""
     limits, vae, transformer, image = model.limits, model.vae, model.transformer, model.image_encoder
     latent_frames = (limits.max_frames - 1) // vae.temporal_stride + 1
@@ -74,7 +74,7 @@ def slot_sizes(model: ModelParams) -> SlotSizes:
         "prompts": (2 * PROMPTS, transformer.text_len * transformer.text_dim * 4),
         "init_latents": (INIT_LATENTS * (1 if image is None else 2), max(latents, image_tokens)),
         "latents": (LATENTS, latents),
-        "frames": (FRAMES, DECODE_LATENTS * vae.temporal_stride * limits.max_pixels * 3),
+        "frames": (FRAMES, decode_latents * vae.temporal_stride * limits.max_pixels * 3),
     }
     return SlotSizes(queues, (STATES, STATE_TENSORS * latents))
 
@@ -82,8 +82,8 @@ def slot_sizes(model: ModelParams) -> SlotSizes:
 class EngineMemory:
     """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
-    def __init__(self, model: ModelParams) -> None:
-        sizes = slot_sizes(model)
+    def __init__(self, model: ModelParams, decode_latents: int = DECODE_LATENTS) -> None:
+        sizes = slot_sizes(model, decode_latents)
         self.queues: dict[QueueName, TensorQueue] = {}
         with contextlib.ExitStack() as undo:
             for name, (slots, slot_bytes) in sizes.queues.items():

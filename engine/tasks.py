@@ -159,6 +159,6 @@ def estimated_cost(job: Job, model: ModelParams, on_gpu: bool) -> dict[Phase, fl
         "text": 0.06 if on_gpu else 0.05,
         "encode": pixels * encoded / (2 * vae_rate),
         "denoise": forward * branches / rate,
-        "decode": pixels * min(job.num_frames, 2 * v.temporal_stride) / vae_rate,
-        "write": pixels * 8 / 5e7,
+        "decode": pixels * min(job.num_frames, DECODE_LATENTS * v.temporal_stride) / vae_rate,
+        "write": pixels * DECODE_LATENTS * v.temporal_stride / 5e7,
     }

@@ -101,6 +101,12 @@ class NumericalError(EngineError):
     code = "numerical_error"
 
 
+class OutOfMemory(EngineError):
+    """The device, or the host, has not enough memory for the request at present; the message says what is known."""
+
+    code = "out_of_memory"
+
+
 class ProtocolError(EngineError):
     """The peer sent bytes that are not a frame of this protocol; the connection is closed."""
 
@@ -130,7 +136,7 @@ _BY_CODE: dict[str, type[EngineError]] = {
     cls.code: cls
     for cls in (
         EngineError, BadRequest, BadCheckpoint, BadConfig, Busy, NotFound, Cancelled, DeadlineExceeded, OutputError,
-        PoisonedRequest, StageFailed, NumericalError, ProtocolError, VersionMismatch, PermissionDenied,
+        PoisonedRequest, StageFailed, NumericalError, OutOfMemory, ProtocolError, VersionMismatch, PermissionDenied,
         ServerUnavailable,
     )
 }  # fmt: skip

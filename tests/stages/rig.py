@@ -131,7 +131,7 @@ class Rig:
     def __init__(self, checkpoint: Path, model: ModelParams = MODEL) -> None:
         self.checkpoint = checkpoint
         self.model = model
-        self.memory = EngineMemory(model)
+        self.memory = EngineMemory(model, CHUNK)
         self.beats = 0
         self.weights = WeightStore()
         """What the stages have placed; a stage that is loaded again without other fields binds to it."""

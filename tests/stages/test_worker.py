@@ -51,6 +51,11 @@ from tests.stages.rig import STAGES, Rig, is_empty, make_job, quanta
 
 Processes = Mapping[StageName, WorkerProcess]
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 1.65 GiB. GPU 0 has a total capacity of 79.18 GiB of which 1.43 GiB is "
+    "free. Including non-PyTorch memory, this process has 18.66 GiB memory in use."
+)
+
 
 def begin(processes: Processes, job: Job) -> None:
     for stage in STAGES:
@@ -273,6 +278,15 @@ def test_only_a_dead_device_ends_the_process() -> None:
     assert is_device_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_device_lost(torch.AcceleratorError("device-side assert triggered"))
     assert not is_device_lost(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    memory = describe(torch.OutOfMemoryError(OUT_OF_MEMORY), "vae")
+    assert memory.code == "out_of_memory"
+    assert memory.message.startswith(
+        "the vae stage ran out of memory (1.65 GiB were asked for, 1.43 GiB were free); ask"
+    )
+    assert describe(MemoryError(), "vae").message.startswith("the vae stage ran out of memory; ask")
+    with pytest.raises(RuntimeError) as huge:
+        torch.empty(1 << 50)
+    assert describe(huge.value, "dit").code == "out_of_memory"
     assert describe(BadRequest("too long"), "text").code == "bad_request"
     with pytest.raises(SystemExit) as left:
         describe(RuntimeError("CUDA error: unspecified launch failure"), "dit")
