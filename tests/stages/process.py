@@ -33,7 +33,7 @@ class WorkerProcess:
             self.popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", "stages.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
             )
         self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
         start = rig.start(stages, **fields)
