@@ -314,6 +314,7 @@ class Crew:
             threads={s: self.threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
             placed=[version for version, _ in self._placed_for(stages)],
+            outliving=not self.on_gpu or self._memory.on_device,
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

@@ -1,6 +1,7 @@
-"""The shared memory of one engine: every queue and the DiT's state slots, made and held by the supervisor.
+"""The memory of one engine that its processes share: every queue and the DiT's state slots, on the host or on a GPU.
 
-Stages come and go; this memory stays. Sizes follow from the model's limits, so nothing is allocated per request.
+The supervisor holds it: stages come and go, this memory stays. Sizes follow from the model's limits, so nothing is
+allocated per request.
 
 Resource handling: owns all memfds and eventfds until `close`.
 """
@@ -8,7 +9,7 @@ Resource handling: owns all memfds and eventfds until `close`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -16,7 +17,8 @@ import msgspec
 from engine.events import Capacity
 from engine.params import ModelParams
 from ipc.messages import QueueSpec, QueueStatistics, StageName, StateSpec
-from ipc.state import StateSlots
+from ipc.payload import DeviceFd, payload_bytes
+from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue
 
 DECODE_LATENTS = 1
@@ -29,6 +31,12 @@ STATE_TENSORS = 5
 """Latents and the longest solver history (UniPC: two x0, the sample kept before the predictor), with one to spare."""
 
 QueueName = Literal["prompts", "init_latents", "latents", "frames"]
+
+DeviceSizes = Mapping[str, int]
+"""Queue, or "state" -> bytes of its payload."""
+
+ON_DEVICE: tuple[QueueName, ...] = ("prompts", "init_latents", "latents")
+"""Queues whose both ends compute on the GPU."""
 
 
 class _Route(msgspec.Struct, frozen=True):
@@ -79,18 +87,34 @@ def slot_sizes(model: ModelParams, decode_latents: int = DECODE_LATENTS) -> Slot
     return SlotSizes(queues, (STATES, STATE_TENSORS * latents))
 
 
+def device_sizes(model: ModelParams) -> DeviceSizes:
+    """What the model takes of a GPU for queues and states."""
+    sizes = slot_sizes(model)
+    return {name: payload_bytes(*sizes.queues[name]) for name in ON_DEVICE} | {
+        "state": state_payload_bytes(*sizes.states)
+    }
+
+
 class EngineMemory:
     """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
-    def __init__(self, model: ModelParams, decode_latents: int = DECODE_LATENTS) -> None:
-        sizes = slot_sizes(model, decode_latents)
+    def __init__(
+        self, model: ModelParams, decode_latents: int = DECODE_LATENTS, device: Mapping[str, DeviceFd] | None = None
+    ) -> None:
+        """`device`: GPU memory for those of `device_sizes`, which is taken over; the rest is host memory."""
+        sizes, device = slot_sizes(model, decode_latents), device or {}
         self.queues: dict[QueueName, TensorQueue] = {}
         with contextlib.ExitStack() as undo:
             for name, (slots, slot_bytes) in sizes.queues.items():
-                self.queues[name] = TensorQueue.create(name, slots, slot_bytes)
+                self.queues[name] = TensorQueue.create(name, slots, slot_bytes, device.get(name))
                 undo.callback(self.queues[name].close)
-            self.state = StateSlots.create(*sizes.states)
+            self.state = StateSlots.create(*sizes.states, device.get("state"))
             undo.pop_all()
+
+    @property
+    def on_device(self) -> bool:
+        """There is GPU memory that outlives the processes, and what both ends of a queue compute with is in it."""
+        return self.state.spec.device is not None
 
     def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:
         """What a process with these stages attaches to; `fds` gives the descriptors in the same order."""

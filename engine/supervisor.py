@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ import msgspec
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import lora_metadata, open_model
 from engine.crew import Crew, OnLoading, resolve_device
+from engine.device_memory import make_device_memory
 from engine.events import (
     Action,
     BeginTask,
@@ -46,7 +47,7 @@ from engine.events import (
     Tick,
 )  # fmt: skip
 from engine.journal import Entry, Journal
-from engine.memory import EngineMemory, capacity
+from engine.memory import EngineMemory, capacity, device_sizes
 from engine.models import load_model
 from engine.params import SystemParams, UserParams
 from engine.process import resident_bytes
@@ -85,6 +86,7 @@ from ipc.messages import (
     TaskEvent,
     TaskInfo,
 )  # fmt: skip
+from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ class Supervisor:
         entries = await self._journal.open() if self._journal is not None else []
         try:
             with contextlib.ExitStack() as undo:
-                self._memory = EngineMemory(self.model)
+                self._memory = EngineMemory(self.model, device=await self._device_memory())
                 undo.callback(self._memory.close)
                 self._crew = Crew(self.params, self.model, self.checkpoint, self.device, self._memory, self)
                 undo.pop_all()
@@ -151,6 +153,12 @@ class Supervisor:
                 self._take_up(entry)
             else:
                 log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
+
+    async def _device_memory(self) -> Mapping[str, DeviceFd] | None:
+        """GPU memory for the queues and the states, where there is a GPU and its driver has such memory."""
+        if self.device == "cpu":
+            return None
+        return await asyncio.to_thread(make_device_memory, self.device, device_sizes(self.model))
 
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot

@@ -4,6 +4,8 @@ The stage that reads a component from disk places it in a memfd: a table of tens
 the stage computes in. The supervisor keeps the descriptor. A process that comes after maps it and binds its module to
 it: no file is read, no byte is copied, and every process on the machine shares the one copy.
 
+On a GPU, `hotreload/device_placement.py` does the same.
+
 Memory layout: one page multiple with the table (length, then MessagePack), then each tensor aligned to `ALIGNMENT`.
 """
 
@@ -14,7 +16,7 @@ import itertools
 import mmap
 import os
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeAlias
 
 import msgspec
 import torch
@@ -30,6 +32,10 @@ ALIGNMENT = 64
 """Bytes; a cache line, and more than any kernel asks for."""
 HASH_BYTES = 64 << 20
 """Hashed at a time."""
+
+
+Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor name -> its dtype and shape."""
 
 
 class PlacedTensor(NamedTuple):
@@ -73,7 +79,7 @@ class Placement:
         """By name: views of the memory."""
 
     @classmethod
-    def create(cls, name: str, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Self:
+    def create(cls, name: str, tensors: Shapes) -> Self:
         """Room for these tensors, zero."""
         table = lay_out(tensors)
         with SharedMemory.create(name, table.data_offset + table.size, more_seals=True) as memory:
@@ -84,7 +90,7 @@ class Placement:
         return cls(fd, table, mapping)
 
     @classmethod
-    def attach(cls, version: WeightVersion, fd: int) -> Self:
+    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes) -> Self:
         """Map what another process placed. The descriptor is duplicated. What is written to the tensors stays here."""
         if (got := os.fstat(fd).st_size) != version.bytes:
             raise ValueError(f"placed {version.component}: got {got} bytes, expected {version.bytes}")
@@ -93,6 +99,8 @@ class Placement:
             mapping = mmap.mmap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
             length = int.from_bytes(mapping[:8], "little")
             table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
+            if table != lay_out(tensors):
+                raise ValueError(f"placed {version.component}: its tensors are not those of this model in this dtype")
             placement = cls(own, table, mapping)
         except BaseException:
             os.close(own)
@@ -131,7 +139,7 @@ F_SEAL_FUTURE_WRITE = 0x0010
 """Linux 5.1; not in `fcntl` before Python 3.13."""
 
 
-def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Table:
+def lay_out(tensors: Shapes) -> Table:
     """One tensor after another, by name."""
     placed, offset = [], 0
     for name, (dtype, shape) in sorted(tensors.items()):

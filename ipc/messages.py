@@ -228,6 +228,8 @@ class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     slots: int
     slot_bytes: int
+    device: int | None = None
+    """Number of the GPU that the payload is on; None: host memory."""
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,6 +237,8 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     slots: int
     slot_bytes: int
+    device: int | None = None
+    """Number of the GPU that the payload is on; None: host memory."""
 
 
 Naming = Literal["diffusers", "original"]
@@ -267,6 +271,8 @@ class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     """Hash of the placed bytes, checked by everyone who binds to them."""
     bytes: int
+    device: int | None = None
+    """Number of the GPU that they are on; None: host memory."""
 
 
 class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -303,6 +309,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """With the dit stage only."""
     placed: list[WeightVersion] = []
     """Weights of these stages that are in memory already: bind to them instead of reading files."""
+    outliving: bool = True
+    """Weights that are read go to memory that outlives the process; False where the GPU's driver has none."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -446,6 +454,29 @@ class Dropped(StageReport, frozen=True, tag="dropped", kw_only=True):
 
 
 AnyStageReport = Loading | Placed | Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped
+
+
+# Supervisor -> the processes that make and test GPU memory (`ipc/device_maker.py`), and back.
+
+
+class MakeMemory(msgspec.Struct, frozen=True, tag_field="type", tag="make", kw_only=True):
+    """Allocate pieces of these sizes on GPU number `device`, with a pattern in them; their descriptors come back."""
+
+    device: int
+    sizes: list[int]
+
+
+class TestMemory(msgspec.Struct, frozen=True, tag_field="type", tag="test", kw_only=True):
+    """Map these pieces, whose descriptors come along, look for the pattern and clear it."""
+
+    device: int
+    sizes: list[int]
+
+
+class MemoryReply(msgspec.Struct, frozen=True, kw_only=True):
+    """`problem` is empty if all went well."""
+
+    problem: str
 
 
 # `engine check` -> the process that examines a checkpoint, and back, as JSON.

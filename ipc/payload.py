@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+import os
+from typing import NamedTuple, Protocol, Self
 
+from ipc.device_memory import DeviceMemory, DeviceView
 from ipc.memory import PAGE_BYTES, SharedMemory, round_up
+
+Room = memoryview | DeviceView
+"""Bytes in host memory or on a GPU."""
 
 
 class Payload(Protocol):
@@ -18,7 +23,7 @@ class Payload(Protocol):
     def fds(self) -> list[int]:
         """The descriptors another process needs for `attach`; they stay owned by this object."""
 
-    def view(self, slot: int) -> memoryview:
+    def view(self, slot: int) -> Room:
         """The bytes of one slot, page aligned, writable."""
 
     def close(self) -> None:
@@ -36,13 +41,13 @@ class HostPayload:
 
     @classmethod
     def create(cls, name: str, slots: int, slot_bytes: int) -> Self:
-        return cls(SharedMemory.create(name, slots * round_up(slot_bytes, PAGE_BYTES)), slot_bytes)
+        return cls(SharedMemory.create(name, payload_bytes(slots, slot_bytes)), slot_bytes)
 
     @classmethod
     def attach(cls, slots: int, slot_bytes: int, fds: list[int]) -> Self:
         """Map all of it now, so that no later access faults."""
         (fd,) = fds
-        payload = cls(SharedMemory.attach(fd, slots * round_up(slot_bytes, PAGE_BYTES)), slot_bytes)
+        payload = cls(SharedMemory.attach(fd, payload_bytes(slots, slot_bytes)), slot_bytes)
         payload.view(0)
         return payload
 
@@ -56,3 +61,75 @@ class HostPayload:
 
     def close(self) -> None:
         self._memory.close()
+
+
+class DevicePayload:
+    """Slots in one piece of GPU memory, mapped here."""
+
+    def __init__(self, memory: DeviceMemory, slot_bytes: int) -> None:
+        """Take over `memory`; use `attach`."""
+        self._memory = memory
+        self._slot_bytes = slot_bytes
+        self._stride = round_up(slot_bytes, PAGE_BYTES)
+
+    @classmethod
+    def attach(cls, slots: int, slot_bytes: int, fds: list[int], device: int) -> Self:
+        (fd,) = fds
+        return cls(DeviceMemory.attach(fd, device, payload_bytes(slots, slot_bytes)), slot_bytes)
+
+    @property
+    def fds(self) -> list[int]:
+        return [self._memory.fd]
+
+    def view(self, slot: int) -> DeviceView:
+        start = slot * self._stride
+        return self._memory.view[start : start + self._slot_bytes]
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class DeviceFd(NamedTuple):
+    """Memory on GPU number `device`, by its descriptor."""
+
+    device: int
+    fd: int
+
+
+class HeldPayload:
+    """GPU memory in the hands of a process that has no CUDA context: it keeps the descriptor, and with it the bytes.
+
+    Resource handling: takes over `fd`.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @property
+    def fds(self) -> list[int]:
+        return [self._fd]
+
+    def view(self, slot: int) -> DeviceView:
+        raise AssertionError(f"slot {slot} is on a GPU; whoever reads it attaches to it")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def payload_bytes(slots: int, slot_bytes: int) -> int:
+    """What the payload of so many slots takes: each starts on a page."""
+    return slots * round_up(slot_bytes, PAGE_BYTES)
+
+
+def make_payload(name: str, slots: int, slot_bytes: int, on: DeviceFd | None) -> Payload:
+    """Room in host memory, or in memory of a GPU that somebody has made for it."""
+    return HostPayload.create(name, slots, slot_bytes) if on is None else HeldPayload(on.fd)
+
+
+def attach_payload(slots: int, slot_bytes: int, fds: list[int], device: int | None) -> Payload:
+    """The payload behind these descriptors: on this GPU, or in host memory."""
+    if device is None:
+        return HostPayload.attach(slots, slot_bytes, fds)
+    return DevicePayload.attach(slots, slot_bytes, fds, device)

@@ -15,15 +15,15 @@ from typing import Self
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import PAGE_BYTES, SharedMemory, fence, round_up
 from ipc.messages import StateSpec
-from ipc.payload import HostPayload, Payload
+from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, payload_bytes
 
 FDS_PER_STATE = 2
-"""Header memfd, payload memfd."""
+"""Header memfd, payload memfd (or GPU memory's descriptor)."""
 
 MAX_TENSORS = 8
 """Named tensors in one state."""
 
-StateTensor = tuple[str, tuple[int, ...], memoryview]
+StateTensor = tuple[str, tuple[int, ...], Room]
 """dtype, shape and the bytes, C-contiguous."""
 
 _MAGIC = int.from_bytes(b"states-1", "little")
@@ -78,16 +78,20 @@ class StateSlots:
         self._words = headers.view.cast("Q")
 
     @classmethod
-    def create(cls, slots: int, slot_bytes: int) -> Self:
-        """Room for `slots` tasks whose state takes at most `slot_bytes` bytes; twice that is allocated."""
+    def create(cls, slots: int, slot_bytes: int, on: DeviceFd | None = None) -> Self:
+        """Room for `slots` tasks whose state takes at most `slot_bytes` bytes; twice that is allocated.
+
+        `on`: GPU memory of `state_payload_bytes` bytes for them, whose descriptor is taken over; None: host memory.
+        """
         if slots < 1 or slot_bytes < 1:
             raise ValueError(f"state slots: got {slots} of {slot_bytes} bytes, expected at least 1 of 1")
         with contextlib.ExitStack() as undo:
             headers = SharedMemory.create("state-headers", (slots + 1) * PAGE_BYTES)
             undo.callback(headers.close)
-            payload = HostPayload.create("state", 2 * slots, _half_bytes(slot_bytes))
+            payload = make_payload("state", 2 * slots, _half_bytes(slot_bytes), on)
             undo.pop_all()
-        states = cls(StateSpec(slots=slots, slot_bytes=slot_bytes), headers, payload)
+        device = None if on is None else on.device
+        states = cls(StateSpec(slots=slots, slot_bytes=slot_bytes, device=device), headers, payload)
         states._words[_SLOTS] = slots
         states._words[_SLOT_BYTES] = slot_bytes
         states._words[_MAGIC_WORD] = _MAGIC
@@ -101,7 +105,7 @@ class StateSlots:
         with contextlib.ExitStack() as undo:
             headers = SharedMemory.attach(fds[0], (spec.slots + 1) * PAGE_BYTES)
             undo.callback(headers.close)
-            payload = HostPayload.attach(2 * spec.slots, _half_bytes(spec.slot_bytes), [fds[1]])
+            payload = attach_payload(2 * spec.slots, _half_bytes(spec.slot_bytes), [fds[1]], spec.device)
             undo.callback(payload.close)
             states = cls(spec, headers, payload)
             undo.callback(states.close)
@@ -172,6 +176,7 @@ class StateSlots:
         header = self._header_problem()
         found = [header] if header else []
         owners: dict[bytes, int] = {}
+        capacity = _half_bytes(self._spec.slot_bytes)
         for slot in range(self._spec.slots):
             if (state := self._words[_word(slot, _STATE)]) not in (_FREE, _TAKEN):
                 found.append(f"state slot {slot}: state {state} is neither free nor taken")
@@ -180,7 +185,7 @@ class StateSlots:
                 found.append(f"state slot {slot}: task {owner.hex()} also has slot {owners[owner]}")
             owners[owner] = slot
             if number := self._committed(slot):
-                found += [f"state slot {slot}: {problem}" for problem in self._half(slot, number).problems()]
+                found += [f"state slot {slot}: {problem}" for problem in self._half(slot, number).problems(capacity)]
         return found
 
     def close(self) -> None:
@@ -205,7 +210,7 @@ class StateSlots:
         """The half that the commit of this number is in, or goes into."""
         side = committed % 2
         first = _word(slot, _FIRST_HALF + side * _HALF_WORDS)
-        return _Half(self._words, self._bytes, first, self._payload.view(2 * slot + side))
+        return _Half(self._words, self._bytes, first, self._payload, 2 * slot + side)
 
     # Inside.
 
@@ -235,6 +240,11 @@ class StateSlot:
         self._states = states
         self.index = index
         self.task = task
+
+    @property
+    def device(self) -> int | None:
+        """Number of the GPU that states are kept on; None: in host memory."""
+        return self._states.spec.device
 
     def commit(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
         """Copy a whole state in and make it the committed one. On an error the committed one stays what it was."""
@@ -267,14 +277,15 @@ class StateSlot:
 class _Half:
     """One of the two states in a slot: its part of the header page and its room in the payload."""
 
-    def __init__(self, words: memoryview, header: memoryview, first: int, room: memoryview) -> None:
+    def __init__(self, words: memoryview, header: memoryview, first: int, payload: Payload, number: int) -> None:
         self._words = words
         self._bytes = header
         self._first = first
-        self._room = room
+        self._payload = payload
+        self._number = number
 
     def write(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
-        words = self._words
+        words, room = self._words, self._payload.view(self._number)
         words[self._first + _STEP] = step
         words[self._first + _TENSORS] = len(tensors)
         offset = 0
@@ -287,14 +298,15 @@ class _Half:
                 words[base + _SHAPE + axis] = size
             words[base + _OFFSET] = offset
             words[base + _NBYTES] = view.nbytes
-            self._room[offset : offset + view.nbytes] = view.cast("B")
+            room[offset : offset + view.nbytes] = view.cast("B")  # type: ignore[assignment]
             offset = round_up(offset + view.nbytes, _ALIGNMENT)
 
     def read(self) -> tuple[int, dict[str, StateTensor]]:
         count = self._words[self._first + _TENSORS]
         return self._words[self._first + _STEP], dict(self._read_tensor(index) for index in range(count))
 
-    def problems(self) -> list[str]:
+    def problems(self, capacity: int) -> list[str]:
+        """Broken rules in the header of a half with room for `capacity` bytes."""
         count = self._words[self._first + _TENSORS]
         if count > MAX_TENSORS:
             return [f"{count} tensors, expected at most {MAX_TENSORS}"]
@@ -305,7 +317,7 @@ class _Half:
             ndim, nbytes = self._words[base + _NDIM], self._words[base + _NBYTES]
             shape = tuple(self._words[base + _SHAPE : base + _SHAPE + min(ndim, MAX_DIMS)])
             is_tensor = dtype in DTYPE_BYTES and ndim <= MAX_DIMS and 0 not in shape
-            fits = self._words[base + _OFFSET] + nbytes <= len(self._room)
+            fits = self._words[base + _OFFSET] + nbytes <= capacity
             if not is_tensor or not fits or nbytes != tensor_bytes(dtype, shape):
                 found.append(f"tensor {index}: {dtype!r} {shape} in {nbytes} bytes is no tensor of this slot")
         return found
@@ -316,10 +328,16 @@ class _Half:
         dtype = unpack_name(self._bytes[8 * (base + _DTYPE) :][:_DTYPE_BYTES])
         shape = tuple(self._words[base + _SHAPE : base + _SHAPE + self._words[base + _NDIM]])
         start = self._words[base + _OFFSET]
-        return name, (dtype, shape, self._room[start : start + self._words[base + _NBYTES]])
+        room = self._payload.view(self._number)
+        return name, (dtype, shape, room[start : start + self._words[base + _NBYTES]])
 
     def _tensor(self, index: int) -> int:
         return self._first + _FIRST_TENSOR + index * _TENSOR_WORDS
+
+
+def state_payload_bytes(slots: int, slot_bytes: int) -> int:
+    """What the payload of so many slots takes."""
+    return payload_bytes(2 * slots, _half_bytes(slot_bytes))
 
 
 def _half_bytes(slot_bytes: int) -> int:

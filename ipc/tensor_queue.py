@@ -19,11 +19,12 @@ from typing import Literal, Self
 
 from ipc.layout import MAX_U64, tensor_bytes
 from ipc.messages import QueueSpec, QueueStatistics
-from ipc.payload import HostPayload, Payload
+from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload
 from ipc.slot_table import BYTES, CONSUMER_EPOCH, PEAK, PRODUCER_EPOCH, PUTS, Key, SlotState, SlotTable
 
 FDS_PER_QUEUE = 4
-"""Header memfd, payload memfd, eventfd "ready" (producer to consumer), eventfd "free" (consumer to producer)."""
+"""Header memfd, payload memfd (or GPU memory's descriptor), eventfd "ready" (producer to consumer), eventfd "free"
+(consumer to producer)."""
 
 Side = Literal["producer", "consumer"]
 Role = Literal["producer", "consumer", "supervisor"]
@@ -39,13 +40,13 @@ class QueueTimeout(TimeoutError):
 class Slot:
     """A tensor that the consumer has taken.
 
-    `view`: its bytes, in shared memory. They must not be written to: after a crash the next process reads them again.
-    They are the consumer's until `release`, or `TensorQueue.release` of the task; after that they may change.
+    `view`: its bytes, in shared memory or on a GPU. They must not be written to: after a crash the next process reads
+    them again. They are the consumer's until `release`, or `TensorQueue.release` of the task; then they may change.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    view: memoryview
+    view: Room
     release: Callable[[], None]
     """Give the slot back. Does nothing if that was already done."""
 
@@ -76,15 +77,18 @@ class TensorQueue:
         self._free_fd = free_fd
 
     @classmethod
-    def create(cls, name: str, slots: int, slot_bytes: int) -> Self:
-        """Allocate `slots` slots for tensors of at most `slot_bytes` bytes; OSError when the memory is not there."""
+    def create(cls, name: str, slots: int, slot_bytes: int, on: DeviceFd | None = None) -> Self:
+        """Allocate `slots` slots for tensors of at most `slot_bytes` bytes; OSError when the memory is not there.
+
+        `on`: GPU memory of `payload_bytes` bytes for them, whose descriptor is taken over; None: host memory.
+        """
         if slots < 1 or slot_bytes < 1:
             raise ValueError(f"queue {name!r}: got {slots} slots of {slot_bytes} bytes, expected at least 1 of 1")
-        spec = QueueSpec(name=name, slots=slots, slot_bytes=slot_bytes)
+        spec = QueueSpec(name=name, slots=slots, slot_bytes=slot_bytes, device=None if on is None else on.device)
         with contextlib.ExitStack() as undo:
             table = SlotTable.create(f"{name}-headers", slots, slot_bytes)
             undo.callback(table.close)
-            payload = HostPayload.create(name, slots, slot_bytes)
+            payload = make_payload(name, slots, slot_bytes, on)
             undo.callback(payload.close)
             ready_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, ready_fd)
@@ -101,7 +105,7 @@ class TensorQueue:
         with contextlib.ExitStack() as undo:
             table = SlotTable.attach(header, spec.slots, spec.slot_bytes)
             undo.callback(table.close)
-            payload = HostPayload.attach(spec.slots, spec.slot_bytes, [payload_fd])
+            payload = attach_payload(spec.slots, spec.slot_bytes, [payload_fd], spec.device)
             undo.callback(payload.close)
             ready_fd = os.dup(ready)
             undo.callback(os.close, ready_fd)
@@ -122,8 +126,9 @@ class TensorQueue:
     # Producer.
 
     @contextlib.contextmanager
-    def put(self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float) -> Iterator[memoryview]:
+    def put(self, task: str, sequence: int, dtype: str, shape: tuple[int, ...], timeout: float) -> Iterator[Room]:
         """A free slot to write a tensor into, C-contiguous; leaving the block publishes it, an exception gives it back.
+        On a GPU the writing must be done, not only queued, when the block is left.
 
         Waits up to `timeout` seconds for a free slot. A key that is already there is a ValueError: ask `holds` first.
         """

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ipc.device_memory import DeviceView
 from ipc.layout import DTYPE_BYTES
+from ipc.payload import Room
 from ipc.state import StateSlot, StateTensor
 from ipc.tensor_queue import Slot, TensorQueue
 
@@ -28,8 +30,11 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def view_tensor(dtype: str, shape: tuple[int, ...], view: memoryview) -> torch.Tensor:
-    """A CPU tensor over these bytes: no copy. It keeps the memory mapped; what is written there shows in it."""
+def view_tensor(dtype: str, shape: tuple[int, ...], view: Room) -> torch.Tensor:
+    """A tensor over these bytes, where they are: no copy. It keeps the memory mapped; what is written there shows in
+    it."""
+    if isinstance(view, DeviceView):
+        return torch.as_tensor(view, device=f"cuda:{view.device}").view(dtype_of(dtype)).reshape(shape)
     return torch.frombuffer(view, dtype=dtype_of(dtype)).reshape(shape)
 
 
@@ -39,17 +44,21 @@ def put_tensor(queue: TensorQueue, task: str, sequence: int, tensor: torch.Tenso
         return
     dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
     with queue.put(task, sequence, dtype, shape, timeout) as view:
-        view_tensor(dtype, shape, view).copy_(tensor.detach())
+        target = view_tensor(dtype, shape, view).copy_(tensor.detach())
+        if target.is_cuda:
+            torch.cuda.current_stream(target.device).synchronize()
 
 
 def slot_tensor(slot: Slot) -> torch.Tensor:
-    """The taken tensor itself: a view of shared memory, no copy. Do not write to it, or use it after the release."""
+    """The taken tensor itself: a view of shared memory or of GPU memory, no copy. Do not write to it, or use it after
+    the release; work on a GPU that reads it must be done by then."""
     return view_tensor(slot.dtype, slot.shape, slot.view)
 
 
 def commit_tensors(slot: StateSlot, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
     """`StateSlot.commit` of tensors of any device and strides."""
-    slot.commit(step, {name: _state_tensor(tensor) for name, tensor in tensors.items()})
+    on_gpu = slot.device is not None
+    slot.commit(step, {name: _state_tensor(tensor, on_gpu) for name, tensor in tensors.items()})
 
 
 def load_tensors(slot: StateSlot) -> tuple[int, dict[str, torch.Tensor]] | None:
@@ -60,6 +69,9 @@ def load_tensors(slot: StateSlot) -> tuple[int, dict[str, torch.Tensor]] | None:
     return step, {name: view_tensor(*tensor).clone() for name, tensor in tensors.items()}
 
 
-def _state_tensor(tensor: torch.Tensor) -> StateTensor:
-    host = tensor.detach().cpu().contiguous()
-    return dtype_name(tensor.dtype), tuple(tensor.shape), host.reshape(-1).view(torch.uint8).numpy().data
+def _state_tensor(tensor: torch.Tensor, on_gpu: bool) -> StateTensor:
+    """Its bytes where they are, if that is where they are wanted; else in host memory."""
+    source = tensor.detach() if on_gpu else tensor.detach().cpu()
+    raw = source.contiguous().reshape(-1).view(torch.uint8)
+    view = DeviceView(raw, raw.get_device(), raw.data_ptr(), raw.numel()) if raw.is_cuda else raw.numpy().data
+    return dtype_name(tensor.dtype), tuple(tensor.shape), view

@@ -77,6 +77,7 @@ class WriterStage:
     def _write(self, video: Video, job: Job, run: Run) -> dict[str, Any] | None:
         assert video.chunks == run.index, f"got chunk {run.index} after {video.chunks} chunks"
         slot = self._frames.take(run.id, run.index, QUEUE_TIMEOUT)
+        assert isinstance(slot.view, memoryview), "frames travel in host memory"
         video.add(np.frombuffer(slot.view, np.uint8).reshape(slot.shape))
         slot.release()
         if video.frames < job.num_frames:

@@ -32,9 +32,12 @@ def contents() -> dict[str, Tensor]:
     return {name: torch.randn(t.shape, generator=generator) for name, t in Net().state_dict().items()}
 
 
+SHAPES = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in Net().state_dict().items()}
+
+
 def placed() -> tuple[Placement, WeightVersion]:
     tensors = contents()
-    placement = Placement.create("net", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    placement = Placement.create("net", SHAPES)
     for name, tensor in tensors.items():
         placement.tensors[name].copy_(tensor)
     return placement, placement.seal("vae", "abc")
@@ -48,7 +51,7 @@ def on_meta() -> Net:
 def test_a_module_bound_to_it_holds_its_bytes() -> None:
     """Parameters and buffers are views of the memory, bit for bit what was placed, without gradients."""
     placement, version = placed()
-    with_views = Placement.attach(version, placement.fd)
+    with_views = Placement.attach(version, placement.fd, SHAPES)
     module = on_meta()
     bind(module, with_views.tensors, {})
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in contents().items())
@@ -71,7 +74,7 @@ def test_the_memory_outlives_its_maker() -> None:
     data, (fd,), _, _ = socket.recv_fds(ours, 1 << 16, 1)
     _, status = os.waitpid(pid, 0)
     assert status == signal.SIGKILL
-    placement = Placement.attach(msgspec.msgpack.decode(data, type=WeightVersion), fd)
+    placement = Placement.attach(msgspec.msgpack.decode(data, type=WeightVersion), fd, SHAPES)
     assert all(torch.equal(placement.tensors[name], tensor) for name, tensor in contents().items())
     os.close(fd)
 
@@ -79,7 +82,7 @@ def test_the_memory_outlives_its_maker() -> None:
 def test_nobody_can_change_what_others_see() -> None:
     """A write through an attached tensor stays private; a shared writable mapping is refused; nobody can resize it."""
     placement, version = placed()
-    one, other = (Placement.attach(version, placement.fd) for _ in range(2))
+    one, other = (Placement.attach(version, placement.fd, SHAPES) for _ in range(2))
     one.tensors["scale"].zero_()
     assert torch.equal(other.tensors["scale"], contents()["scale"])
     assert other.fingerprint() == version.fingerprint
@@ -94,9 +97,9 @@ def test_bytes_that_changed_are_found() -> None:
     placement, version = placed()
     placement.tensors["scale"].view(torch.uint8)[5] ^= 1
     with pytest.raises(ValueError, match="its bytes hash to"):
-        Placement.attach(version, placement.fd)
+        Placement.attach(version, placement.fd, SHAPES)
     with pytest.raises(ValueError, match="expected 4096"):
-        Placement.attach(msgspec.structs.replace(version, bytes=4096), placement.fd)
+        Placement.attach(msgspec.structs.replace(version, bytes=4096), placement.fd, SHAPES)
 
 
 def test_a_tensor_that_is_not_of_the_weights_is_found() -> None:
