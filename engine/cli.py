@@ -106,6 +106,9 @@ def serve(
     state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,
     output_root: Annotated[str | None, typer.Option(help="Videos are only written below this directory [/].")] = None,
     allow_uids: Annotated[list[int] | None, typer.Option("--allow-uid", help="Serve this user, too.")] = None,
+    warm_spare: Annotated[
+        bool | None, typer.Option("--warm-spare", help="Keep a process ready for when a stage dies.")
+    ] = None,
     socket: Socket = None,
     config: Annotated[Path | None, typer.Option(help="YAML of the same names; options win.")] = None,
 ) -> None:

@@ -19,7 +19,7 @@ import msgspec
 from engine.checkpoint import file_bytes
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.params import STAGES, ModelParams, SystemParams
-from engine.process import StageProcess, resident_bytes
+from engine.process import Body, StageProcess, resident_bytes
 from engine.weights import WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -117,10 +117,18 @@ class Crew:
             c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
         }
         self._epoch = 0
+        self._spare: Body | None = None
         self._pending: dict[tuple[StageName, ...], asyncio.TimerHandle] = {}
         self._stopping = False
         self._changed = asyncio.Event()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+
+    @property
+    def outliving(self) -> Literal["host", "gpu", "no"]:
+        """Where there is memory that outlives the stages."""
+        if not self.on_gpu:
+            return "host"
+        return "gpu" if self._memory.on_device else "no"
 
     @property
     def tokens(self) -> dict[StageName, str | None]:
@@ -151,12 +159,13 @@ class Crew:
             return
         self._epoch += 1
         try:
-            process = StageProcess(self._start_message(stages), self._fds(stages), self._on_report, self._on_exit)
+            body = self._take_spare() or Body()
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(stages), error)
             for name in stages:
                 self._owner.handle_lost(self._epoch, name, False)
             return
+        process = StageProcess(body, self._start_message(stages), self._fds(stages), self._on_report, self._on_exit)
         for post in self._of(stages):
             post.process, post.state, post.error = process, "starting", None
             post.restarts += 1
@@ -192,6 +201,9 @@ class Crew:
         """End every process: ask, wait, kill, reap."""
         self._stopping = True
         self._watcher.cancel()
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
         for handle in self._pending.values():
             handle.cancel()
         processes = self._processes()
@@ -212,6 +224,32 @@ class Crew:
         self._stopping = True
         for process in self._processes():
             process.kill()
+        if self._spare is not None:
+            self._spare.popen.kill()
+
+    @property
+    def spare_pid(self) -> int | None:
+        return None if self._spare is None else self._spare.popen.pid
+
+    def _keep_spare(self) -> None:
+        """Once all stages are up, so that it takes no time from one that starts."""
+        if self._spare is not None or not self._params.warm_spare or any(p.state != "up" for p in self._posts.values()):
+            return
+        try:
+            self._spare = Body()
+        except OSError as error:
+            log.warning("no spare process: %s", error)
+            return
+        self._spare.prepare(self.device)
+
+    def _take_spare(self) -> Body | None:
+        """The spare, loaded or still loading: it is further than a new process would be."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare.lives():
+            return spare
+        log.warning("the spare process ended with status %s", spare.popen.returncode)
+        spare.end()
+        return None
 
     # Talk.
 
@@ -254,6 +292,7 @@ class Crew:
                 for post in self._of(process.stages):
                     post.state, post.loading = "up", None
                     self._owner.handle_report(process.epoch, post.name, report)
+                self._keep_spare()
                 self._notify()
             case StartFailed(error=error):
                 for post in self._of(process.stages):
@@ -314,7 +353,7 @@ class Crew:
             threads={s: self.threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
             placed=[version for version, _ in self._placed_for(stages)],
-            outliving=not self.on_gpu or self._memory.on_device,
+            outliving=self.outliving != "no",
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

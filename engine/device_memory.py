@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from engine.child import python_path
 from engine.memory import DeviceSizes
 from ipc.channel import Channel, close_fds
-from ipc.messages import MakeMemory, MemoryReply, TestMemory
+from ipc.messages import MakeMemory, MemoryReply, ProbeMemory
 from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def make_device_memory(device: str, sizes: DeviceSizes) -> Mapping[str, DeviceFd
         log.warning("no GPU memory that outlives a process: %s; a stage that dies reads its weights again", error)
         return None
     try:
-        ask(TestMemory(device=number, sizes=wanted), fds)
+        ask(ProbeMemory(device=number, sizes=wanted), fds)
     except (OSError, TimeoutError) as error:
         close_fds(fds)
         log.warning("GPU memory does not outlive a process: %s; a stage that dies reads its weights again", error)
@@ -39,7 +39,7 @@ def make_device_memory(device: str, sizes: DeviceSizes) -> Mapping[str, DeviceFd
     return {name: DeviceFd(number, fd) for name, fd in zip(sizes, fds, strict=True)}
 
 
-def ask(message: MakeMemory | TestMemory, fds: Sequence[int]) -> list[int]:
+def ask(message: MakeMemory | ProbeMemory, fds: Sequence[int]) -> list[int]:
     """Have a process of its own do this; the descriptors that it answers with. OSError says what went wrong."""
     ours, theirs = Channel.pair()
     with Channel[MemoryReply](ours, MemoryReply) as channel:

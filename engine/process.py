@@ -24,7 +24,7 @@ from engine.child import python_path
 from ipc.channel import Channel, ChannelClosed
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Run, StageName, Start
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, StageName, Start
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +32,53 @@ MAX_OUTBOX = 4096
 """Messages waiting for a process that is in a long quantum; the scheduler's bounds keep it far below this."""
 
 
+class Body:
+    """A process that is no stage yet, and what it is spoken to through.
+
+    Raises OSError, and leaves nothing behind, when the system has no process or descriptor to spare.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.ExitStack() as undo:
+            self.counter = ProgressCounter.create()
+            undo.callback(self.counter.close)
+            ours, theirs = Channel.pair()
+            undo.callback(ours.close)
+            with theirs:
+                self.popen = _spawn(theirs)
+            undo.pop_all()
+        self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
+
+    def prepare(self, device: str) -> None:
+        """Make a spare of it: have it load what every stage needs."""
+        with contextlib.suppress(ChannelClosed):
+            self.channel.try_send(Prepare(supervisor_pid=os.getpid(), device=device))
+
+    def lives(self) -> bool:
+        """Reaps it if it has ended."""
+        return self.popen.poll() is None
+
+    def end(self) -> None:
+        """Kill and reap a spare that will not be needed; it has nothing in hand. Waits for milliseconds."""
+        self.popen.kill()
+        self.popen.wait()
+        self.channel.close()
+        self.counter.close()
+
+
 class StageProcess:
     """One process that carries one stage (`split`) or all of them (`fused`)."""
 
     def __init__(
         self,
+        body: Body,
         start: Start,
         fds: Sequence[int],
         on_report: Callable[[StageProcess, AnyStageReport, list[int]], None],
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
-        """Spawn the process and send `Start`. `fds` are the descriptors of the queues and the state slots, in order.
-
-        Raises OSError, and leaves nothing behind, when the system has no process or descriptor to spare.
-        """
+        """Take over a process, new or spare, and send `Start`. `fds` are the descriptors of the queues, the state slots
+        and the placed weights, in order."""
         self.stages: tuple[StageName, ...] = tuple(start.stages)
         self.epoch = start.epoch
         self.ready = False
@@ -56,21 +89,13 @@ class StageProcess:
         self._loop = asyncio.get_running_loop()
         self._outbox: collections.deque[bytes] = collections.deque()
         self._writing = False
-        with contextlib.ExitStack() as undo:
-            self.counter = ProgressCounter.create()
-            undo.callback(self.counter.close)
-            ours, theirs = Channel.pair()
-            undo.callback(ours.close)
-            with theirs:
-                self._popen = _spawn(theirs)
-            undo.pop_all()
+        self.counter, self._popen, self._channel = body.counter, body.popen, body.channel
         self.pid = self._popen.pid
         self.outside = False
         """Once it has ended: somebody else killed it, and not for lack of memory."""
         self._killed = False
         self._oom_kills = oom_kills()
         self._pidfd = os.pidfd_open(self.pid)
-        self._channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())
         with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells

@@ -286,7 +286,8 @@ class Supervisor:
             engine=VERSION, model=self.model.name, pid=os.getpid(), uptime_seconds=time.time() - self._started_at,
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
             finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
-            stages=self._crew.status(), queues=self._memory.statistics(),
+            stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
+            spare_pid=self._crew.spare_pid,
         )  # fmt: skip
 
     def check_integrity(self) -> list[str]:

@@ -12,7 +12,7 @@ import sys
 
 from ipc.channel import Channel, close_fds
 from ipc.device_memory import DeviceMemory, DeviceView
-from ipc.messages import MakeMemory, MemoryReply, TestMemory
+from ipc.messages import MakeMemory, MemoryReply, ProbeMemory
 
 PATTERN = bytes(range(1, 256)) * 16
 """Written at both ends of each piece: 4,080 bytes without a zero."""
@@ -28,7 +28,7 @@ def make(message: MakeMemory) -> list[DeviceMemory]:
     return pieces
 
 
-def test(message: TestMemory, fds: list[int]) -> str:
+def test(message: ProbeMemory, fds: list[int]) -> str:
     """What is wrong with the pieces, which are clear afterwards; empty if nothing is."""
     problem = ""
     for fd, size in zip(fds, message.sizes, strict=True):
@@ -45,7 +45,7 @@ def ends(view: DeviceView) -> list[DeviceView]:
     return [view[: len(PATTERN)]] + ([view[-len(PATTERN) :]] if len(view) >= 2 * len(PATTERN) else [])
 
 
-def run(channel: Channel[MakeMemory | TestMemory]) -> None:
+def run(channel: Channel[MakeMemory | ProbeMemory]) -> None:
     """Do what the one message asks for and answer it."""
     message, fds = channel.receive(TIMEOUT)
     pieces: list[DeviceMemory] = []
@@ -53,7 +53,7 @@ def run(channel: Channel[MakeMemory | TestMemory]) -> None:
         match message:
             case MakeMemory():
                 pieces, problem = make(message), ""
-            case TestMemory():
+            case ProbeMemory():
                 problem = test(message, fds)
     except OSError as error:
         problem = str(error)
@@ -62,7 +62,7 @@ def run(channel: Channel[MakeMemory | TestMemory]) -> None:
 
 
 def main() -> None:
-    run(Channel(socket.socket(fileno=int(sys.argv[1])), MakeMemory | TestMemory))
+    run(Channel(socket.socket(fileno=int(sys.argv[1])), MakeMemory | ProbeMemory))
     os._exit(0)  # as stages do: the kernel frees everything
 
 

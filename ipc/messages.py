@@ -217,6 +217,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: int
     stages: list[StageStatus]
     queues: list[QueueStatistics]
+    outliving: Literal["host", "gpu", "no"]
+    """Where weights and states are that outlive the stages; "no": on a GPU whose driver has no such memory."""
+    spare_pid: int | None
+    """The process that is ready to take the place of a stage that dies, if there is one."""
 
 
 # Supervisor -> stage process.
@@ -279,8 +283,16 @@ class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only
     pass
 
 
+class Prepare(StageProcessMessage, frozen=True, tag="prepare", kw_only=True):
+    """The first message to a spare process: load the libraries and wake the device, then wait for `Start`, or for the
+    end."""
+
+    supervisor_pid: int
+    device: str
+
+
 class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
-    """The first message to a process: become these stages. The writer has no device.
+    """The first message to a process, but for a spare: become these stages. The writer has no device.
 
     Descriptors, in this order: the progress counter's memfd; those of each queue; those of the state slots; one of each
     placed component.
@@ -382,7 +394,7 @@ class Stop(StageProcessMessage, frozen=True, tag="stop", kw_only=True):
     """Leave after the quantum in hand."""
 
 
-AnyStageProcessMessage = Start | Begin | Run | Drop | Stop
+AnyStageProcessMessage = Prepare | Start | Begin | Run | Drop | Stop
 
 
 # Stage process -> supervisor.
@@ -466,7 +478,7 @@ class MakeMemory(msgspec.Struct, frozen=True, tag_field="type", tag="make", kw_o
     sizes: list[int]
 
 
-class TestMemory(msgspec.Struct, frozen=True, tag_field="type", tag="test", kw_only=True):
+class ProbeMemory(msgspec.Struct, frozen=True, tag_field="type", tag="probe", kw_only=True):
     """Map these pieces, whose descriptors come along, look for the pattern and clear it."""
 
     device: int

@@ -1,8 +1,9 @@
 """A stage process: `python -m stages.worker FD`, FD being its end of the control channel.
 
-The first message makes it one stage (`split`) or all of them (`fused`). Then, until it is told to stop: all messages
-that are here, then one quantum, then its answer. Answers come in the order of the grants; a dropped task's quanta are
-answered in their turn without being run. torch is imported by the stages that need it, never by the writer's process.
+`Start` makes it one stage (`split`) or all of them (`fused`); a spare process gets `Prepare` before. Then, until it is
+told to stop: all messages that are here, then one quantum, then its answer. Answers come in the order of the grants; a
+dropped task's quanta are answered in their turn without being run. torch is imported by the stages that need it, never
+by the writer's process, unless that was a spare.
 
 Error handling: an `EngineError` fails the quantum's request; so does any other exception, with a traceback on stderr;
 the process goes on. After an error that leaves the CUDA context dead it exits. It exits at once when the supervisor
@@ -39,6 +40,7 @@ from ipc.messages import (
     Dropped,
     Loading,
     Placed,
+    Prepare,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -159,7 +161,7 @@ class Worker:
                 self._entries.append(Entry(message))
             case Stop():
                 self._stopping = True
-            case Start():
+            case Prepare() | Start():
                 raise AssertionError("a process is started once")
 
     def _carry_out(self, entry: Entry) -> AnyStageReport:
@@ -304,15 +306,37 @@ def load_stage(name: StageName, start: Start, links: Links) -> Stage:
             return WriterStage.load(start, links)
 
 
+def load_torch() -> None:
+    """Import torch as stages want it; may be called again."""
+    if "torch" in sys.modules:
+        return
+    # libgomp reads this when torch is loaded. By default its threads spin at every barrier. 2 threads on 2 cores, a
+    # forward of the demo model: on free cores 20 ms (passive 39, 1 thread 26), on busy ones 650-3000 (passive 90).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    torch.set_num_interop_threads(1)
+
+
+def prepare(device: str) -> None:
+    """Load what takes its time in any stage: the libraries, and on a GPU the context and the first matrix product."""
+    load_torch()
+    import torch
+
+    import stages.dit
+    import stages.text
+    import stages.vae
+    import stages.writer  # noqa: F401
+
+    if device.startswith("cuda"):
+        square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+        torch.mm(square, square).cpu()
+
+
 def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
     """Become what `start` says."""
     if start.stages != ["writer"]:
-        # libgomp reads this when torch is loaded. By default its threads spin at every barrier. 2 threads on 2 cores, a
-        # forward of the demo model: on free cores 20 ms (passive 39, 1 thread 26), on busy ones 650-3000 (passive 90).
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        import torch
-
-        torch.set_num_interop_threads(1)
+        load_torch()
     return {name: load_stage(name, start, links) for name in start.stages}
 
 
@@ -343,10 +367,14 @@ def _exit_with(pidfd: int) -> None:
 
 def run(channel: Channel[AnyStageProcessMessage]) -> int:
     """The life of the process; returns its exit code."""
-    began = time.perf_counter()
     start, fds = channel.receive(START_TIMEOUT)
-    assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
+    assert isinstance(start, Prepare | Start), f"got {type(start).__name__}, expected Prepare or Start"
     watch_supervisor(start.supervisor_pid)
+    if isinstance(start, Prepare):
+        prepare(start.device)
+        start, fds = channel.receive(None)
+        assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
+    began = time.perf_counter()
     counter = ProgressCounter.attach(fds[0])
     try:
         loading = LoadingReporter(channel, counter.increment)
