@@ -91,6 +91,10 @@ from ipc.payload import DeviceFd
 log = logging.getLogger(__name__)
 
 
+IDLE_CHECK = 1.0
+"""Seconds without a task after which the shared memory and the accounts are looked through."""
+
+
 class Supervisor:
     """Serves one model. `async with` starts and stops it; every method belongs to the loop that started it.
 
@@ -424,6 +428,17 @@ class Supervisor:
             self._in_background(self._journal.remove(task.id))
         if not self._pool.unfinished():
             self._idle.set()
+            self._loop.call_later(IDLE_CHECK, self._check_when_idle)
+
+    def _check_when_idle(self) -> None:
+        """With nothing to do, every account must be in order. What is not is a defect, and is not mended here."""
+        if self._phase != "open" or not self._idle.is_set():
+            return
+        if len(self._scheduler):  # a stage is still dropping the last task
+            self._loop.call_later(IDLE_CHECK, self._check_when_idle)
+            return
+        for problem in self.check_integrity():
+            log.error("integrity: %s", problem)
 
     def _described(self, task: Task) -> Job:
         """The job with the metadata that goes into the file; the weights are known once their stage is up."""

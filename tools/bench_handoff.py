@@ -1,6 +1,7 @@
 """Time of handing a tensor to another process and getting one back: TensorQueue against torch's queues.
 
     python tools/bench_handoff.py --out docs/results/handoff-cpu.txt
+    python tools/bench_handoff.py --device cuda --sizes "8 MB" --rounds 500 --out docs/results/handoff-gpu.txt
 
 A round trip: this process hands over a tensor that it has just computed, the other process takes it, looks at it and
 hands over one that it has just computed, this process takes that and looks at it. Both tensors are new in every round,
@@ -8,8 +9,9 @@ as a stage's results are, because a torch queue copies a tensor only the first t
 both processes are ready before the clock starts. Transports take turns round by round.
 
 "looks at it": `touch` reads three elements that name the round; `read` adds up all elements, which is what a consumer
-will do next anyway, and where fresh mappings pay their page faults. After the clock has stopped, both sides compare
-every element with what was sent.
+will do next anyway, and where fresh mappings pay their page faults. On a GPU, where either would be a kernel and a wait
+for it, `take` has the tensor and does not look. After the clock has stopped, both sides compare every element with what
+was sent.
 """
 
 from __future__ import annotations
@@ -30,19 +32,21 @@ import torch
 import torch.multiprocessing as mp
 
 from ipc.channel import Channel, close_fds
+from ipc.device_memory import DeviceMemory
 from ipc.messages import QueueSpec
+from ipc.payload import DeviceFd, payload_bytes
 from ipc.tensor_queue import Slot, TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 
-SIZES = {"64 KB": 64 * 1024, "1 MB": 1024**2, "16 MB": 16 * 1024**2}
+SIZES = {"64 KB": 64 * 1024, "1 MB": 1024**2, "8 MB": 8 * 1024**2, "16 MB": 16 * 1024**2}
 WARMUP_ROUNDS = 10
 WAIT = 60.0
 TASK = "0" * 32
 
 Name = Literal["TensorQueue", "torch Queue", "torch SimpleQueue"]
-Look = Literal["touch", "read"]
+Look = Literal["touch", "read", "take"]
 TRANSPORTS: tuple[Name, ...] = ("TensorQueue", "torch Queue", "torch SimpleQueue")
-LOOKS: tuple[Look, ...] = ("touch", "read")
+LOOKS: dict[str, tuple[Look, ...]] = {"cpu": ("touch", "read"), "cuda": ("take",)}
 
 
 class Round(NamedTuple):
@@ -52,6 +56,7 @@ class Round(NamedTuple):
     look: Look
     nbytes: int
     number: int
+    device: str
 
 
 class Transport(Protocol):
@@ -113,11 +118,17 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
 
 def fresh(round_: Round, sender: int) -> torch.Tensor:
     """A new float32 tensor whose elements name the round and the sender."""
-    return torch.arange(round_.nbytes // 4, dtype=torch.float32).add_(2 * round_.number + sender)
+    tensor = torch.arange(round_.nbytes // 4, dtype=torch.float32, device=round_.device)
+    tensor.add_(2 * round_.number + sender)
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return tensor
 
 
 def look(tensor: torch.Tensor, round_: Round, sender: int) -> None:
     """What the receiver does within the timed part."""
+    if round_.look == "take":
+        return
     first = 2 * round_.number + sender
     last = len(tensor) - 1
     assert (tensor[0].item(), tensor[last // 2].item(), tensor[last].item()) == (first, first + last // 2, first + last)
@@ -164,7 +175,15 @@ def follow(
             play(transports[round_.transport], round_, control, leader=False)
 
 
-def measure(rounds: int, sizes: dict[str, int], threads: int) -> dict[tuple[str, Look, Name], list[float]]:
+def on_device(device: str, largest: int) -> DeviceFd | None:
+    """GPU memory for a queue of two slots, made here; None for host memory."""
+    if device == "cpu":
+        return None
+    with DeviceMemory.create(0, payload_bytes(2, largest)) as memory:
+        return DeviceFd(0, os.dup(memory.fd))
+
+
+def measure(rounds: int, sizes: dict[str, int], threads: int, device: str) -> dict[tuple[str, Look, Name], list[float]]:
     """Seconds of every timed round trip, by size, look and transport."""
     torch.set_num_threads(threads)
     context = mp.get_context("spawn")
@@ -176,8 +195,8 @@ def measure(rounds: int, sizes: dict[str, int], threads: int) -> dict[tuple[str,
     ours, channel_end = Channel.pair()
     largest = max(sizes.values())
     with (
-        TensorQueue.create("out", 2, largest) as out,
-        TensorQueue.create("back", 2, largest) as back,
+        TensorQueue.create("out", 2, largest, on_device(device, largest)) as out,
+        TensorQueue.create("back", 2, largest, on_device(device, largest)) as back,
         TensorQueue.attach(out.spec, out.fds, "producer", 1) as outgoing,
         TensorQueue.attach(back.spec, back.fds, "consumer", 1) as incoming,
         Channel[Attach](ours, Attach) as channel,
@@ -187,7 +206,7 @@ def measure(rounds: int, sizes: dict[str, int], threads: int) -> dict[tuple[str,
         channel.send(Attach(out.spec, back.spec), [*out.fds, *back.fds], timeout=WAIT)
         transports: dict[Name, Transport] = {name: TorchQueues(*pair) for name, pair in queues.items()}
         transports["TensorQueue"] = TensorQueues(outgoing, incoming)
-        times = run_rounds(rounds, sizes, lambda round_: lead(transports[round_.transport], round_, control))
+        times = run_rounds(rounds, sizes, device, lambda round_: lead(transports[round_.transport], round_, control))
         control.send(None)
         process.join(WAIT)
     return times
@@ -199,31 +218,31 @@ def lead(transport: Transport, round_: Round, control: Connection) -> float:
 
 
 def run_rounds(
-    rounds: int, sizes: dict[str, int], trip: Callable[[Round], float]
+    rounds: int, sizes: dict[str, int], device: str, trip: Callable[[Round], float]
 ) -> dict[tuple[str, Look, Name], list[float]]:
     times: dict[tuple[str, Look, Name], list[float]] = {
-        (size, mode, name): [] for size in sizes for mode in LOOKS for name in TRANSPORTS
+        (size, mode, name): [] for size in sizes for mode in LOOKS[device] for name in TRANSPORTS
     }
     number = 0
     for size, nbytes in sizes.items():
-        for mode in LOOKS:
+        for mode in LOOKS[device]:
             for turn in range(WARMUP_ROUNDS + rounds):
                 for name in TRANSPORTS:
                     number += 1
-                    seconds = trip(Round(name, mode, nbytes, number))
+                    seconds = trip(Round(name, mode, nbytes, number, device))
                     if turn >= WARMUP_ROUNDS:
                         times[size, mode, name].append(seconds)
     return times
 
 
 def report(
-    times: dict[tuple[str, Look, Name], list[float]], sizes: dict[str, int], rounds: int, threads: int, load: float
+    times: dict[tuple[str, Look, Name], list[float]], sizes: dict[str, int], args: argparse.Namespace, load: float
 ) -> str:
     """The table. GB/s (1e9 bytes) counts the bytes of both directions; "x" is TensorQueue's advantage at the median."""
     lines = [
-        f"{cpu_name()}, {os.cpu_count()} cores, Linux {platform.release()}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {threads} thread(s) a process",
-        f"{rounds} round trips each, after {WARMUP_ROUNDS} to warm up, transports taking turns; "
+        f"{device_name(args.device)}, {os.cpu_count()} cores, Linux {platform.release()}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {args.threads} thread(s) a process",
+        f"{args.rounds} round trips each, after {WARMUP_ROUNDS} to warm up, transports taking turns; "
         f"load average before: {load:.1f}",
         "",
         f"{'tensor':<7} {'look':<6} {'transport':<18} {'median ms':>10} {'p95 ms':>9} {'GB/s':>7} {'x':>6}",
@@ -240,7 +259,9 @@ def report(
     return "\n".join(lines) + "\n"
 
 
-def cpu_name() -> str:
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -250,14 +271,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100, help="timed round trips per size and transport (at least 2)")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="tensor sizes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads in each process")
+    parser.add_argument("--device", choices=list(LOOKS), default="cpu", help="where the tensors are")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     sizes = {name: SIZES[name] for name in args.sizes}
     load = os.getloadavg()[0]
-    table = report(measure(args.rounds, sizes, args.threads), sizes, args.rounds, args.threads, load)
+    table = report(measure(args.rounds, sizes, args.threads, args.device), sizes, args, load)
     print(table, end="")
     if args.out is not None:
-        args.out.write_text(f"$ python tools/bench_handoff.py --rounds {args.rounds} --threads {args.threads}\n{table}")
+        command = (
+            f"python tools/bench_handoff.py --device {args.device} --rounds {args.rounds} --threads {args.threads}"
+        )
+        args.out.write_text(f"$ {command}\n{table}")
 
 
 if __name__ == "__main__":

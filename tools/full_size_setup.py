@@ -1,4 +1,5 @@
-"""What the runs of tools/full_size.py share: checkpoints on the disk, an engine in processes of its own, a report."""
+"""What tools/full_size.py and tools/survive.py share: checkpoints on the disk, an engine in processes of its own, a
+report."""
 
 from __future__ import annotations
 
@@ -43,13 +44,13 @@ class Report:
     In the file, the directory `work` is called WORK.
     """
 
-    def __init__(self, title: str, path: Path | None, work: Path) -> None:
+    def __init__(self, title: str, path: Path | None, work: Path, tool: str = "full_size") -> None:
         self.checks: list[tuple[bool, str]] = []
         self._path, self._work = path, work
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-        self.say(f"$ python -m tools.full_size {title}")
+        self.say(f"$ python -m tools.{tool} {title}")
 
     def say(self, line: str) -> None:
         print(line, flush=True)

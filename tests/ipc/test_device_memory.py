@@ -28,6 +28,16 @@ TASK = "ab" * 16
 SIZE = 64 << 20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def context() -> None:
+    """The CUDA context, which keeps descriptors of its own, is there before a test counts descriptors."""
+    import torch
+
+    if torch.cuda.is_available():
+        DeviceMemory.create(0, 1).close()
+        torch.zeros(1, device="cuda").add_(1).item()
+
+
 def cuda() -> Any:
     import torch
 
@@ -105,7 +115,6 @@ def test_memory_outlives_the_process_that_made_it() -> None:
     memory is free again."""
     import torch
 
-    torch.zeros(1, device="cuda")
     free = cuda().mem_get_info()[0]
     fd = made_by_a_process_that_was_killed(SIZE)
     assert free - cuda().mem_get_info()[0] >= SIZE
@@ -144,10 +153,10 @@ def test_a_queue_on_a_gpu() -> None:
     memory = DeviceMemory.create(0, payload_bytes(2, 1 << 20))
     queue = TensorQueue.create("q", 2, 1 << 20, DeviceFd(0, os.dup(memory.fd)))
     memory.close()
-    producer = TensorQueue.attach(queue.spec, queue.fds, "producer", 1)
     sent = torch.randn(3, 50, 70)
-    put_tensor(producer, TASK, 0, sent.cuda().transpose(1, 2), 1.0)
-    put_tensor(producer, TASK, 1, sent.bfloat16(), 1.0)
+    with TensorQueue.attach(queue.spec, queue.fds, "producer", 1) as producer:
+        put_tensor(producer, TASK, 0, sent.cuda().transpose(1, 2), 1.0)
+        put_tensor(producer, TASK, 1, sent.bfloat16(), 1.0)
     for epoch in (2, 3):
         consumer = TensorQueue.attach(queue.spec, queue.fds, "consumer", epoch)
         first, second = (slot_tensor(consumer.take(TASK, n, 1.0)) for n in (0, 1))
@@ -156,6 +165,7 @@ def test_a_queue_on_a_gpu() -> None:
         consumer.close()
         queue.reclaim("consumer")
     assert not queue.check_integrity()
+    queue.close()
 
 
 @pytest.mark.gpu
@@ -166,14 +176,16 @@ def test_states_on_a_gpu() -> None:
     memory = DeviceMemory.create(0, state_payload_bytes(2, 1 << 20))
     states = StateSlots.create(2, 1 << 20, DeviceFd(0, os.dup(memory.fd)))
     memory.close()
-    stage = StateSlots.attach(states.spec, states.fds, 1)
     latents, history = torch.randn(4, 5, 6, device="cuda"), torch.randn(2, 4, 5, 6)
-    commit_tensors(stage.claim(TASK), 1, {"latents": latents})
-    commit_tensors(stage.claim(TASK), 2, {"latents": latents + 1, "history": history})
-    loaded = load_tensors(StateSlots.attach(states.spec, states.fds, 2).claim(TASK))
+    with StateSlots.attach(states.spec, states.fds, 1) as stage:
+        commit_tensors(stage.claim(TASK), 1, {"latents": latents})
+        commit_tensors(stage.claim(TASK), 2, {"latents": latents + 1, "history": history})
+    with StateSlots.attach(states.spec, states.fds, 2) as successor:
+        loaded = load_tensors(successor.claim(TASK))
     assert loaded is not None
     step, tensors = loaded
     assert step == 2
     assert tensors["latents"].is_cuda and torch.equal(tensors["latents"], latents + 1)
     assert torch.equal(tensors["history"].cpu(), history)
     assert not states.check_integrity()
+    states.close()

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engine.models import list_models, load_model
-from engine.params import ModelParams
+from engine.params import Limits, ModelParams
 from hotreload.checkpoint import open_checkpoint
 from hotreload.reading import BUFFERS
 from hotreload.weights import load_weights
@@ -191,6 +192,7 @@ def test_a_process_that_rests_keeps_no_memory_for_later(tiny: Callable[[str], tu
     """A dit process denoises 81 frames of 480p with a tiny model, one step and then nothing: what its allocator had
     taken for that is free for other processes when the step is reported, but for what the task still needs."""
     model, directory = tiny("wan2.1-t2v-1.3b")
+    model = msgspec.structs.replace(model, limits=Limits(max_pixels=480 * 832, max_frames=81))
     shutil.copytree(TOKENIZER, directory / "tokenizer", dirs_exist_ok=True)
     job = make_job(height=480, width=832, num_frames=81)
     devices: dict[str, Any] = {"dtype": "bfloat16", "devices": {"text": "cuda:0", "dit": "cuda:0"}}
