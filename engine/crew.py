@@ -1,7 +1,8 @@
 """The stage processes of one engine: which stages share a process, starting, restarting, watching and ending them.
 
-Restart policy is the scheduler's; this only carries it out. Every second the crew looks for processes that stopped
-making progress and kills them; their end then arrives like any other.
+Each has its seats: the names of its stages, or "dit:1", "dit:2", ... for further dits. Restart policy is the
+scheduler's; this only carries it out. Every second the crew looks for processes that stopped making progress and kills
+them; their end then arrives like any other.
 
 Resource handling: owns the `StageProcess`es between `start` and `stop`.
 """
@@ -18,7 +19,7 @@ import msgspec
 
 from engine.checkpoint import file_bytes
 from engine.memory import DECODE_LATENTS, EngineMemory
-from engine.params import STAGES, ModelParams, SystemParams
+from engine.params import ModelParams, SystemParams
 from engine.process import Body, StageProcess, resident_bytes
 from engine.weights import WeightStore
 from hotreload.checkpoint import Checkpoint
@@ -38,12 +39,15 @@ from ipc.messages import (
     QuantumFailed,
     Ready,
     Run,
+    Seat,
     StageName,
     StageStatus,
     Start,
     StartFailed,
     Stop,
     WeightVersion,
+    number_of,
+    stage_of,
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -68,15 +72,15 @@ OnLoading = Callable[[Sequence[LoadProgress]], None]
 class Owner(Protocol):
     """Who hears of the crew: the supervisor."""
 
-    def handle_report(self, epoch: int, stage: StageName, report: AnyStageReport) -> None: ...
-    def handle_lost(self, epoch: int, stage: StageName, outside: bool) -> None: ...
-    def handle_gone(self, stage: StageName, error: Failure) -> None: ...
+    def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None: ...
+    def handle_lost(self, epoch: int, seat: Seat, outside: bool) -> None: ...
+    def handle_gone(self, seat: Seat, error: Failure) -> None: ...
 
 
 class _Post(msgspec.Struct):
-    """What the crew knows of one stage."""
+    """What the crew knows of one seat."""
 
-    name: StageName
+    name: Seat
     device: str | None
     state: StageState = "stopped"
     process: StageProcess | None = None
@@ -97,18 +101,23 @@ class Crew:
         model: ModelParams,
         checkpoint: Checkpoint,
         device: str,
+        dit_devices: tuple[str, ...],
         memory: EngineMemory,
         owner: Owner,
     ) -> None:
-        """`device`: of all stages but the writer, from `resolve_device`."""
+        """`device`: of text and vae; `dit_devices`: of each dit; both from `resolve_devices`."""
         self._params, self._model, self._checkpoint = params, model, checkpoint
         self._memory = memory
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self.device = device
         self.on_gpu = self.device.startswith("cuda")
-        self.groups: list[tuple[StageName, ...]] = [STAGES] if params.placement == "fused" else [(s,) for s in STAGES]
-        self._posts = {name: _Post(name, None if name == "writer" else self.device) for name in STAGES}
+        dits = {"dit" if number == 0 else f"dit:{number}": where for number, where in enumerate(dit_devices)}
+        devices: dict[Seat, str | None] = {"text": device, **dits, "vae": device, "writer": None}
+        self._posts = {seat: _Post(seat, where) for seat, where in devices.items()}
+        fused = params.placement == "fused"
+        self.groups: list[tuple[Seat, ...]] = [tuple(devices)] if fused else [(seat,) for seat in devices]
+        self._dits = len(dits)
         self.placed = WeightStore()
         self.weights: dict[str, str] = {}
         """Component -> content hash, of what is loaded."""
@@ -118,7 +127,9 @@ class Crew:
         }
         self._epoch = 0
         self._spare: Body | None = None
-        self._pending: dict[tuple[StageName, ...], asyncio.TimerHandle] = {}
+        self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
+        self._held_back: list[tuple[Seat, ...]] = []
+        """To be started when what they would read is placed."""
         self._stopping = False
         self._changed = asyncio.Event()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
@@ -131,71 +142,105 @@ class Crew:
         return "gpu" if self._memory.on_device else "no"
 
     @property
-    def tokens(self) -> dict[StageName, str | None]:
-        """The compute token each stage needs, for the scheduler.
+    def tokens(self) -> dict[Seat, str | None]:
+        """The compute token each seat needs, for the scheduler.
 
         On a GPU all model stages take turns: two processes computing at once gain nothing. On a CPU the text encoder,
-        small and on one thread, runs beside the others, and so do dit and vae where there are threads for both. One
-        fused process is one token.
+        small and on one thread, runs beside the others, and so do the dits, each with its own token, and the vae where
+        there are threads for all; else it takes turns with the first dit. One fused process is one token.
         """
         if self._params.placement == "fused":
-            return dict.fromkeys(STAGES, "process")
+            return dict.fromkeys(self._posts, "process")
         if self.on_gpu:
-            return {"text": self.device, "dit": self.device, "vae": self.device, "writer": None}
-        vae = "cpu:vae" if 2 * self.threads <= _cores() else "cpu"
-        return {"text": None, "dit": "cpu", "vae": vae, "writer": None}
+            return {seat: post.device for seat, post in self._posts.items()}
+        threads = self.threads
+        vae = "cpu:vae" if self._dits * threads["dit"] + threads["vae"] <= _cores() else "cpu:dit"
+        dits: dict[Seat, str | None] = {seat: f"cpu:{seat}" for seat in self._posts if stage_of(seat) == "dit"}
+        return {"text": None, **dits, "vae": vae, "writer": None}
 
     @property
-    def threads(self) -> int:
-        """Compute threads of the dit and of the vae stage."""
-        return self._params.threads or max(1, _cores() // 2)
+    def threads(self) -> dict[StageName, int]:
+        """Compute threads of each process; the same for every dit, as they are part of the result's identity."""
+        given, half = self._params.threads, _cores() // 2
+        return {"text": 1, "dit": given or max(1, half // self._dits), "vae": given or max(1, half), "writer": 1}
 
     # Life.
 
-    def start(self, stages: tuple[StageName, ...]) -> None:
-        """Spawn the process of these stages; a report or `handle_lost` follows."""
-        self._pending.pop(stages, None)
+    def start(self, seats: tuple[Seat, ...]) -> None:
+        """Spawn the process of these seats, now or when a sibling has placed their weights; a report or `handle_lost`
+        follows."""
+        self._pending.pop(seats, None)
         if self._stopping:
             return
+        for post in self._of(seats):
+            post.state, post.error = "starting", None
+        if self._is_being_placed(seats):
+            self._held_back.append(seats)
+        else:
+            self._spawn(seats)
+
+    def _spawn(self, seats: tuple[Seat, ...]) -> None:
         self._epoch += 1
         try:
             body = self._take_spare() or Body()
         except OSError as error:
-            log.error("the process for %s could not be started: %s", ", ".join(stages), error)
-            for name in stages:
-                self._owner.handle_lost(self._epoch, name, False)
+            log.error("the process for %s could not be started: %s", ", ".join(seats), error)
+            for seat in seats:
+                self._owner.handle_lost(self._epoch, seat, False)
             return
-        process = StageProcess(body, self._start_message(stages), self._fds(stages), self._on_report, self._on_exit)
-        for post in self._of(stages):
-            post.process, post.state, post.error = process, "starting", None
+        start, fds = self._start_message(seats), self._fds(seats)
+        process = StageProcess(body, seats, start, fds, self._on_report, self._on_exit)
+        for post in self._of(seats):
+            post.process = process
             post.restarts += 1
 
-    def restart(self, stage: StageName, delay: float) -> None:
-        """Start this stage's process again after `delay` seconds; stages that share it come with it."""
-        group = next(g for g in self.groups if stage in g)
+    def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
+        """A sibling on the same device is reading the weights of these seats."""
+        siblings = [post for post in self._posts.values() if stage_of(post.name) == stage_of(seats[0])]
+        return len(self._placed_for(seats)) < len(self._components_of(seats)) and any(
+            post.process is not None and not post.process.ready and post.device == self._device_of(seats)
+            for post in siblings
+        )
+
+    def _start_held_back(self) -> None:
+        held_back, self._held_back = self._held_back, []
+        for seats in held_back:
+            self.start(seats)
+
+    def restart(self, seat: Seat, delay: float) -> None:
+        """Start this seat's process again after `delay` seconds; stages that share it come with it."""
+        group = next(g for g in self.groups if seat in g)
         if group not in self._pending and not self._stopping:
             for post in self._of(group):
                 post.state = "restarting"
             self._pending[group] = self._loop.call_later(delay, self.start, group)
 
-    def declare_failed(self, stage: StageName, error: Failure) -> None:
-        self._posts[stage].state = "failed"
-        self._posts[stage].error = error
+    def declare_failed(self, seat: Seat, error: Failure) -> None:
+        log.error("%s is not started again: %s", seat, error.message)
+        self._posts[seat].state = "failed"
+        self._posts[seat].error = error
         self._notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
-        """Wait until every stage is up; raises what keeps one from it."""
+        """Wait until every seat is up, but for FAILED ones whose stage is up elsewhere; raises what keeps a stage from
+        being up."""
         while True:
             changed = self._changed
             on_loading(list(self._loading.values()))
-            for post in self._posts.values():
+            waited_for = [post for post in self._posts.values() if not self._is_done_without(post)]
+            for post in waited_for:
                 if post.error is not None:
                     raise from_failure(post.error)
-            if all(post.state == "up" for post in self._posts.values()):
+            if all(post.state == "up" for post in waited_for):
                 return
             if self._stopping:
                 raise StageFailed("the engine was stopped before its stages were up")
             await changed.wait()
+
+    def _is_done_without(self, post: _Post) -> bool:
+        """It is FAILED, and a sibling is not."""
+        siblings = [other for seat, other in self._posts.items() if stage_of(seat) == stage_of(post.name)]
+        return post.error is not None and any(other.error is None for other in siblings)
 
     async def stop(self) -> None:
         """End every process: ask, wait, kill, reap."""
@@ -253,14 +298,14 @@ class Crew:
 
     # Talk.
 
-    def send(self, stage: StageName, message: AnyStageProcessMessage) -> None:
-        """To a stage whose process is gone, nothing is sent: its end is being reported."""
-        process = self._posts[stage].process
+    def send(self, seat: Seat, message: AnyStageProcessMessage) -> None:
+        """To a seat whose process is gone, nothing is sent: its end is being reported."""
+        process = self._posts[seat].process
         if process is not None:
             process.send(message)
 
-    def run(self, stage: StageName, run: Run) -> None:
-        post = self._posts[stage]
+    def run(self, seat: Seat, run: Run) -> None:
+        post = self._posts[seat]
         if post.process is not None:
             post.process.send_run(run)
 
@@ -280,28 +325,30 @@ class Crew:
         """`fds` came with the report and are ours now."""
         match report:
             case Placed(version=version):
-                self.placed.keep(version, fds.pop())
+                self.placed.keep(self._device_of(process.seats), version, fds.pop())
             case Loading(component=component, done=done, total=total):
                 progress = LoadProgress(component=component, done=done, total=total)
-                self._loading[component] = self._posts[STAGE_OF_COMPONENT[component]].loading = progress
+                seat = process.seat(STAGE_OF_COMPONENT[component])
+                self._loading[component] = self._posts[seat].loading = progress
                 self._notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
                 self.weights.update(weights)
                 self.versions.update(versions)
-                for post in self._of(process.stages):
+                for post in self._of(process.seats):
                     post.state, post.loading = "up", None
                     self._owner.handle_report(process.epoch, post.name, report)
+                self._start_held_back()
                 self._keep_spare()
                 self._notify()
             case StartFailed(error=error):
-                for post in self._of(process.stages):
+                for post in self._of(process.seats):
                     post.error = error
             case Dropped(stage=stage):
-                self._owner.handle_report(process.epoch, stage, report)
+                self._owner.handle_report(process.epoch, process.seat(stage), report)
             case QuantumDone(phase=phase) | QuantumFailed(phase=phase) | QuantumDropped(phase=phase):
                 process.outstanding -= 1
-                post = self._posts[STAGE_OF_PHASE[phase]]
+                post = self._posts[process.seat(STAGE_OF_PHASE[phase])]
                 if isinstance(report, QuantumDone):
                     post.quanta += 1
                     post.busy_seconds += report.seconds
@@ -309,10 +356,10 @@ class Crew:
         close_fds(fds)
 
     def _on_exit(self, process: StageProcess, status: int) -> None:
-        posts = self._of(process.stages)
+        posts = self._of(process.seats)
         for post in posts:
             post.process, post.state, post.loading = None, "stopped", None
-        self._memory.reclaim(process.stages)
+        self._memory.reclaim([stage_of(seat) for seat in process.seats], process.epoch)
         if self._stopping:
             return
         for post in posts:
@@ -321,6 +368,7 @@ class Crew:
                 self._owner.handle_gone(post.name, post.error)
             else:
                 self._owner.handle_lost(process.epoch, post.name, process.outside)
+        self._start_held_back()
         self._notify()
 
     def _watch(self) -> None:
@@ -335,32 +383,42 @@ class Crew:
                 process.kill()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
-    def _fds(self, stages: tuple[StageName, ...]) -> list[int]:
+    def _fds(self, seats: tuple[Seat, ...]) -> list[int]:
         """What goes with `_start_message`, in its order."""
-        return self._memory.fds(stages) + [fd for _, fd in self._placed_for(stages)]
+        return self._memory.fds([stage_of(seat) for seat in seats]) + [fd for _, fd in self._placed_for(seats)]
 
-    def _placed_for(self, stages: tuple[StageName, ...]) -> list[tuple[WeightVersion, int]]:
-        return self.placed.of([name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
+    def _placed_for(self, seats: tuple[Seat, ...]) -> list[tuple[WeightVersion, int]]:
+        return self.placed.of(self._device_of(seats), self._components_of(seats))
 
-    def _start_message(self, stages: tuple[StageName, ...]) -> Start:
+    def _components_of(self, seats: tuple[Seat, ...]) -> list[str]:
+        stages = [stage_of(seat) for seat in seats]
+        return [name for name in self._checkpoint.components if STAGE_OF_COMPONENT[name] in stages]
+
+    def _device_of(self, seats: tuple[Seat, ...]) -> str:
+        """Where the process of these seats has its weights."""
+        return next((post.device for post in self._of(seats) if post.device is not None), "-")
+
+    def _start_message(self, seats: tuple[Seat, ...]) -> Start:
+        stages = [stage_of(seat) for seat in seats]
         dtype = self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
         return Start(
-            stages=list(stages), epoch=self._epoch, supervisor_pid=os.getpid(), model=self._model.name,
+            stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
+            model=self._model.name,
             transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
             image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
             boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
-            devices={s: self.device for s in stages if s != "writer"},
-            threads={s: self.threads if s in ("dit", "vae") else 1 for s in stages}, dtype=dtype,
+            devices={stage_of(p.name): p.device for p in self._of(seats) if p.device is not None},
+            threads={stage: self.threads[stage] for stage in stages}, dtype=dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
-            placed=[version for version, _ in self._placed_for(stages)],
+            placed=[version for version, _ in self._placed_for(seats)],
             outliving=self.outliving != "no",
         )  # fmt: skip
 
     def _components(self) -> list[Component]:
         return list(self._checkpoint.components.values())
 
-    def _of(self, stages: tuple[StageName, ...]) -> list[_Post]:
-        return [self._posts[name] for name in stages]
+    def _of(self, seats: tuple[Seat, ...]) -> list[_Post]:
+        return [self._posts[seat] for seat in seats]
 
     def _processes(self) -> list[StageProcess]:
         return list({p.process.epoch: p.process for p in self._posts.values() if p.process is not None}.values())
@@ -377,6 +435,25 @@ async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
+
+
+def resolve_devices(params: SystemParams) -> tuple[str, tuple[str, ...]]:
+    """The device of text and vae, and that of each dit. `BadConfig` if they do not go together."""
+    dits = tuple(resolve_device(device) for device in params.dit_devices)
+    device = dits[0] if dits and params.device == "auto" else resolve_device(params.device)
+    if params.placement == "fused" and dits not in ((), (device,)):
+        raise BadConfig(
+            f"placement fused is one process with one dit on {device}, but dit_devices are {', '.join(dits)}; use "
+            "placement split, or leave dit_devices out"
+        )
+    if twice := [name for name in dits if name != "cpu" and dits.count(name) > 1]:
+        raise BadConfig(f"dit_devices names {twice[0]} twice, where two would only take turns; name each GPU once")
+    if len({name.partition(":")[0] for name in (device, *dits)}) > 1:
+        raise BadConfig(
+            f"device is {device} and dit_devices are {', '.join(dits)}; results differ between CPU and GPU, so name "
+            "devices of one kind"
+        )
+    return device, dits or (device,)
 
 
 def resolve_device(device: str) -> str:

@@ -1,6 +1,7 @@
 """What the scheduler is told and what it asks for: its whole interface.
 
-Times are seconds of a monotonic clock, given by the caller. Everything is plain data, so that a history can be
+A `stage` is the seat of one process: "text", "dit", "vae", "writer", and "dit:1", "dit:2", ... where there are several
+dits. Times are seconds of a monotonic clock, given by the caller. Everything is plain data, so that a history can be
 generated, recorded and replayed.
 """
 
@@ -11,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from ipc.errors import Failure
-from ipc.messages import Phase, StageName
+from ipc.messages import Phase, Seat, StageName
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +52,7 @@ class StageUp(msgspec.Struct, frozen=True):
 
     `epoch` names the process and grows: stages that share one have the same, no other process has it."""
 
-    stage: StageName
+    stage: Seat
     epoch: int
 
 
@@ -62,7 +63,7 @@ class StageLost(msgspec.Struct, frozen=True):
 
     `outside`: it was killed by somebody, not by its own doing, by lack of memory, or by the engine because it hung."""
 
-    stage: StageName
+    stage: Seat
     epoch: int
     outside: bool = False
 
@@ -70,7 +71,7 @@ class StageLost(msgspec.Struct, frozen=True):
 class StageGone(msgspec.Struct, frozen=True):
     """The stage's process could not be started at all (bad checkpoint, missing library): restarting cannot help."""
 
-    stage: StageName
+    stage: Seat
     error: Failure
 
 
@@ -78,7 +79,7 @@ class QuantumEnded(msgspec.Struct, frozen=True):
     """A granted quantum was answered. `seconds` is its compute time; an `error` fails the task; `dropped` means it was
     skipped because the task had been dropped."""
 
-    stage: StageName
+    stage: Seat
     epoch: int
     id: str
     phase: Phase
@@ -91,7 +92,7 @@ class QuantumEnded(msgspec.Struct, frozen=True):
 class TaskDropped(msgspec.Struct, frozen=True):
     """The stage has forgotten the task and freed its slots."""
 
-    stage: StageName
+    stage: Seat
     epoch: int
     id: str
 
@@ -109,14 +110,14 @@ Event = Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded
 class BeginTask(msgspec.Struct, frozen=True):
     """Send the job to this stage's process; comes before the first `Grant` there (again after a restart)."""
 
-    stage: StageName
+    stage: Seat
     id: str
 
 
 class Grant(msgspec.Struct, frozen=True):
     """Run this quantum. The stage answers grants in order."""
 
-    stage: StageName
+    stage: Seat
     id: str
     phase: Phase
     index: int
@@ -125,14 +126,14 @@ class Grant(msgspec.Struct, frozen=True):
 class DropTask(msgspec.Struct, frozen=True):
     """Make this stage forget the task."""
 
-    stage: StageName
+    stage: Seat
     id: str
 
 
 class Purge(msgspec.Struct, frozen=True):
-    """Free all that is held of this task for this stage, whatever its state: the slots of the queues it consumes, and
-    the state slot if it is the dit. Its process died, or was never told of the task, so it cannot free them itself;
-    whoever fills those queues has nothing of the task in hand."""
+    """Free all that is held of this task for this stage, whatever its state and whichever seat: the slots of the queues
+    it consumes, and the state slot if it is the dit. The process that had it died, or none was ever told of the task,
+    so it cannot free them itself; whoever fills those queues has nothing of the task in hand."""
 
     stage: StageName
     id: str
@@ -141,7 +142,7 @@ class Purge(msgspec.Struct, frozen=True):
 class Restart(msgspec.Struct, frozen=True):
     """Start a new process for this stage, after `delay` seconds."""
 
-    stage: StageName
+    stage: Seat
     delay: float
 
 
@@ -171,7 +172,7 @@ class Fail(msgspec.Struct, frozen=True):
 class DeclareFailed(msgspec.Struct, frozen=True):
     """The stage died too often: it is FAILED, and is not started again."""
 
-    stage: StageName
+    stage: Seat
     error: Failure
 
 
@@ -179,12 +180,13 @@ Action = BeginTask | Grant | DropTask | Purge | Restart | Report | Finish | Fail
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
-    """The bounds the scheduler keeps to, all of them: slots of each queue and which stages share a device.
+    """The bounds the scheduler keeps to, all of them: slots of each queue, the seats, and which of them share a device.
 
-    `devices[stage]` names the compute token the stage must hold to run a quantum; None: it needs none (the writer).
+    `devices[seat]` names the compute token the stage there must hold to run a quantum; None: it needs none (the
+    writer). Every stage has one seat; the dit may have more.
     """
 
-    devices: dict[StageName, str | None]
+    devices: dict[Seat, str | None]
     prompts: int
     """Tasks whose prompt embeddings may be held for the dit stage (queue `prompts`, text -> dit)."""
     init_latents: int

@@ -17,7 +17,8 @@ class Line:
     """Who goes first. Two lists: `active` tasks hold slots, `waiting` ones hold nothing. A task is admitted from one to
     the other by its first grant, and only the first of the waiting is. Both are kept sorted by key."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, dits: int = 1) -> None:
+        self._dits = dits
         self.active: list[TaskRecord] = []
         """As many as there are slots for inputs and latents."""
         self.waiting: list[TaskRecord] = []
@@ -73,7 +74,8 @@ class Line:
         self.active.sort(key=_by_key)
 
     def seconds_left(self, task: TaskRecord) -> float | None:
-        """Its own work and that of all tasks that go before it; None if nobody said what its work costs."""
+        """Its own work and that of all tasks that go before it, shared by the dits; None if nobody said what its work
+        costs."""
         if not task.spec.cost:
             return None
         ahead = 0.0
@@ -82,7 +84,7 @@ class Line:
                 if other.key >= task.key:
                     break
                 ahead += other.seconds
-        return ahead + task.seconds
+        return ahead / self._dits + task.seconds
 
     def check(self) -> list[str]:
         """Problems; empty when all is well."""

@@ -16,7 +16,7 @@ import msgspec
 
 from engine.events import Capacity
 from engine.params import ModelParams
-from ipc.messages import QueueSpec, QueueStatistics, StageName, StateSpec
+from ipc.messages import QueueSpec, QueueStatistics, Seat, StageName, StateSpec, stage_of
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue
@@ -25,7 +25,7 @@ DECODE_LATENTS = 1
 """Latent frames per decode quantum. Two at a time take nearly twice the memory: at 1280x720 in float32, 36 GiB."""
 
 PROMPTS, INIT_LATENTS, STATES, LATENTS, FRAMES = 4, 2, 2, 3, 4
-"""Bounds, in tasks (frames: in chunks). Text may run ahead of the dit by `PROMPTS` tasks."""
+"""Bounds with one dit, in tasks (frames: in chunks). Text may run ahead of the dit by `PROMPTS` tasks."""
 
 STATE_TENSORS = 5
 """Latents and the longest solver history (UniPC: two x0, the sample kept before the predictor), with one to spare."""
@@ -52,11 +52,14 @@ ROUTES: dict[QueueName, _Route] = {
 }
 
 
-def capacity(devices: dict[StageName, str | None]) -> Capacity:
-    """The bounds of the queues, for the scheduler."""
+def capacity(devices: dict[Seat, str | None]) -> Capacity:
+    """The bounds of the queues, for the scheduler. Each further dit has as many tasks in the middle of denoising, with
+    their inputs, as the first, and may leave latents while the others have left theirs."""
+    more = sum(stage_of(seat) == "dit" for seat in devices) - 1
     return Capacity(
-        devices=devices, prompts=PROMPTS, init_latents=INIT_LATENTS, states=STATES, latents=LATENTS, frames=FRAMES
-    )
+        devices=devices, prompts=PROMPTS + more * STATES, init_latents=(1 + more) * INIT_LATENTS,
+        states=(1 + more) * STATES, latents=LATENTS + more, frames=FRAMES,
+    )  # fmt: skip
 
 
 class SlotSizes(NamedTuple):
@@ -72,19 +75,21 @@ class SlotSizes(NamedTuple):
         return sum(count * size for count, size in self.queues.values()) + 2 * slots * slot_bytes
 
 
-def slot_sizes(model: ModelParams, decode_latents: int = DECODE_LATENTS) -> SlotSizes:
-    """The largest request of the model fits into every slot."""
+def slot_sizes(model: ModelParams, decode_latents: int = DECODE_LATENTS, dits: int = 1) -> SlotSizes:
+    """The largest request of the model fits into every slot. Each dit has a slot for all latents there may be, so that
+    none waits while another has slots to spare."""
+    bounds = capacity({"dit" if number == 0 else f"dit:{number}": None for number in range(dits)})
     limits, vae, transformer, image = model.limits, model.vae, model.transformer, model.image_encoder
     latent_frames = (limits.max_frames - 1) // vae.temporal_stride + 1
     latents = vae.z_dim * latent_frames * (limits.max_pixels // vae.spatial_stride**2) * 4
     image_tokens = image.tokens * image.hidden_size * 4 if image is not None else 0
     queues: dict[QueueName, tuple[int, int]] = {
-        "prompts": (2 * PROMPTS, transformer.text_len * transformer.text_dim * 4),
-        "init_latents": (INIT_LATENTS * (1 if image is None else 2), max(latents, image_tokens)),
-        "latents": (LATENTS, latents),
-        "frames": (FRAMES, decode_latents * vae.temporal_stride * limits.max_pixels * 3),
+        "prompts": (2 * bounds.prompts, transformer.text_len * transformer.text_dim * 4),
+        "init_latents": (bounds.init_latents * (1 if image is None else 2), max(latents, image_tokens)),
+        "latents": (dits * bounds.latents, latents),
+        "frames": (bounds.frames, decode_latents * vae.temporal_stride * limits.max_pixels * 3),
     }
-    return SlotSizes(queues, (STATES, STATE_TENSORS * latents))
+    return SlotSizes(queues, (bounds.states, STATE_TENSORS * latents))
 
 
 def device_sizes(model: ModelParams) -> DeviceSizes:
@@ -99,16 +104,23 @@ class EngineMemory:
     """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
     def __init__(
-        self, model: ModelParams, decode_latents: int = DECODE_LATENTS, device: Mapping[str, DeviceFd] | None = None
+        self,
+        model: ModelParams,
+        decode_latents: int = DECODE_LATENTS,
+        dits: int = 1,
+        device: Mapping[str, DeviceFd] | None = None,
     ) -> None:
         """`device`: GPU memory for those of `device_sizes`, which is taken over; the rest is host memory."""
-        sizes, device = slot_sizes(model, decode_latents), device or {}
+        sizes, device = slot_sizes(model, decode_latents, dits), device or {}
+        processes: dict[StageName, int] = {"text": 1, "dit": dits, "vae": 1, "writer": 1}
         self.queues: dict[QueueName, TensorQueue] = {}
         with contextlib.ExitStack() as undo:
             for name, (slots, slot_bytes) in sizes.queues.items():
-                self.queues[name] = TensorQueue.create(name, slots, slot_bytes, device.get(name))
-                undo.callback(self.queues[name].close)
-            self.state = StateSlots.create(*sizes.states, device.get("state"))
+                producers, consumers = processes[ROUTES[name].producer], processes[ROUTES[name].consumer]
+                queue = TensorQueue.create(name, slots, slot_bytes, producers, consumers, device.get(name))
+                undo.callback(queue.close)
+                self.queues[name] = queue
+            self.state = StateSlots.create(*sizes.states, shared=dits > 1, on=device.get("state"))
             undo.pop_all()
 
     @property
@@ -127,13 +139,18 @@ class EngineMemory:
         fds = [fd for name in self._names(stages) for fd in self.queues[name].fds]
         return fds + (list(self.state.fds) if "dit" in stages else [])
 
-    def reclaim(self, stages: Collection[StageName]) -> None:
-        """The process of these stages is dead and reaped: give back what it was writing and reading."""
+    def begin(self, task: str, stage: StageName) -> None:
+        """A process of this stage is about to hear of the task: before the dit does, it has a state slot."""
+        if stage == "dit":
+            self.state.claim(task)
+
+    def reclaim(self, stages: Collection[StageName], epoch: int) -> None:
+        """The process of these stages and this epoch is dead and reaped: give back what it was writing and reading."""
         for name, route in ROUTES.items():
             if route.producer in stages:
-                self.queues[name].reclaim("producer")
+                self.queues[name].reclaim("producer", epoch)
             if route.consumer in stages:
-                self.queues[name].reclaim("consumer")
+                self.queues[name].reclaim("consumer", epoch)
 
     def purge(self, task: str, stage: StageName) -> None:
         """Free what is held of this task for this stage: the slots it would take, and the state if it is the dit."""

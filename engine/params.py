@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ipc.messages import StageName
+from ipc.slot_table import MAX_PROCESSES
 
 Solver = Literal["unipc", "dpm++", "euler"]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -148,12 +149,15 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     placement: Literal["split", "fused"] = "split"
     """split: a process per stage; fused: all stages in one process."""
     device: str = "auto"
-    """auto: the first CUDA device, else cpu. Or cpu, cuda, cuda:N."""
+    """auto: the first CUDA device, else cpu. Or cpu, cuda, cuda:N. With `dit_devices`, auto is the first of those."""
+    dit_devices: Annotated[tuple[str, ...], Meta(max_length=MAX_PROCESSES)] = ()
+    """The device of each of several dit stages, which take requests from one queue: one per GPU, or cpu as often as
+    there are to be. (): one dit, on `device`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPU."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """Compute threads of the dit stage and of the vae stage on a CPU; 0: half of the cores each, so that both can work
-    at once. Part of the result's identity."""
+    """Compute threads of each dit stage and of the vae stage on a CPU; 0: half of the cores for the vae, and half for
+    the dits together, so that all can work at once. Part of the result's identity."""
     policy: Literal["shortest", "fifo"] = "shortest"
     """shortest: shortest remaining work first, with ageing and priorities; fifo: in order of arrival."""
     max_queue: Annotated[int, Meta(ge=1, le=100_000)] = 64

@@ -24,7 +24,7 @@ from engine.child import python_path
 from ipc.channel import Channel, ChannelClosed
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, StageName, Start
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, Seat, StageName, Start, stage_of
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,12 @@ class Body:
 
 
 class StageProcess:
-    """One process that carries one stage (`split`) or all of them (`fused`)."""
+    """One process that carries one stage (`split`) or all of them (`fused`), and the seats it has."""
 
     def __init__(
         self,
         body: Body,
+        seats: tuple[Seat, ...],
         start: Start,
         fds: Sequence[int],
         on_report: Callable[[StageProcess, AnyStageReport, list[int]], None],
@@ -79,7 +80,8 @@ class StageProcess:
     ) -> None:
         """Take over a process, new or spare, and send `Start`. `fds` are the descriptors of the queues, the state slots
         and the placed weights, in order."""
-        self.stages: tuple[StageName, ...] = tuple(start.stages)
+        self.seats = seats
+        """Of its stages, in the same order as in `start`."""
         self.epoch = start.epoch
         self.ready = False
         self.outstanding = 0
@@ -102,6 +104,10 @@ class StageProcess:
             self._channel.try_send(start, [self.counter.fd, *fds])
         self._loop.add_reader(self._channel.fileno(), self._readable)
         self._loop.add_reader(self._pidfd, self._died)
+
+    def seat(self, stage: StageName) -> Seat:
+        """Where it is this stage."""
+        return next(seat for seat in self.seats if stage_of(seat) == stage)
 
     def send(self, message: AnyStageProcessMessage) -> None:
         """Queue a message; it goes out at once unless the process has not read the earlier ones.
@@ -173,7 +179,7 @@ class StageProcess:
             status = -result.si_status if result.si_code != os.CLD_EXITED else result.si_status
         except ChildProcessError:
             # Reaped by someone else: SIGCHLD is ignored, or the host waits for any child. How it ended is not known.
-            log.warning("process %d of %s was reaped by another part of this process", self.pid, self.stages)
+            log.warning("process %d of %s was reaped by another part of this process", self.pid, self.seats)
         self._readable_to_the_end()
         self._popen.returncode = status
         self.outside = status == -signal.SIGKILL and not self._killed and oom_kills() == self._oom_kills

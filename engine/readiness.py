@@ -6,16 +6,16 @@ from engine.line import Line
 from engine.records import Ledger, StageRecord, TaskRecord
 from ipc.messages import Phase
 
-PREPARED_AHEAD = 2
-"""Tasks whose inputs are made before their denoising can begin: enough to keep the dit busy; the other slots stay free
-for shorter tasks to come."""
+PREPARED_AHEAD = 1
+"""Tasks, and one more for each dit, whose inputs are made before their denoising can begin: enough to keep the dits
+busy; the other slots stay free for shorter tasks to come."""
 
 
 def ready(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> Phase | None:
     """The phase of the task's next quantum on this stage, if it could run now."""
     if not stage.up:
         return None
-    match stage.name:
+    match stage.stage:
         case "text":
             return "text" if not task.granted["text"] and may_prepare(task, ledger, line) else None
         case "dit":
@@ -37,7 +37,7 @@ def may_prepare(task: TaskRecord, ledger: Ledger, line: Line) -> bool:
     if not free or (task.spec.encode and not ledger.free("init_latents")):
         return False
     before = line.prepared_before(task)
-    return before == 0 or (before < PREPARED_AHEAD and free > 1)
+    return before == 0 or (before < PREPARED_AHEAD + ledger.dits and free > 1)
 
 
 def may_denoise(task: TaskRecord, ledger: Ledger) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from engine.events import Capacity, TaskSpec
 from ipc.errors import Failure
-from ipc.messages import Phase, StageName
+from ipc.messages import Phase, Seat, StageName, stage_of
 
 Slots = Literal["prompts", "init_latents", "states", "latents", "frames"]
 """What is bounded by the field of `Capacity` of that name."""
@@ -35,7 +35,7 @@ FREED_BY: dict[StageName, tuple[Slots, ...]] = {
 """Slots that a stage frees when it drops a task."""
 
 GRANTED_AHEAD = 2
-"""Quanta outstanding per stage: one in flight and the next, so that a device never waits for a message."""
+"""Quanta outstanding per seat: one in flight and the next, so that a device never waits for a message."""
 
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)
 """Seconds before each restart within `RESTART_WINDOW`; after the last of them the stage is FAILED."""
@@ -62,8 +62,8 @@ class TaskRecord:
     """Quanta granted and, but for the outstanding ones, answered: the index of the next."""
     done: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     holds: collections.Counter[Slots] = field(default_factory=collections.Counter)
-    told: dict[StageName, Literal["begun", "dropping"]] = field(default_factory=dict)
-    """Stages whose present process knows the task, or is forgetting it."""
+    told: dict[Seat, Literal["begun", "dropping"]] = field(default_factory=dict)
+    """Seats whose present process knows the task, or is forgetting it; one at most of each stage."""
     left: set[StageName] = field(default_factory=set)
     """Stages that have nothing more to do for the task, and were told to drop it or purged of it."""
     phase: Phase | Literal["queued"] = "queued"
@@ -109,6 +109,10 @@ class TaskRecord:
     def complete(self, phase: Phase) -> bool:
         return self.done[phase] == self.total[phase]
 
+    def seat(self, stage: StageName) -> Seat | None:
+        """Where this stage knows the task: there it stays until that process is lost or has dropped it."""
+        return next((seat for seat in self.told if stage_of(seat) == stage), None)
+
     def needs(self, stage: StageName) -> bool:
         """The stage has something left to do for the task."""
         return any(not self.complete(phase) for phase in PHASES_OF[stage])
@@ -136,9 +140,9 @@ class Quantum(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class StageRecord:
-    """One stage: its process, what is outstanding there, how often it died."""
+    """One seat: its process, what is outstanding there, how often it died."""
 
-    name: StageName
+    name: Seat
     epoch: int = -1
     """Of the newest process that was heard of."""
     up: bool = False
@@ -148,6 +152,10 @@ class StageRecord:
     """In the order of the grants, which is the order of the answers."""
     deaths: list[float] = field(default_factory=list)
     """Times of the deaths within `RESTART_WINDOW`, which were answered by restarts."""
+
+    @property
+    def stage(self) -> StageName:
+        return stage_of(self.name)
 
     def is_stale(self, epoch: int) -> bool:
         """A process of this epoch is already known to be dead."""
@@ -174,6 +182,7 @@ class Ledger:
             "latents": capacity.latents, "frames": capacity.frames,
         }  # fmt: skip
         self.held: dict[Slots, int] = dict.fromkeys(self.limits, 0)
+        self.dits = sum(stage_of(seat) == "dit" for seat in capacity.devices)
 
     def free(self, slots: Slots) -> int:
         return self.limits[slots] - self.held[slots]
@@ -228,4 +237,6 @@ def check_outstanding(stages: Iterable[StageRecord], tasks: Iterable[TaskRecord]
             waits, runs = task.outstanding(phase), counts.pop((task.id, phase), 0)
             if waits != runs:
                 problems.append(f"{task.id} waits for {waits} quanta of {phase}, but {runs} are outstanding")
+        if len({stage_of(seat) for seat in task.told}) < len(task.told):
+            problems.append(f"{task.id} is at {' and '.join(task.told)}")
     return problems + [f"{id}: {phase} is outstanding, but the task is unknown" for id, phase in counts]

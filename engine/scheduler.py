@@ -3,8 +3,11 @@
 No I/O, no clock, no randomness: the same events at the same times give the same actions, so that whole histories are
 replayed in tests (`tests/engine/simulator.py`). What it keeps to:
 
-- One compute token per device: stages that share a device never have quanta outstanding together. Each stage has at
+- One compute token per device: stages that share a device never have quanta outstanding together. Each seat has at
   most two quanta outstanding, one in flight and the next.
+- Of several dits, a task is with one at a time, so that what the device holds for it is made once. When that process is
+  lost, the task goes to whichever is free first, at its last step. While one dit is not FAILED, no task fails for want
+  of it.
 - At each quantum the policy chooses (`engine/estimates.py`) among the tasks whose inputs are there and whose slots are
   free (`engine/readiness.py`). A slot is held from the grant that will fill it, so no queue ever makes a stage wait.
 - Every stage that was told of a task is told once to drop it, and only when nothing on its way there is still being
@@ -49,7 +52,6 @@ from engine.readiness import ready
 from engine.records import (
     FEEDS,
     GRANTED_AHEAD,
-    PHASES_OF,
     RESTART_DELAYS,
     RESTART_WINDOW,
     Ledger,
@@ -59,7 +61,7 @@ from engine.records import (
     check_outstanding,
 )
 from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
-from ipc.messages import STAGE_OF_PHASE, Phase, StageName
+from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName
 
 CRASHES = 2
 """Processes that die of a task before it is set aside."""
@@ -86,9 +88,11 @@ class Scheduler:
 
     def __init__(self, capacity: Capacity, policy: Policy = "shortest") -> None:
         self._ledger = Ledger(capacity)
-        self._line = Line(policy)
-        self._stages: dict[StageName, StageRecord] = {name: StageRecord(name) for name in STAGES}
+        self._line = Line(policy, self._ledger.dits)
+        self._stages: dict[Seat, StageRecord] = {seat: StageRecord(seat) for seat in capacity.devices}
+        self._seats = {name: [s for s in self._stages.values() if s.stage == name] for name in STAGES}
         self._devices = self._by_device(capacity)
+        self._sharing = {stage.name: stages for stages in self._devices for stage in stages}
         self._tasks: dict[str, TaskRecord] = {}
         """All of them, also those that have ended and are not yet forgotten."""
         self._deadlines: list[tuple[float, int, TaskRecord]] = []
@@ -157,7 +161,7 @@ class Scheduler:
         elif event.error is not None:
             self._fail(task, event.error)
         elif event.dropped:
-            self._fail(task, to_failure(EngineError(f"the {stage.name} stage lost the request; submit it again")))
+            self._fail(task, to_failure(EngineError(f"the {stage.stage} stage lost the request; submit it again")))
         elif task.rewinding and phase == "decode":
             self._rewind(task)
         else:
@@ -169,7 +173,7 @@ class Scheduler:
         if event.epoch != stage.epoch or task is None or task.told.get(stage.name) != "dropping":
             return
         del task.told[stage.name]
-        self._ledger.give_all(task, stage.name)
+        self._ledger.give_all(task, stage.stage)
         self._forget_if_clean(task)
 
     def handle_stage_up(self, event: StageUp) -> None:
@@ -244,9 +248,9 @@ class Scheduler:
     def _drop(self, task: TaskRecord, stage: StageName) -> None:
         """This stage has nothing more to do for the task: let it free its slots, or free them for it."""
         task.left.add(stage)
-        if stage in task.told:
-            task.told[stage] = "dropping"
-            self._actions.append(DropTask(stage, task.id))
+        if (seat := task.seat(stage)) is not None:
+            task.told[seat] = "dropping"
+            self._actions.append(DropTask(seat, task.id))
         else:
             self._purge(task, stage)
 
@@ -282,17 +286,18 @@ class Scheduler:
 
     def _lose(self, stages: list[StageRecord], epoch: int) -> None:
         """These processes are gone, with what was outstanding there; every task goes back to what was reported done."""
+        tasks = list(self._tasks.values())
+        for task in tasks if any(stage.name == "writer" for stage in stages) else ():
+            task.rewinding = task.rewinding or (task.granted["write"] > 0 and not task.ended)
         for stage in stages:
             stage.epoch, stage.up = epoch, False
+            for task, phase, _ in stage.outstanding:
+                task.granted[phase] = task.done[phase]
             stage.outstanding.clear()
-        for task in list(self._tasks.values()):
-            if task.granted["write"] and not task.ended and any(stage.name == "writer" for stage in stages):
-                task.rewinding = True
+        for task in tasks:
             for stage in stages:
-                for phase in PHASES_OF[stage.name]:
-                    task.granted[phase] = task.done[phase]
                 if task.told.pop(stage.name, None) == "dropping":
-                    self._purge(task, stage.name)
+                    self._purge(task, stage.stage)
             if task.ended:
                 self._let_go(task)
             elif task.rewinding:
@@ -320,23 +325,31 @@ class Scheduler:
         self._actions.append(DeclareFailed(stage.name, error))
 
     def _fail_hopeless(self) -> None:
-        """Tasks that need a FAILED stage fail, those that are there and those that come."""
-        for stage in self._stages.values():
-            if stage.failed is None:
+        """Tasks that need a stage all of whose seats are FAILED fail, those that are there and those that come."""
+        for name, seats in self._seats.items():
+            failures = [stage.failed for stage in seats if stage.failed is not None]
+            if len(failures) < len(seats):
                 continue
-            error = to_failure(StageFailed(f"the {stage.name} stage is not available: {stage.failed.message}"))
+            error = to_failure(StageFailed(f"the {name} stage is not available: {failures[0].message}"))
             for task in self._line.all():
-                if task.needs(stage.name):
+                if task.needs(name):
                     self._fail(task, error)
 
     # Grants.
 
     def _plan(self) -> None:
-        """Grant all that may be granted."""
+        """Grant all that may be granted. What a device leaves to a freer one it may take when that one has its fill."""
         self._fail_hopeless()
-        for stages in self._devices:
-            while (choice := self._choose(stages)) is not None:
-                self._grant(*choice)
+        while sum(self._fill(stages) for stages in self._devices):
+            pass
+
+    def _fill(self, stages: list[StageRecord]) -> int:
+        """Grant this device what it may be granted; how much that was."""
+        granted = 0
+        while (choice := self._choose(stages)) is not None:
+            self._grant(*choice)
+            granted += 1
+        return granted
 
     def _choose(self, stages: list[StageRecord]) -> tuple[TaskRecord, StageRecord, Phase] | None:
         """The next quantum for a device, or None: it has enough to do, nothing is ready, or the best is for a stage
@@ -347,17 +360,30 @@ class Scheduler:
         for task in self._line:
             for stage in stages:
                 phase = ready(task, stage, self._ledger, self._line)
-                if phase is not None:
+                if phase is not None and self._may_have(stage, task):
                     return (task, stage, phase) if holder is None or holder is stage else None
             if holder is not None and self._moves_on(task, holder, stages):
                 return None
         return None
 
+    def _may_have(self, stage: StageRecord, task: TaskRecord) -> bool:
+        """The task is at this seat, or at none of its stage, and no other seat is nearer to having nothing to do."""
+        seats = self._seats[stage.stage]
+        if len(seats) == 1:
+            return True
+        if (seat := task.seat(stage.stage)) is not None:
+            return seat == stage.name
+        return self._load(stage) == min(self._load(other) for other in seats if other.up)
+
+    def _load(self, stage: StageRecord) -> int:
+        """Quanta outstanding on the seat's device."""
+        return sum(len(other.outstanding) for other in self._sharing[stage.name])
+
     def _moves_on(self, task: TaskRecord, holder: StageRecord, stages: list[StageRecord]) -> bool:
         """The task is about to need another stage of this device: nothing of a later task is put before that."""
         for running, phase, _ in holder.outstanding:
             if running is task and task.granted[phase] == task.total[phase]:
-                return any(stage.name == FEEDS[phase] for stage in stages)
+                return any(stage.stage == FEEDS[phase] for stage in stages)
         return False
 
     def _grant(self, task: TaskRecord, stage: StageRecord, phase: Phase) -> None:
@@ -446,13 +472,13 @@ class Scheduler:
         """Stages that share a compute token, in the order in which a task's next quantum is looked for: nearest to the
         finished file first, which frees slots soonest."""
         groups: dict[str, list[StageRecord]] = collections.defaultdict(list)
-        for name in reversed(STAGES):
-            device = capacity.devices[name]
-            groups[device if device is not None else f"none:{name}"].append(self._stages[name])
+        for stage in [stage for name in reversed(STAGES) for stage in self._seats[name]]:
+            device = capacity.devices[stage.name]
+            groups[device if device is not None else f"none:{stage.name}"].append(stage)
         return list(groups.values())
 
 
-def _died_too_often(stage: StageName) -> Failure:
+def _died_too_often(stage: Seat) -> Failure:
     message = (
         f"the {stage} process died {len(RESTART_DELAYS) + 1} times within {RESTART_WINDOW:.0f} s and is not started "
         "again; look at its log, then restart the engine"

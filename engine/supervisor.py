@@ -23,7 +23,7 @@ import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import lora_metadata, open_model
-from engine.crew import Crew, OnLoading, resolve_device
+from engine.crew import Crew, OnLoading, resolve_devices
 from engine.device_memory import make_device_memory
 from engine.events import (
     Action,
@@ -82,9 +82,10 @@ from ipc.messages import (
     QuantumFailed,
     Ready,
     Run,
-    StageName,
+    Seat,
     TaskEvent,
     TaskInfo,
+    stage_of,
 )  # fmt: skip
 from ipc.payload import DeviceFd
 
@@ -106,7 +107,7 @@ class Supervisor:
     def __init__(self, params: SystemParams | None = None) -> None:
         self.params = params or SystemParams()
         self.model = load_model(self.params.model)
-        self.device = resolve_device(self.params.device)
+        self.device, self.dit_devices = resolve_devices(self.params)
         self.checkpoint = open_model(self.model, self.params)
         self._pool = TaskPool()
         self._admitting = 0
@@ -138,9 +139,12 @@ class Supervisor:
         entries = await self._journal.open() if self._journal is not None else []
         try:
             with contextlib.ExitStack() as undo:
-                self._memory = EngineMemory(self.model, device=await self._device_memory())
+                device_memory = await self._device_memory()
+                self._memory = EngineMemory(self.model, dits=len(self.dit_devices), device=device_memory)
                 undo.callback(self._memory.close)
-                self._crew = Crew(self.params, self.model, self.checkpoint, self.device, self._memory, self)
+                self._crew = Crew(
+                    self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
+                )
                 undo.pop_all()
         except BaseException as error:
             if self._journal is not None:
@@ -150,8 +154,8 @@ class Supervisor:
             raise
         self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
         self._phase = "open"
-        for stages in self._crew.groups:
-            self._crew.start(stages)
+        for seats in self._crew.groups:
+            self._crew.start(seats)
         for entry in entries:
             if entry.model == self.model.name:
                 self._take_up(entry)
@@ -362,15 +366,16 @@ class Supervisor:
 
     def _carry_out(self, action: Action) -> None:
         match action:
-            case Grant(stage, identity, phase, index):
+            case Grant(seat, identity, phase, index):
                 task = self._pool.get(identity)
                 last = phase == "write" and index == task.spec.chunks - 1
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
-                self._crew.run(stage, run)
-            case BeginTask(stage, identity):
-                self._crew.send(stage, Begin(stage=stage, job=self._described(self._pool.get(identity))))
-            case DropTask(stage, identity):
-                self._crew.send(stage, Drop(id=identity, stage=stage))
+                self._crew.run(seat, run)
+            case BeginTask(seat, identity):
+                self._memory.begin(identity, stage_of(seat))
+                self._crew.send(seat, Begin(stage=stage_of(seat), job=self._described(self._pool.get(identity))))
+            case DropTask(seat, identity):
+                self._crew.send(seat, Drop(id=identity, stage=stage_of(seat)))
             case Report(identity, phase, step, steps, seconds_left):
                 self.handle_progress(identity, phase, step, steps, seconds_left)
             case Finish(identity):
@@ -381,17 +386,17 @@ class Supervisor:
                     self._end(failed, Failed(id=identity, error=error))
             case Purge(stage, identity):
                 self._memory.purge(identity, stage)
-            case Restart(stage, delay):
-                self._crew.restart(stage, delay)
-            case DeclareFailed(stage, error):
-                self._crew.declare_failed(stage, error)
+            case Restart(seat, delay):
+                self._crew.restart(seat, delay)
+            case DeclareFailed(seat, error):
+                self._crew.declare_failed(seat, error)
 
     def handle_progress(self, identity: str, phase: Any, step: int, steps: int, seconds_left: float | None) -> None:
         """Pass the scheduler's view of a task on to its listeners."""
         if (task := self._pool.find(identity)) is not None:
             task.report(Progress(id=identity, phase=phase, step=step, steps=steps, seconds_left=seconds_left))
 
-    def handle_report(self, epoch: int, stage: StageName, report: AnyStageReport) -> None:
+    def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None:
         """What a stage process said, as an event."""
         match report:
             case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata):
@@ -399,23 +404,23 @@ class Supervisor:
                     task.seconds[phase] += seconds
                     if metadata is not None:
                         task.metadata = metadata
-                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, seconds))
+                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds))
             case QuantumFailed(id=identity, phase=phase, index=index, error=error):
-                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, error=error))
+                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, error=error))
             case QuantumDropped(id=identity, phase=phase, index=index):
-                self._dispatch(QuantumEnded(stage, epoch, identity, phase, index, dropped=True))
+                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, dropped=True))
             case Dropped(id=identity):
-                self._dispatch(TaskDropped(stage, epoch, identity))
+                self._dispatch(TaskDropped(seat, epoch, identity))
             case Ready():
-                self._dispatch(StageUp(stage, epoch))
+                self._dispatch(StageUp(seat, epoch))
 
-    def handle_lost(self, epoch: int, stage: StageName, outside: bool) -> None:
-        """The process of a stage is dead, reaped, and its slots are given back."""
-        self._dispatch(StageLost(stage, epoch, outside))
+    def handle_lost(self, epoch: int, seat: Seat, outside: bool) -> None:
+        """The process at a seat is dead, reaped, and its slots are given back."""
+        self._dispatch(StageLost(seat, epoch, outside))
 
-    def handle_gone(self, stage: StageName, error: Failure) -> None:
-        """The process of a stage cannot be started."""
-        self._dispatch(StageGone(stage, error))
+    def handle_gone(self, seat: Seat, error: Failure) -> None:
+        """The process at a seat cannot be started."""
+        self._dispatch(StageGone(seat, error))
 
     def _end(self, task: Task, event: Done | Failed) -> None:
         self._pool.end(task, event)

@@ -9,24 +9,24 @@ from ipc.messages import WeightVersion
 
 
 class WeightStore:
-    """Placed components by name.
+    """Placed components by device and name: the processes of one device share what is placed there.
 
-    Resource handling: owns one descriptor per component until it is replaced or `close`; the memory is free when that
-    and every mapping of it are gone.
+    Resource handling: owns one descriptor per component and device until it is replaced or `close`; the memory is free
+    when that and every mapping of it are gone.
     """
 
     def __init__(self) -> None:
-        self._placed: dict[str, tuple[WeightVersion, int]] = {}
+        self._placed: dict[tuple[str, str], tuple[WeightVersion, int]] = {}
 
-    def keep(self, version: WeightVersion, fd: int) -> None:
-        """Take over the descriptor of a component; one that was kept before is let go."""
-        if (old := self._placed.pop(version.component, None)) is not None:
+    def keep(self, device: str, version: WeightVersion, fd: int) -> None:
+        """Take over the descriptor of a component; one that was kept before for this device is let go."""
+        if (old := self._placed.pop((device, version.component), None)) is not None:
             os.close(old[1])
-        self._placed[version.component] = (version, fd)
+        self._placed[device, version.component] = (version, fd)
 
-    def of(self, components: Collection[str]) -> list[tuple[WeightVersion, int]]:
-        """Those of these components that are placed; the descriptors stay owned by this object."""
-        return [placed for name, placed in self._placed.items() if name in components]
+    def of(self, device: str, components: Collection[str]) -> list[tuple[WeightVersion, int]]:
+        """Those of these components that are placed on a device; the descriptors stay owned by this object."""
+        return [placed for (where, name), placed in self._placed.items() if where == device and name in components]
 
     def versions(self) -> list[WeightVersion]:
         return [version for version, _ in self._placed.values()]

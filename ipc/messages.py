@@ -9,8 +9,9 @@ Three conversations, each with its own closed set of tagged structs, encoded as 
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -20,12 +21,28 @@ from ipc.errors import Failure
 PROTOCOL_VERSION = 1
 
 StageName = Literal["text", "dit", "vae", "writer"]
+Seat = str
+"""The place of a process that is one stage: the stage's name, or "dit:1", "dit:2", ... for further dits."""
+
 Phase = Literal["text", "encode", "denoise", "decode", "write"]
 """What a quantum does. `encode` and `decode` both run on the vae stage; the others on the stage of their name."""
 
 STAGE_OF_PHASE: dict[Phase, StageName] = {
     "text": "text", "encode": "vae", "denoise": "dit", "decode": "vae", "write": "writer",
 }  # fmt: skip
+
+
+@functools.cache
+def stage_of(seat: Seat) -> StageName:
+    """What the process at this seat is."""
+    stage = seat.partition(":")[0]
+    assert stage in STAGE_OF_PHASE.values() and stage in (seat, "dit"), f"no such seat: {seat}"
+    return cast(StageName, stage)
+
+
+def number_of(seat: Seat) -> int:
+    """Which of its stage's processes it is."""
+    return int(seat.partition(":")[2] or 0)
 
 
 # Client -> server.
@@ -180,7 +197,7 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
 class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: starting, up, restarting, failed, stopped. `loading`: while it starts, what it reads just now."""
 
-    name: StageName
+    name: Seat
     state: Literal["starting", "up", "restarting", "failed", "stopped"]
     pid: int | None
     device: str
@@ -234,6 +251,8 @@ class QueueSpec(msgspec.Struct, frozen=True, kw_only=True):
     slot_bytes: int
     device: int | None = None
     """Number of the GPU that the payload is on; None: host memory."""
+    producers: int = 1
+    consumers: int = 1
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,6 +262,8 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     slot_bytes: int
     device: int | None = None
     """Number of the GPU that the payload is on; None: host memory."""
+    shared: bool = False
+    """Several processes compute: only the supervisor hands out free slots."""
 
 
 Naming = Literal["diffusers", "original"]
@@ -299,6 +320,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """
 
     stages: list[StageName]
+    number: int = 0
+    """Which of several dits this is; 0 for all else."""
     epoch: int
     supervisor_pid: int
     model: str

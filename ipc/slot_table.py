@@ -4,15 +4,16 @@ Every number is a u64 at an aligned offset. Assumed of the machine: an aligned 8
 AArch64), and CPython's assignment to an element of a "Q" memoryview is one such store. A state is stored after a
 `fence`, and read before one, so whoever sees READY sees the header and payload that belong to it.
 
-Who writes what: the producer writes everything about a FREE slot and the transitions FREE -> WRITING -> READY (or back
-to FREE); the consumer writes READY -> READING -> FREE (or READY -> FREE). The supervisor writes in the place of a
+Who writes what: a slot belongs to one of the producers, `slot % producers` being its number, which writes everything
+about it while it is FREE and the transitions FREE -> WRITING -> READY (or back to FREE). A consumer writes READY ->
+READING -> FREE (or READY -> FREE), and a task is with one consumer at a time. The supervisor writes in the place of a
 process that is dead and reaped. So a word never has two writers at a time, and no lock is needed.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import SharedMemory, fence
@@ -20,14 +21,22 @@ from ipc.memory import SharedMemory, fence
 _MAGIC = int.from_bytes(b"tensorq1", "little")
 
 # Words of the table's own header.
-_SLOTS, _SLOT_BYTES, PRODUCER_EPOCH, CONSUMER_EPOCH, PUTS, BYTES, PEAK = range(1, 8)
+_SLOTS, _SLOT_BYTES = 1, 2
+_PRODUCER_EPOCHS, _CONSUMER_EPOCHS = 8, 20
+MAX_PROCESSES = 12
+"""At each side of one table."""
 _HEADER_WORDS = 32
 
 # Words of a slot.
 _STATE, _TICKET, _WRITER_EPOCH, _READER_EPOCH, _SEQUENCE, _NBYTES, _TASK, _, _DTYPE, _, _NDIM, _SHAPE = range(12)
+_PUTS, _BYTES, _PEAK = range(24, 27)
 _SLOT_WORDS = 32
 _DTYPE_BYTES = 16
 _TASK_BYTES = 16
+
+
+Side = Literal["producer", "consumer"]
+_EPOCHS: dict[Side, int] = {"producer": _PRODUCER_EPOCHS, "consumer": _CONSUMER_EPOCHS}
 
 
 class SlotState(IntEnum):
@@ -35,6 +44,12 @@ class SlotState(IntEnum):
     WRITING = 1
     READY = 2
     READING = 3
+
+
+_HELD_BY: dict[Side, tuple[SlotState, int]] = {
+    "producer": (SlotState.WRITING, _WRITER_EPOCH), "consumer": (SlotState.READING, _READER_EPOCH),
+}  # fmt: skip
+"""The state of a slot that a side has in hand, and the word that says who has it."""
 
 
 class Key(NamedTuple):
@@ -51,6 +66,14 @@ class Contents(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     ticket: int
+
+
+class Counts(NamedTuple):
+    """Of all puts there were: how many, their bytes, and the most slots that were not FREE at once."""
+
+    puts: int
+    bytes: int
+    peak: int
 
 
 class SlotTable:
@@ -85,12 +108,29 @@ class SlotTable:
     def fd(self) -> int:
         return self._memory.fd
 
-    def count(self, word: int) -> int:
-        """One of the counters: PRODUCER_EPOCH, CONSUMER_EPOCH, PUTS, BYTES, PEAK."""
-        return self._words[word]
+    def enter(self, side: Side, number: int, epoch: int) -> None:
+        """Note the epoch of the process that is this side's `number`th from now on."""
+        self._words[_EPOCHS[side] + number] = epoch
 
-    def set_count(self, word: int, value: int) -> None:
-        self._words[word] = value
+    def counts(self) -> Counts:
+        """Each slot counts for itself, so that no two producers write one word."""
+        slots = [_word(slot, 0) for slot in range(self.slots)]
+        words = self._words
+        return Counts(
+            puts=sum(words[base + _PUTS] for base in slots),
+            bytes=sum(words[base + _BYTES] for base in slots),
+            peak=max(words[base + _PEAK] for base in slots),
+        )
+
+    def count_depth(self, slot: int) -> None:
+        """Note, at this slot, how many slots are not FREE."""
+        base = _word(slot, 0)
+        self._words[base + _PEAK] = max(self._words[base + _PEAK], self.depth())
+
+    def count_put(self, slot: int, nbytes: int) -> None:
+        base = _word(slot, 0)
+        self._words[base + _PUTS] += 1
+        self._words[base + _BYTES] += nbytes
 
     def states(self) -> list[int]:
         return [self._words[_word(slot, _STATE)] for slot in range(self.slots)]
@@ -99,9 +139,17 @@ class SlotTable:
         """Slots that are not FREE."""
         return sum(state != SlotState.FREE for state in self.states())
 
-    def first(self, state: SlotState) -> int | None:
-        """The lowest slot in this state."""
-        return next((slot for slot, got in enumerate(self.states()) if got == state), None)
+    def free(self, number: int, producers: int) -> int | None:
+        """The lowest FREE slot of those that belong to the `number`th of so many producers."""
+        states = self.states()
+        return next((slot for slot in range(number, self.slots, producers) if states[slot] == SlotState.FREE), None)
+
+    def in_hand(self, side: Side, epoch: int) -> list[int]:
+        """Slots that the process of this epoch is writing, or reading."""
+        held, stamp = _HELD_BY[side]
+        wanted = [slot for slot, state in enumerate(self.states()) if state == held]
+        fence()
+        return [slot for slot in wanted if self._words[_word(slot, stamp)] == epoch]
 
     def find(self, key: Key, states: tuple[SlotState, ...]) -> int | None:
         """The slot with this key in one of these states."""
@@ -121,12 +169,12 @@ class SlotTable:
         fence()
         self._words[_word(slot, _STATE)] = state
 
-    def describe(self, slot: int, key: Key, dtype: str, shape: tuple[int, ...]) -> None:
-        """Write what the FREE `slot` is going to hold."""
+    def describe(self, slot: int, key: Key, dtype: str, shape: tuple[int, ...], epoch: int) -> None:
+        """Write what the FREE `slot` is going to hold, and who writes it."""
         base = _word(slot, 0)
         words = self._words
         words[base + _TICKET] = (words[base + _TICKET] + 1) & MAX_U64
-        words[base + _WRITER_EPOCH] = words[PRODUCER_EPOCH]
+        words[base + _WRITER_EPOCH] = epoch
         words[base + _READER_EPOCH] = 0
         words[base + _SEQUENCE] = key.sequence
         words[base + _NBYTES] = tensor_bytes(dtype, shape)
@@ -136,9 +184,9 @@ class SlotTable:
         self._bytes[_byte(slot, _TASK) :][:_TASK_BYTES] = pack_task(key.task)
         self._bytes[_byte(slot, _DTYPE) :][:_DTYPE_BYTES] = pack_name(dtype, _DTYPE_BYTES)
 
-    def stamp_reader(self, slot: int) -> None:
-        """Note that the present consumer has this slot."""
-        self._words[_word(slot, _READER_EPOCH)] = self._words[CONSUMER_EPOCH]
+    def stamp_reader(self, slot: int, epoch: int) -> None:
+        """Note that the consumer of this epoch has this slot."""
+        self._words[_word(slot, _READER_EPOCH)] = epoch
 
     def contents(self, slot: int) -> Contents:
         base = _word(slot, 0)
@@ -190,12 +238,16 @@ class SlotTable:
             found.append(f"slot {slot}: {contents.dtype!r} {contents.shape} is no tensor")
         elif contents.nbytes != tensor_bytes(contents.dtype, contents.shape) or contents.nbytes > slot_bytes:
             found.append(f"slot {slot}: {contents.nbytes} bytes for {contents.dtype} {contents.shape} of {slot_bytes}")
-        side = {SlotState.WRITING: (_WRITER_EPOCH, PRODUCER_EPOCH), SlotState.READING: (_READER_EPOCH, CONSUMER_EPOCH)}
-        if state in side:
-            stamped, present = (self._words[_word(slot, side[state][0])], self._words[side[state][1]])
-            if stamped != present:
-                found.append(f"slot {slot}: {state.name} since epoch {stamped}, but the process is of epoch {present}")
+        for side, (held, stamp) in _HELD_BY.items():
+            stamped, present = self._words[_word(slot, stamp)], self._epochs(side)
+            if state == held and stamped not in present:
+                epochs = " or ".join(map(str, present)) or "0"
+                found.append(f"slot {slot}: {state.name} since epoch {stamped}, but the process is of epoch {epochs}")
         return found
+
+    def _epochs(self, side: Side) -> list[int]:
+        """Of the newest processes that were at this side."""
+        return [epoch for epoch in self._words[_EPOCHS[side] :][:MAX_PROCESSES] if epoch]
 
     def _sequence(self, slot: int) -> int:
         return self._words[_word(slot, _SEQUENCE)]

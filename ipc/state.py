@@ -34,8 +34,8 @@ _DTYPE_BYTES = 16
 _TASK_BYTES = 16
 
 # Words of the file's header (its own page), of a slot (its own page), of a half and of a tensor in it.
-_MAGIC_WORD, _SLOTS, _SLOT_BYTES, _EPOCH, _COMMITS, _PEAK = range(6)
-_STATE, _COMMITTED, _TASK = range(3)
+_MAGIC_WORD, _SLOTS, _SLOT_BYTES, _PEAK = range(4)
+_STATE, _COMMITTED, _TASK, _, _OWNER, _COMMITS = range(6)
 _FIRST_HALF = 8
 _STEP, _TENSORS, _FIRST_TENSOR = range(3)
 _NAME, _DTYPE, _NDIM, _SHAPE, _OFFSET, _NBYTES = 0, 4, 6, 7, 15, 16
@@ -58,10 +58,12 @@ class StateStatistics:
 
 
 class StateSlots:
-    """The stage's end, or the supervisor's handle.
+    """A stage's end, or the supervisor's handle.
 
-    One process at a time claims, commits and releases; the supervisor only writes (`release_except`) after that process
-    is dead and reaped, or for tasks that it has dropped.
+    One process hands out free slots: where several compute (`StateSpec.shared`), the supervisor claims one for a task
+    before any of them hears of it. The process that has the task claims it, which makes it the slot's owner, commits
+    and releases. The next one claims it after the owner is dead and reaped; only then, or for tasks that the owner has
+    dropped, does the supervisor release. So a word never has two writers at a time.
 
     Resource handling: owns 2 descriptors; `attach` duplicates the ones it is given. Memory under a view from
     `StateSlot.load` stays mapped until the view is gone.
@@ -69,16 +71,18 @@ class StateSlots:
     Error handling: ValueError for a state that does not fit; RuntimeError when every slot is taken.
     """
 
-    def __init__(self, spec: StateSpec, headers: SharedMemory, payload: Payload) -> None:
+    def __init__(self, spec: StateSpec, headers: SharedMemory, payload: Payload, epoch: int = 0) -> None:
         """Take over the parts; use `create` or `attach`."""
         self._spec = spec
+        self.epoch = epoch
+        """Of the process whose end this is; 0: the supervisor."""
         self._headers = headers
         self._payload = payload
         self._bytes = headers.view
         self._words = headers.view.cast("Q")
 
     @classmethod
-    def create(cls, slots: int, slot_bytes: int, on: DeviceFd | None = None) -> Self:
+    def create(cls, slots: int, slot_bytes: int, shared: bool = False, on: DeviceFd | None = None) -> Self:
         """Room for `slots` tasks whose state takes at most `slot_bytes` bytes; twice that is allocated.
 
         `on`: GPU memory of `state_payload_bytes` bytes for them, whose descriptor is taken over; None: host memory.
@@ -91,7 +95,7 @@ class StateSlots:
             payload = make_payload("state", 2 * slots, _half_bytes(slot_bytes), on)
             undo.pop_all()
         device = None if on is None else on.device
-        states = cls(StateSpec(slots=slots, slot_bytes=slot_bytes, device=device), headers, payload)
+        states = cls(StateSpec(slots=slots, slot_bytes=slot_bytes, shared=shared, device=device), headers, payload)
         states._words[_SLOTS] = slots
         states._words[_SLOT_BYTES] = slot_bytes
         states._words[_MAGIC_WORD] = _MAGIC
@@ -107,12 +111,11 @@ class StateSlots:
             undo.callback(headers.close)
             payload = attach_payload(2 * spec.slots, _half_bytes(spec.slot_bytes), [fds[1]], spec.device)
             undo.callback(payload.close)
-            states = cls(spec, headers, payload)
+            states = cls(spec, headers, payload, epoch)
             undo.callback(states.close)
             if problem := states._header_problem():
                 raise ValueError(problem)
             undo.pop_all()
-        states._words[_EPOCH] = epoch
         return states
 
     @property
@@ -125,15 +128,21 @@ class StateSlots:
         return [self._headers.fd, *self._payload.fds]
 
     def claim(self, task: str) -> StateSlot:
-        """The task's own slot, with its state, if it has one; else a free one; RuntimeError if none is free."""
+        """The task's own slot, with its state, if it has one; else a free one. From now on this process owns it.
+
+        RuntimeError if none is free, or if it is not for this process to hand one out."""
         if (own := self.find(task)) is not None:
+            self._words[_word(own.index, _OWNER)] = self.epoch
             return own
+        if self._spec.shared and self.epoch:
+            raise RuntimeError(f"state slots: got task {task}, expected one that the supervisor has claimed a slot for")
         taken = self._taken()
         free = next((slot for slot in range(self._spec.slots) if slot not in taken), None)
         if free is None:
             raise RuntimeError(f"state slots: got task {task}, expected a free slot; all {self._spec.slots} are taken")
         self._bytes[_byte(free, _TASK) :][:_TASK_BYTES] = pack_task(task)
         self._words[_word(free, _COMMITTED)] = 0
+        self._words[_word(free, _OWNER)] = self.epoch
         fence()
         self._words[_word(free, _STATE)] = _TAKEN
         self._words[_PEAK] = max(self._words[_PEAK], len(taken) + 1)
@@ -167,7 +176,7 @@ class StateSlots:
             slot_bytes=self._spec.slot_bytes,
             depth=len(taken),
             peak=self._words[_PEAK],
-            commits=self._words[_COMMITS],
+            commits=sum(self._words[_word(slot, _COMMITS)] for slot in range(self._spec.slots)),
             tasks=tuple(owner.hex() for owner in taken.values()),
         )
 
@@ -204,7 +213,10 @@ class StateSlots:
     def _publish(self, slot: int, committed: int) -> None:
         fence()
         self._words[_word(slot, _COMMITTED)] = committed
-        self._words[_COMMITS] += 1
+        self._words[_word(slot, _COMMITS)] += 1
+
+    def _owner(self, slot: int) -> int:
+        return self._words[_word(slot, _OWNER)]
 
     def _half(self, slot: int, committed: int) -> _Half:
         """The half that the commit of this number is in, or goes into."""
@@ -248,6 +260,8 @@ class StateSlot:
 
     def commit(self, step: int, tensors: Mapping[str, StateTensor]) -> None:
         """Copy a whole state in and make it the committed one. On an error the committed one stays what it was."""
+        owner = self._states._owner(self.index)
+        assert owner == self._states.epoch, f"state: commit by epoch {self._states.epoch}, but epoch {owner} owns it"
         self._check(step, tensors)
         number = self._states._committed(self.index) + 1
         self._states._half(self.index, number).write(step, tensors)

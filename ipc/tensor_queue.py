@@ -3,6 +3,9 @@
 A fixed number of slots of a fixed size. A slot goes FREE -> WRITING -> READY -> READING -> FREE. The producer writes
 the tensor into the slot itself and the consumer reads it there, so handing over costs one copy. The supervisor's
 descriptors keep the bytes alive when either side dies, so a restarted consumer finds its slots again.
+
+Several processes may be at one side. Each producer fills its own part of the slots; a task is with one consumer at a
+time. What a dead process had in hand is told from what its siblings have by its epoch, which is on every slot.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from typing import Literal, Self
 from ipc.layout import MAX_U64, tensor_bytes
 from ipc.messages import QueueSpec, QueueStatistics
 from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload
-from ipc.slot_table import BYTES, CONSUMER_EPOCH, PEAK, PRODUCER_EPOCH, PUTS, Key, SlotState, SlotTable
+from ipc.slot_table import MAX_PROCESSES, Key, Side, SlotState, SlotTable
 
 FDS_PER_QUEUE = 4
 """Header memfd, payload memfd (or GPU memory's descriptor), eventfd "ready" (producer to consumer), eventfd "free"
 (consumer to producer)."""
 
-Side = Literal["producer", "consumer"]
+LOOK_AGAIN = 0.1
+"""Seconds after which one who waits looks again unasked: a sibling, which waits for something else, may have heard the
+signal that was meant for it."""
+
 Role = Literal["producer", "consumer", "supervisor"]
 
 _HELD = (SlotState.READY, SlotState.READING)
@@ -55,8 +61,9 @@ class TensorQueue:
     """One end of a queue, or the supervisor's handle on it.
 
     `create` makes the supervisor's handle, which holds everything; `attach` makes a producer's or consumer's end from
-    its `spec` and `fds`. A queue has at most one living producer and one living consumer, and each end is used by one
-    thread at a time. When a side is dead **and reaped**, the supervisor calls `reclaim` before a new process attaches.
+    its `spec` and `fds`. A queue has at most one living process of each number at each side, and each end is used by
+    one thread at a time. When a process is dead **and reaped**, the supervisor calls `reclaim` before a new one of its
+    number attaches, and before a task that it had goes to a sibling.
 
     Resource handling: owns 4 descriptors; `attach` duplicates the ones it is given, so the caller still closes those.
     Memory under a `Slot.view` stays mapped until the view is gone, even after `close`.
@@ -66,25 +73,54 @@ class TensorQueue:
     """
 
     def __init__(
-        self, spec: QueueSpec, role: Role, table: SlotTable, payload: Payload, ready_fd: int, free_fd: int
+        self,
+        spec: QueueSpec,
+        role: Role,
+        table: SlotTable,
+        payload: Payload,
+        ready_fd: int,
+        free_fd: int,
+        *,
+        epoch: int = 0,
+        number: int = 0,
     ) -> None:
         """Take over the parts; use `create` or `attach`."""
         self._spec = spec
         self._role = role
+        self._epoch = epoch
+        self._number = number
         self._table = table
         self._payload = payload
         self._ready_fd = ready_fd
         self._free_fd = free_fd
 
     @classmethod
-    def create(cls, name: str, slots: int, slot_bytes: int, on: DeviceFd | None = None) -> Self:
+    def create(
+        cls,
+        name: str,
+        slots: int,
+        slot_bytes: int,
+        producers: int = 1,
+        consumers: int = 1,
+        on: DeviceFd | None = None,
+    ) -> Self:
         """Allocate `slots` slots for tensors of at most `slot_bytes` bytes; OSError when the memory is not there.
 
-        `on`: GPU memory of `payload_bytes` bytes for them, whose descriptor is taken over; None: host memory.
+        Of several producers, each has its part of the slots: as many as there may be of all tensors together, if none
+        is to wait while another has slots to spare. `on`: GPU memory of `payload_bytes` bytes for the slots, whose
+        descriptor is taken over; None: host memory.
         """
         if slots < 1 or slot_bytes < 1:
             raise ValueError(f"queue {name!r}: got {slots} slots of {slot_bytes} bytes, expected at least 1 of 1")
-        spec = QueueSpec(name=name, slots=slots, slot_bytes=slot_bytes, device=None if on is None else on.device)
+        if not (1 <= producers <= min(slots, MAX_PROCESSES) and 1 <= consumers <= MAX_PROCESSES):
+            raise ValueError(
+                f"queue {name!r}: got {producers} producers and {consumers} consumers of {slots} slots, expected 1 to "
+                f"{MAX_PROCESSES} of each, and a slot for each producer"
+            )
+        spec = QueueSpec(
+            name=name, slots=slots, slot_bytes=slot_bytes, producers=producers, consumers=consumers,
+            device=None if on is None else on.device,
+        )  # fmt: skip
         with contextlib.ExitStack() as undo:
             table = SlotTable.create(f"{name}-headers", slots, slot_bytes)
             undo.callback(table.close)
@@ -97,10 +133,13 @@ class TensorQueue:
         return cls(spec, "supervisor", table, payload, ready_fd, free_fd)
 
     @classmethod
-    def attach(cls, spec: QueueSpec, fds: list[int], role: Side, epoch: int) -> Self:
-        """The end of a process of this epoch (at least 1). ValueError if the descriptors do not fit the spec."""
+    def attach(cls, spec: QueueSpec, fds: list[int], role: Side, epoch: int, number: int = 0) -> Self:
+        """The end of a process of this epoch (at least 1), the `number`th of its side. ValueError if the descriptors or
+        the number do not fit the spec."""
         if len(fds) != FDS_PER_QUEUE:
             raise ValueError(f"queue {spec.name!r}: got {len(fds)} descriptors, expected {FDS_PER_QUEUE}")
+        if not 0 <= number < (count := spec.producers if role == "producer" else spec.consumers):
+            raise ValueError(f"queue {spec.name!r}: got {role} {number}, expected 0 to {count - 1}")
         header, payload_fd, ready, free = fds
         with contextlib.ExitStack() as undo:
             table = SlotTable.attach(header, spec.slots, spec.slot_bytes)
@@ -111,8 +150,8 @@ class TensorQueue:
             undo.callback(os.close, ready_fd)
             free_fd = os.dup(free)
             undo.pop_all()
-        table.set_count(PRODUCER_EPOCH if role == "producer" else CONSUMER_EPOCH, epoch)
-        return cls(spec, role, table, payload, ready_fd, free_fd)
+        table.enter(role, number, epoch)
+        return cls(spec, role, table, payload, ready_fd, free_fd, epoch=epoch, number=number)
 
     @property
     def spec(self) -> QueueSpec:
@@ -130,7 +169,8 @@ class TensorQueue:
         """A free slot to write a tensor into, C-contiguous; leaving the block publishes it, an exception gives it back.
         On a GPU the writing must be done, not only queued, when the block is left.
 
-        Waits up to `timeout` seconds for a free slot. A key that is already there is a ValueError: ask `holds` first.
+        Waits up to `timeout` seconds for a free slot of this producer's part. A key that is already there is a
+        ValueError: ask `holds` first.
         """
         assert self._role == "producer", f"put by the {self._role}"
         key = self._key(task, sequence)
@@ -139,23 +179,25 @@ class TensorQueue:
             raise ValueError(f"queue {self._spec.name!r}: got {nbytes} bytes, expected at most {self._spec.slot_bytes}")
         if self._table.find(key, (*_HELD, SlotState.WRITING)) is not None:
             raise ValueError(f"queue {self._spec.name!r}: task {task} sequence {sequence} is already there")
-        slot = self._await(self._free_fd, lambda: self._table.first(SlotState.FREE), timeout, "free slot")
-        self._table.describe(slot, key, dtype, shape)
+        slot = self._await(self._free_fd, self._free_slot, timeout, "free slot")
+        self._table.describe(slot, key, dtype, shape, self._epoch)
         self._table.transition(slot, SlotState.FREE, SlotState.WRITING)
-        self._table.set_count(PEAK, max(self._table.count(PEAK), self._table.depth()))
+        self._table.count_depth(slot)
         try:
             yield self._payload.view(slot)[:nbytes]
         except BaseException:
             self._table.transition(slot, SlotState.WRITING, SlotState.FREE)
             raise
-        self._table.set_count(PUTS, self._table.count(PUTS) + 1)
-        self._table.set_count(BYTES, self._table.count(BYTES) + nbytes)
+        self._table.count_put(slot, nbytes)
         self._table.transition(slot, SlotState.WRITING, SlotState.READY)
         os.eventfd_write(self._ready_fd, 1)
 
     def holds(self, task: str, sequence: int) -> bool:
         """Whether this tensor is already there: a quantum that is run again after a crash need not put it again."""
         return self._table.find(self._key(task, sequence), _HELD) is not None
+
+    def _free_slot(self) -> int | None:
+        return self._table.free(self._number, self._spec.producers)
 
     # Consumer.
 
@@ -166,7 +208,7 @@ class TensorQueue:
         what = f"task {task} sequence {sequence}"
         slot = self._await(self._ready_fd, lambda: self._table.find(key, _HELD), timeout, what)
         if self._table.states()[slot] == SlotState.READY:
-            self._table.stamp_reader(slot)
+            self._table.stamp_reader(slot, self._epoch)
             self._table.transition(slot, SlotState.READY, SlotState.READING)
         contents = self._table.contents(slot)
         return Slot(
@@ -177,7 +219,7 @@ class TensorQueue:
         )
 
     def release(self, task: str) -> int:
-        """Free every slot of this task that is READY or READING; how many there were.
+        """Free every slot of this task, which is with this consumer, that is READY or READING; how many there were.
 
         A slot that the producer is still writing is not among them: make the producer drop the task first.
         """
@@ -191,17 +233,17 @@ class TensorQueue:
 
     # Supervisor.
 
-    def reclaim(self, dead: Side) -> int:
-        """Give back what a side that is dead and reaped had in hand; how many slots.
+    def reclaim(self, dead: Side, epoch: int) -> int:
+        """Give back what the process of this epoch, dead and reaped, had in hand at this side; how many slots.
 
-        The producer's half-written slots become FREE; what the consumer was reading becomes READY for its successor.
+        A producer's half-written slots become FREE; what a consumer was reading becomes READY for whoever is next.
         """
         assert self._role == "supervisor", f"reclaim by the {self._role}"
         had, becomes = {
             "producer": (SlotState.WRITING, SlotState.FREE),
             "consumer": (SlotState.READING, SlotState.READY),
         }[dead]
-        slots = [slot for slot, state in enumerate(self._table.states()) if state == had]
+        slots = self._table.in_hand(dead, epoch)
         for slot in slots:
             self._table.transition(slot, had, becomes)
         return len(slots)  # nobody to wake: a successor looks before it waits
@@ -218,14 +260,15 @@ class TensorQueue:
 
     def statistics(self) -> QueueStatistics:
         """Counted since `create`, across restarts of either side."""
+        counts = self._table.counts()
         return QueueStatistics(
             name=self._spec.name,
             slots=self._spec.slots,
             slot_bytes=self._spec.slot_bytes,
             depth=self._table.depth(),
-            peak=self._table.count(PEAK),
-            puts=self._table.count(PUTS),
-            bytes=self._table.count(BYTES),
+            peak=counts.peak,
+            puts=counts.puts,
+            bytes=counts.bytes,
         )
 
     def check_integrity(self) -> list[str]:
@@ -263,8 +306,9 @@ class TensorQueue:
             if poller is None:
                 poller = select.poll()
                 poller.register(eventfd, select.POLLIN)
-            if poller.poll(math.ceil(left * 1000)):
-                os.eventfd_read(eventfd)  # before the next look: what changes after the look sets it again
+            if poller.poll(math.ceil(min(left, LOOK_AGAIN) * 1000)):
+                with contextlib.suppress(BlockingIOError):  # a sibling was faster
+                    os.eventfd_read(eventfd)  # before the next look: what changes after the look sets it again
         return found
 
     def _key(self, task: str, sequence: int) -> Key:

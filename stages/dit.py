@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ipc.errors import BadRequest, NumericalError
 from ipc.messages import Job, Run, Start
-from ipc.state import StateSlots
+from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import solvers
 from stages.models.transformer import WanTransformer, keeps_float32
@@ -45,6 +45,8 @@ class Denoising:
     job: Job
     schedule: Schedule
     image: ImageLatents
+    slot: StateSlot
+    """Where its state is committed."""
     latents: Tensor
     """[C, T, H, W] float32."""
     history: Tensor
@@ -145,11 +147,11 @@ class DitStage:
             done, tensors = committed
             latents = tensors["latents"].to(self._device)
             history = tensors.get("history", solvers.new_state(schedule, latents)).to(self._device)
-            return Denoising(job, schedule, image, latents, history, done)
+            return Denoising(job, schedule, image, slot, latents, history, done)
         noise = get_noise(job.seed, latent_shape(job, self._start.vae), self._noise_device(job))
         init = self._init_latents(job, 0, noise.device) if job.init and job.init_as == "start" else None
         latents = pin_first_frame(first_sample(schedule, noise, init).to(self._device), image.first_frame)
-        return Denoising(job, schedule, image, latents, solvers.new_state(schedule, latents))
+        return Denoising(job, schedule, image, slot, latents, solvers.new_state(schedule, latents))
 
     def _noise_device(self, job: Job) -> str:
         if job.noise_device == "cpu":
@@ -192,7 +194,7 @@ class DitStage:
         task.latents, task.history = latents, history
         task.done += 1
         state = {"latents": latents} | ({"history": history} if history.numel() else {})
-        commit_tensors(self._states.claim(task.job.id), task.done, state)
+        commit_tensors(task.slot, task.done, state)
         self._links.beat()
 
     def _context(self, task: Denoising, expert: int, negative: bool) -> Context:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from ipc.messages import Component, Job, Run, StageName, Start, WeightVersion
+from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
-from ipc.tensor_queue import FDS_PER_QUEUE, Side, TensorQueue
+from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue
 
 PRODUCERS: dict[str, StageName] = {"prompts": "text", "init_latents": "vae", "latents": "dit", "frames": "vae"}
 CONSUMERS: dict[str, StageName] = {"prompts": "dit", "init_latents": "dit", "latents": "vae", "frames": "writer"}
@@ -94,7 +95,9 @@ def attach_links(
 def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:
     """The ends on this side of the queues, of those whose stage is in this process."""
     return {
-        spec.name: TensorQueue.attach(spec, fds[i * FDS_PER_QUEUE : (i + 1) * FDS_PER_QUEUE], side, start.epoch)
+        spec.name: TensorQueue.attach(
+            spec, fds[i * FDS_PER_QUEUE : (i + 1) * FDS_PER_QUEUE], side, start.epoch, start.number
+        )
         for i, spec in enumerate(start.queues)
         if stages[spec.name] in start.stages
     }

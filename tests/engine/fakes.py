@@ -11,7 +11,7 @@ import msgspec
 
 from engine.events import BeginTask, Capacity, DropTask, Event, Grant, QuantumEnded, TaskDropped, TaskSpec
 from ipc.errors import Failure
-from ipc.messages import Phase, StageName
+from ipc.messages import Phase, Seat, StageName, stage_of
 from tests.engine.observer import demand
 
 
@@ -108,20 +108,20 @@ class Host(Protocol):
 
 
 class Process:
-    """A fake stage process: messages first, then one quantum, then the answer.
+    """A fake process at some seats: messages first, then one quantum, then the answer.
 
     Tasks are dropped between two quanta: at once (`eager`), or in their turn, after what was granted before."""
 
-    def __init__(self, world: Host, stages: tuple[StageName, ...], epoch: int) -> None:
-        self.world, self.stages, self.epoch = world, stages, epoch
+    def __init__(self, world: Host, seats: tuple[Seat, ...], epoch: int) -> None:
+        self.world, self.seats, self.epoch = world, seats, epoch
         self.alive = True
         self.muted = False
         """It is dead, and what it said last is not heard any more."""
-        self.known: set[tuple[StageName, str]] = set()
-        self.spoiled: set[tuple[StageName, str]] = set()
+        self.known: set[tuple[Seat, str]] = set()
+        self.spoiled: set[tuple[Seat, str]] = set()
         """A quantum failed: those granted ahead are skipped."""
         self.files: dict[str, int] = {}
-        self.skipped: set[tuple[StageName, str]] = set()
+        self.skipped: set[tuple[Seat, str]] = set()
         """Is being dropped: what was granted before is answered without being run."""
         self.turns: collections.deque[Grant | DropTask] = collections.deque()
         self.running: Grant | None = None
@@ -163,7 +163,7 @@ class Process:
         demand(task in self.known, f"{drop}: it does not know the task")
         for marks in (self.known, self.spoiled, self.skipped):
             marks.discard(task)
-        self.world.memory.free(drop.stage, drop.id)
+        self.world.memory.free(stage_of(drop.stage), drop.id)
         if drop.stage == "writer":
             self.files.pop(drop.id, None)
         self.report(TaskDropped(drop.stage, self.epoch, drop.id))
@@ -199,6 +199,10 @@ class Process:
     def hand_in(self) -> None:
         if not self.muted and self.unheard:
             self.world.tell(self.unheard.popleft())
+
+    def knows(self, id: str, stage: StageName) -> bool:
+        """It is this stage and has the task."""
+        return self.alive and any(known == id and stage_of(seat) == stage for seat, known in self.known)
 
     def busy(self, id: str, phases: tuple[Phase, ...]) -> bool:
         """It could still put something of this task into a queue."""

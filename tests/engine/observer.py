@@ -34,7 +34,7 @@ from engine.events import (
     TaskSpec,
 )
 from engine.params import STAGES
-from ipc.messages import STAGE_OF_PHASE, Phase, StageName
+from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName, stage_of
 
 SLOWEST = 3.0
 """The simulator's quanta take at most this many times what they are estimated to."""
@@ -88,25 +88,37 @@ class Observer:
 
     def __init__(self, capacity: Capacity, policy: Policy) -> None:
         self.capacity, self.policy = capacity, policy
-        self.up: dict[StageName, int] = {}
-        self.outstanding: dict[StageName, collections.deque[Grant]] = {s: collections.deque() for s in STAGES}
-        self.told: set[tuple[StageName, str]] = set()
-        self.dropping: set[tuple[StageName, str]] = set()
+        self.seats = tuple(capacity.devices)
+        self.up: dict[Seat, int] = {}
+        self.outstanding: dict[Seat, collections.deque[Grant]] = {seat: collections.deque() for seat in self.seats}
+        self.told: set[tuple[Seat, str]] = set()
+        self.dropping: set[tuple[Seat, str]] = set()
         self.tasks: dict[str, Seen] = {}
         self.live: dict[str, Seen] = {}
-        self.failed: set[StageName] = set()
+        self.failed: set[Seat] = set()
         self.forgiven = False
         """The last process that was lost had come up and was killed from outside: its restart does not count."""
-        self.restarts: dict[StageName, list[float]] = {s: [] for s in STAGES}
+        self.restarts: dict[Seat, list[float]] = {seat: [] for seat in self.seats}
         self.limits: dict[str, int] = {
             "prompts": capacity.prompts, "init_latents": capacity.init_latents, "states": capacity.states,
             "latents": capacity.latents, "frames": capacity.frames,
         }  # fmt: skip
         self.held: dict[str, set[Any]] = {slots: set() for slots in self.limits}
         groups = collections.defaultdict(list)
-        for stage in STAGES:
-            groups[capacity.devices[stage] or f"none:{stage}"].append(stage)
-        self.groups: list[list[StageName]] = list(groups.values())
+        for seat, device in capacity.devices.items():
+            groups[device or f"none:{seat}"].append(seat)
+        self.groups: list[list[Seat]] = list(groups.values())
+
+    @property
+    def hopeless(self) -> list[StageName]:
+        """Stages all of whose seats have failed."""
+        return [name for name in STAGES if all(seat in self.failed for seat in self.seats if stage_of(seat) == name)]
+
+    def seat(self, id: str, stage: StageName) -> Seat | None:
+        """Where the task is known, of those that are this stage."""
+        found = [seat for seat, known in self.told | self.dropping if known == id and stage_of(seat) == stage]
+        demand(len(found) <= 1, f"{id} is at {' and '.join(sorted(found))}")
+        return found[0] if found else None
 
     # Events.
 
@@ -117,7 +129,7 @@ class Observer:
                 self._hear_ended(event)
             case TaskDropped(stage, epoch, id) if self.up.get(stage) == epoch:
                 self.dropping.remove((stage, id))
-                self._free(stage, id)
+                self._free(stage_of(stage), id)
             case Submitted(spec):
                 total: dict[Phase, int] = {
                     "text": 1, "encode": int(spec.encode), "denoise": spec.denoise, "decode": spec.chunks,
@@ -153,7 +165,7 @@ class Observer:
             if event.phase == "write" and not seen.ended:
                 self.held["frames"].discard((event.id, event.index))
 
-    def _hear_lost(self, stages: list[StageName], outside: bool) -> None:
+    def _hear_lost(self, stages: list[Seat], outside: bool) -> None:
         for grant in [self.outstanding[s][0] for s in stages if self.outstanding[s]]:
             seen, where = self.tasks[grant.id], (grant.phase, grant.index)
             seen.crashes += not outside
@@ -189,14 +201,15 @@ class Observer:
                     self._judge_grant(action)
                 case BeginTask(stage, id):
                     demand(stage in self.up, f"{action}: the stage is down")
-                    demand((stage, id) not in self.told | self.dropping, f"{action}: told before")
+                    where = self.seat(id, stage_of(stage))
+                    demand(where is None, f"{action}: told before, at {where}")
                     self.told.add((stage, id))
                 case DropTask(stage, id):
                     demand((stage, id) in self.told, f"{action}: never told, or dropped before")
                     self.told.remove((stage, id))
                     self.dropping.add((stage, id))
                 case Purge(stage, id):
-                    demand((stage, id) not in self.told | self.dropping, f"{action}: the stage could do it itself")
+                    demand(self.seat(id, stage) is None, f"{action}: the stage could do it itself")
                     self._free(stage, id)
                     if stage == "writer" and id in self.live:
                         seen = self.live[id]
@@ -282,12 +295,12 @@ class Observer:
         legitimate = {
             "cancelled": seen.cancelled,
             "deadline_exceeded": deadline is not None and deadline <= now,
-            "stage_failed": any(seen.needs(stage) for stage in self.failed),
+            "stage_failed": any(seen.needs(stage) for stage in self.hopeless),
             "poisoned_request": seen.poisoned,
         }
         demand(legitimate.get(action.error.code) or action.error.code in seen.errors, f"{action}: without a cause")
 
-    def _judge_restart(self, stage: StageName, now: float) -> None:
+    def _judge_restart(self, stage: Seat, now: float) -> None:
         if self.forgiven:
             return
         self.restarts[stage].append(now)
@@ -304,11 +317,12 @@ class Observer:
 
     def _judge_progress(self, now: float) -> None:
         """Nobody is left who must have ended; no device idles while a task could go on there."""
+        hopeless = self.hopeless
         for id, seen in self.live.items():
             deadline = seen.spec.deadline
             overdue = seen.cancelled or seen.errors or seen.poisoned or (deadline is not None and deadline <= now)
             demand(not overdue, f"{id} should have failed")
-            demand(not any(seen.needs(stage) for stage in self.failed), f"{id} waits for a failed stage")
+            demand(not any(seen.needs(stage) for stage in hopeless), f"{id} waits for a failed stage")
             waits = seen.granted["decode"] > seen.done["decode"]
             demand(not seen.rewinding or waits, f"{id} should start over decoding")
         for stages in self.groups:
@@ -318,11 +332,13 @@ class Observer:
                         idle = next((id for id, seen in self.live.items() if self._could_run(id, seen, stage)), None)
                         demand(idle is None, f"{stage} idles while {idle} could go on")
 
-    def _could_run(self, id: str, seen: Seen, stage: StageName) -> bool:
+    def _could_run(self, id: str, seen: Seen, seat: Seat) -> bool:
+        stage = stage_of(seat)
         if stage == "dit":
             index = seen.granted["denoise"]
             return (
-                index < seen.spec.denoise
+                self.seat(id, stage) in (seat, None)
+                and index < seen.spec.denoise
                 and self._inputs_done(seen, "denoise")
                 and (id in self.held["states"] or len(self.held["states"]) < self.limits["states"])
                 and (index < seen.spec.denoise - 1 or len(self.held["latents"]) < self.limits["latents"])

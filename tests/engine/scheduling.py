@@ -22,14 +22,15 @@ from engine.events import (
 )
 from engine.params import STAGES
 from engine.scheduler import Scheduler
-from ipc.messages import STAGE_OF_PHASE, Phase, StageName
+from ipc.messages import STAGE_OF_PHASE, Phase, Seat
 from tests.engine.simulator import World
 
-ONE_GPU: dict[StageName, str | None] = {"text": "gpu", "dit": "gpu", "vae": "gpu", "writer": None}
-FOUR_DEVICES: dict[StageName, str | None] = {"text": "gpu0", "dit": "gpu1", "vae": "gpu2", "writer": None}
+ONE_GPU: dict[Seat, str | None] = {"text": "gpu", "dit": "gpu", "vae": "gpu", "writer": None}
+FOUR_DEVICES: dict[Seat, str | None] = {"text": "gpu0", "dit": "gpu1", "vae": "gpu2", "writer": None}
+TWO_DITS: dict[Seat, str | None] = {**FOUR_DEVICES, "dit:1": "gpu3"}
 
 
-def capacity(devices: dict[StageName, str | None] = ONE_GPU, **bounds: int) -> Capacity:
+def capacity(devices: dict[Seat, str | None] = ONE_GPU, **bounds: int) -> Capacity:
     defaults = {"prompts": 4, "init_latents": 2, "states": 2, "latents": 3, "frames": 4}
     return Capacity(devices=devices, **(defaults | bounds))
 
@@ -43,9 +44,9 @@ def task(id: str = "a", *, denoise: int = 3, chunks: int = 2, step: float = 1.0,
 class Stages:
     """A scheduler and the plainest of stages: every grant is answered when the test says so."""
 
-    def __init__(self, bounds: Capacity | None = None, up: Iterable[StageName] = STAGES) -> None:
+    def __init__(self, bounds: Capacity | None = None, up: Iterable[Seat] = STAGES) -> None:
         self.scheduler = Scheduler(bounds or capacity())
-        self.epochs: dict[StageName, int] = {}
+        self.epochs: dict[Seat, int] = {}
         for epoch, stage in enumerate(up, 1):
             self.up(stage, epoch)
 
@@ -55,21 +56,21 @@ class Stages:
         assert self.scheduler.check() == []
         return actions
 
-    def up(self, stage: StageName, epoch: int) -> list[Action]:
+    def up(self, stage: Seat, epoch: int) -> list[Action]:
         self.epochs[stage] = epoch
         return self.tell(StageUp(stage, epoch))
 
-    def lost(self, stage: StageName, now: float = 0.0) -> list[Action]:
+    def lost(self, stage: Seat, now: float = 0.0) -> list[Action]:
         return self.tell(StageLost(stage, self.epochs[stage]), now)
 
     def submit(self, spec: TaskSpec) -> list[Action]:
         return self.tell(Submitted(spec))
 
-    def ended(self, id: str, phase: Phase, index: int = 0, **rest: Any) -> list[Action]:
-        stage = STAGE_OF_PHASE[phase]
+    def ended(self, id: str, phase: Phase, index: int = 0, seat: Seat | None = None, **rest: Any) -> list[Action]:
+        stage = seat or STAGE_OF_PHASE[phase]
         return self.tell(QuantumEnded(stage, self.epochs[stage], id, phase, index, **rest))
 
-    def dropped(self, id: str, stage: StageName) -> list[Action]:
+    def dropped(self, id: str, stage: Seat) -> list[Action]:
         return self.tell(TaskDropped(stage, self.epochs[stage], id))
 
     def denoised(self, spec: TaskSpec) -> None:
@@ -85,6 +86,6 @@ def ends(world: World) -> dict[str, float]:
     return {action.id: now for now, action in world.log if isinstance(action, Finish | Fail)}
 
 
-def grants(world: World, stage: StageName) -> list[str]:
-    """Task ids in the order in which this stage was granted quanta of them."""
+def grants(world: World, stage: Seat) -> list[str]:
+    """Task ids in the order in which this seat was granted quanta of them."""
     return [action.id for _, action in world.log if isinstance(action, Grant) and action.stage == stage]

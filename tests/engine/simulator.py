@@ -42,14 +42,14 @@ from engine.events import (
 from engine.params import STAGES
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
-from ipc.messages import Phase, StageName
+from ipc.messages import Phase, Seat, StageName, stage_of
 from tests.engine.fakes import Memory, Nature, Process
 from tests.engine.observer import Observer, Violation, demand
 
 MAX_EVENTS = 20_000
 """Of one history; one that needs more does not drain."""
 
-DEVICES: tuple[dict[StageName, str | None], ...] = (
+DEVICES: tuple[dict[Seat, str | None], ...] = (
     {"text": "gpu", "dit": "gpu", "vae": "gpu", "writer": None},
     {"text": None, "dit": "gpu", "vae": "gpu", "writer": None},
     {"text": "gpu1", "dit": "gpu0", "vae": "gpu1", "writer": None},
@@ -87,19 +87,21 @@ class World:
         """Tasks that kill the process of a stage."""
         self.hunted: dict[str, StageName] = {}
         """Tasks whose process somebody kills whenever this stage runs them."""
-        self.processes: dict[StageName, Process] = {}
+        self.processes: dict[Seat, Process] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[float, Action]] = []
-        self.groups: list[tuple[StageName, ...]] = [STAGES] if fused else [(stage,) for stage in STAGES]
+        self.seats = tuple(capacity.devices)
+        self.groups: list[tuple[Seat, ...]] = [self.seats] if fused else [(seat,) for seat in self.seats]
         self._trace = trace
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
-        self._starting: set[tuple[StageName, ...]] = set()
+        self._starting: set[tuple[Seat, ...]] = set()
         self._epoch = 0
         self._tick_at = float("inf")
         self._ghosts: list[Any] = []
         """Reports of dead processes, still to be heard."""
         self._poisonings: collections.Counter[str] = collections.Counter()
+        self._denoised_at: dict[str, Seat] = {}
         for group in self.groups:
             self._start(group)
 
@@ -160,6 +162,8 @@ class World:
         self.log.append((self.now, action))
         match action:
             case BeginTask() | Grant() | DropTask():
+                if isinstance(action, BeginTask):
+                    self._check_alone(action)
                 self.processes[action.stage].receive(action)
                 self._haunt(action)
             case Purge(stage, id):
@@ -180,9 +184,17 @@ class World:
             self._ghosts.remove(ghost)
             self.at(self.now, self.tell, ghost)
 
+    def _check_alone(self, begin: BeginTask) -> None:
+        """Nobody else of this stage has the task."""
+        stage = stage_of(begin.stage)
+        others = [process.seats for process in self.processes.values() if process.knows(begin.id, stage)]
+        demand(not others, f"{begin}: it is at {others}")
+        if stage == "dit":
+            self.counts["moves"] += self._denoised_at.get(begin.id, begin.stage) != begin.stage
+            self._denoised_at[begin.id] = begin.stage
+
     def _purge(self, stage: StageName, id: str) -> None:
-        process = self.processes.get(stage)
-        knows = process is not None and process.alive and (stage, id) in process.known
+        knows = any(process.knows(id, stage) for process in self.processes.values())
         demand(not knows, f"{stage} is purged of {id}, which it knows")
         busy = any(process.busy(id, FEEDERS[stage]) for process in self.processes.values())
         demand(not busy, f"{stage} is purged of {id}, which is still being made for it")
@@ -200,14 +212,14 @@ class World:
     def begin_quantum(self, process: Process, grant: Grant) -> None:
         random, nature, spec = self.random, self.nature, self.specs[grant.id]
         seconds = spec.cost[grant.phase] * nature.slowness.get(grant.phase, 1.0) * random.uniform(*nature.jitter)
-        if self.poison.get(grant.id) == grant.stage:
+        if self.poison.get(grant.id) == stage_of(grant.stage):
             self.at(self.now + seconds * random.random(), self._poisoned, process, grant.id)
             return
-        if self.hunted.get(grant.id) == grant.stage:
+        if self.hunted.get(grant.id) == stage_of(grant.stage):
             self.at(self.now + seconds * random.random(), self._hunted, process, grant.id)
             return
         if self.now < nature.faults_until and random.random() < nature.crashes:
-            self.at(self.now + seconds * random.random(), self.kill, random.choice(STAGES))
+            self.at(self.now + seconds * random.random(), self.kill, random.choice(self.seats))
         error = Failure("numerical_error", "not finite") if random.random() < nature.errors else None
         self.at(self.now + seconds, process.finish, grant, seconds, error)
 
@@ -226,10 +238,10 @@ class World:
             self._poisonings[id] += not process.muted
             demand(self._poisonings[id] <= 5, f"{id} has had {self._poisonings[id]} processes killed")
 
-    def kill(self, stage: StageName) -> None:
-        if stage in self.processes and self.processes[stage].alive:
+    def kill(self, seat: Seat) -> None:
+        if seat in self.processes and self.processes[seat].alive:
             self.counts["kills"] += 1
-            self._die(self.processes[stage], outside=self.random.random() < 0.5)
+            self._die(self.processes[seat], outside=self.random.random() < 0.5)
 
     def _die(self, process: Process, outside: bool = False) -> None:
         """What it said last is heard before its death, is lost, or comes when its successor is at the same task."""
@@ -239,36 +251,37 @@ class World:
         if fate == "heard":
             noticed = max(noticed, process.heard_until)
         process.muted = fate != "heard"
-        self.at(noticed, self._lose, process.stages, process.epoch, outside)
+        self.at(noticed, self._lose, process.seats, process.epoch, outside)
         if fate == "late":
             self._ghosts += process.unheard
 
-    def _lose(self, stages: tuple[StageName, ...], epoch: int, outside: bool) -> None:
-        for stage in self.random.sample(stages, len(stages)):
-            self.tell(StageLost(stage, epoch, outside))
+    def _lose(self, seats: tuple[Seat, ...], epoch: int, outside: bool) -> None:
+        for seat in self.random.sample(seats, len(seats)):
+            self.tell(StageLost(seat, epoch, outside))
 
-    def _start(self, stages: tuple[StageName, ...]) -> None:
-        self._starting.discard(stages)
+    def _start(self, seats: tuple[Seat, ...]) -> None:
+        self._starting.discard(seats)
         self._epoch += 1
         random, nature = self.random, self.nature
         ready = self.now + random.uniform(0, nature.load)
         trouble = self.now < nature.faults_until
         if trouble and random.random() < nature.gone:
-            self.at(ready, self._vanish, stages)
+            self.at(ready, self._vanish, seats)
         elif trouble and random.random() < nature.start_failures:
             self.counts["start failures"] += 1
-            self.at(ready, self._lose, stages, self._epoch, random.random() < 0.5)
+            self.at(ready, self._lose, seats, self._epoch, random.random() < 0.5)
         else:
-            self.at(ready, self._come_up, Process(self, stages, self._epoch))
+            self.at(ready, self._come_up, Process(self, seats, self._epoch))
 
     def _come_up(self, process: Process) -> None:
-        self.processes.update(dict.fromkeys(process.stages, process))
-        for stage in process.stages:
-            self.tell(StageUp(stage, process.epoch))
+        self.processes.update(dict.fromkeys(process.seats, process))
+        for seat in process.seats:
+            self.tell(StageUp(seat, process.epoch))
 
-    def _vanish(self, stages: tuple[StageName, ...]) -> None:
-        for stage in stages:
-            self.tell(StageGone(stage, Failure("bad_checkpoint", "a tensor is missing; fetch it again")))
+    def _vanish(self, seats: tuple[Seat, ...]) -> None:
+        self.counts["seats gone"] += 1
+        for seat in seats:
+            self.tell(StageGone(seat, Failure("bad_checkpoint", "a tensor is missing; fetch it again")))
 
 
 def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool = False) -> World:
@@ -276,7 +289,7 @@ def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool 
     random = Random(seed)
     fused, top = random.random() < 0.25, random.choice((1, 2, 4))
     capacity = Capacity(
-        devices=DEVICES[-1] if fused else random.choice(DEVICES), prompts=random.randint(1, top + 1),
+        devices=DEVICES[-1] if fused else _with_more_dits(random), prompts=random.randint(1, top + 1),
         init_latents=random.randint(1, top), states=random.randint(1, top), latents=random.randint(1, top),
         frames=random.randint(1, top + 1),
     )  # fmt: skip
@@ -302,8 +315,16 @@ def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool 
     for number in range(random.randint(1, random.choice((2, 4, 7)))):
         _draw_task(world, f"task{number}", random.uniform(0, spread), quiet)
     for _ in range(0 if quiet else random.choice((0, 0, 0, 3))):
-        world.at(random.uniform(0, 10), world.kill, random.choice(STAGES))
+        world.at(random.uniform(0, 10), world.kill, random.choice(world.seats))
     return world
+
+
+def _with_more_dits(random: Random) -> dict[Seat, str | None]:
+    """Devices of all seats, with one to three dits: on devices of their own, or on that of the vae."""
+    devices = dict(random.choice(DEVICES[:-1]))
+    for number in range(1, random.choice((1, 1, 2, 3))):
+        devices[f"dit:{number}"] = random.choice((f"gpu:{number}", f"gpu:{number}", devices["vae"]))
+    return devices
 
 
 def _draw_task(world: World, id: str, when: float, quiet: bool) -> None:

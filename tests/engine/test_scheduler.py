@@ -26,7 +26,7 @@ from engine.events import (
 from engine.params import STAGES
 from engine.scheduler import Scheduler, Snapshot
 from ipc.errors import Failure
-from tests.engine.scheduling import FOUR_DEVICES, Stages, capacity, task
+from tests.engine.scheduling import FOUR_DEVICES, TWO_DITS, Stages, capacity, task
 
 CANCELLED = Failure("cancelled", "the request was cancelled")
 
@@ -320,3 +320,88 @@ def test_an_acknowledgement_of_a_dead_process_frees_nothing() -> None:
     assert len(s.scheduler) == 1
     s.dropped("a", "vae")
     assert len(s.scheduler) == 0
+
+
+# Several dits.
+
+
+def two_dits(*ids: str, **bounds: int) -> Stages:
+    """Tasks of ten steps whose prompts are encoded, the first of them at "dit", the second at "dit:1"."""
+    s = Stages(capacity(TWO_DITS, **bounds), up=("text", "dit", "dit:1", "vae", "writer"))
+    for id in ids:
+        s.submit(task(id, denoise=10))
+        s.ended(id, "text")
+    return s
+
+
+def test_each_dit_has_its_task() -> None:
+    """The first of two tasks goes to one dit, the second to the other, and each goes on where it began: a step that
+    ends is followed by the next one there."""
+    s = Stages(capacity(TWO_DITS), up=("text", "dit", "dit:1", "vae", "writer"))
+    s.submit(task("a"))
+    s.submit(task("b"))
+    assert s.ended("a", "text") == [
+        DropTask("text", "a"), BeginTask("dit", "a"), Grant("dit", "a", "denoise", 0), Grant("dit", "a", "denoise", 1),
+    ]  # fmt: skip
+    assert s.ended("b", "text") == [
+        DropTask("text", "b"), BeginTask("dit:1", "b"), Grant("dit:1", "b", "denoise", 0),
+        Grant("dit:1", "b", "denoise", 1),
+    ]  # fmt: skip
+    assert s.ended("b", "denoise", 0, "dit:1") == [Grant("dit:1", "b", "denoise", 2)]
+    assert s.ended("a", "denoise", 0, "dit") == [Grant("dit", "a", "denoise", 2)]
+
+
+def test_the_task_of_a_lost_dit_goes_to_the_one_that_is_free() -> None:
+    """One dit dies in its task's third step while the other has nothing to do: it is told of the task at once and asked
+    for that step and the next. When the first one is back, the task stays where it is."""
+    s = two_dits("a")
+    s.ended("a", "denoise", 0)
+    s.ended("a", "denoise", 1)
+    assert s.lost("dit") == [
+        Restart("dit", 0.0), BeginTask("dit:1", "a"), Grant("dit:1", "a", "denoise", 2),
+        Grant("dit:1", "a", "denoise", 3),
+    ]  # fmt: skip
+    assert s.up("dit", 9) == []
+    assert s.tell(QuantumEnded("dit", 2, "a", "denoise", 2)) == []
+    assert s.ended("a", "denoise", 2, "dit:1") == [Grant("dit:1", "a", "denoise", 4)]
+
+
+def test_a_lost_dit_costs_its_siblings_nothing() -> None:
+    """What the other dit is running goes on, and is not granted again. The lost task waits for the first dit that has
+    room: here the one that died is back before the other is through."""
+    s = two_dits("a", "b", states=4)
+    assert s.lost("dit:1") == [Restart("dit:1", 0.0)]
+    assert s.ended("a", "denoise", 0) == [Grant("dit", "a", "denoise", 2)]
+    assert s.up("dit:1", 9) == [
+        BeginTask("dit:1", "b"), Grant("dit:1", "b", "denoise", 0), Grant("dit:1", "b", "denoise", 1),
+    ]  # fmt: skip
+
+
+def test_a_dit_is_failed_and_the_other_goes_on() -> None:
+    """One of two dits cannot be started: it is FAILED, its task goes to the other, and new ones are accepted. When the
+    other is FAILED as well, what still needs a dit fails with its reason."""
+    s = two_dits("a")
+    error = Failure("bad_checkpoint", "transformer: the file is truncated; fetch it again")
+    assert s.tell(StageGone("dit", error))[:2] == [DeclareFailed("dit", error), BeginTask("dit:1", "a")]
+    assert s.submit(task("b")) == [BeginTask("text", "b"), Grant("text", "b", "text", 0)]
+    failed = [action for action in s.tell(StageGone("dit:1", error)) if isinstance(action, Fail)]
+    assert {fail.id for fail in failed} == {"a", "b"} and "fetch it again" in failed[0].error.message
+
+
+def test_a_task_is_left_to_the_freer_dit() -> None:
+    """The first dit has a step in hand and room for one more, the second has nothing to do: a new task is the second's,
+    whoever is asked first."""
+    s = two_dits("a")
+    for step in range(9):
+        s.ended("a", "denoise", step)
+    s.submit(task("b", denoise=10))
+    assert s.ended("b", "text")[1:] == [
+        BeginTask("dit:1", "b"), Grant("dit:1", "b", "denoise", 0), Grant("dit:1", "b", "denoise", 1),
+    ]  # fmt: skip
+
+
+def test_a_dit_that_dies_while_it_drops_is_purged() -> None:
+    """The task was cancelled; the dit that had it dies before it has dropped it: its slots are freed in its place."""
+    s = two_dits("a")
+    assert DropTask("dit", "a") in s.tell(CancelAsked("a", CANCELLED))
+    assert s.lost("dit") == [Purge("dit", "a"), Restart("dit", 0.0)]

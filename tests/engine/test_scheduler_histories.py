@@ -24,7 +24,7 @@ from engine.events import (
 from engine.records import PHASES_OF, Key, Quantum, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
-from ipc.messages import Phase, StageName
+from ipc.messages import Phase, Seat, StageName
 from tests.engine.observer import Violation
 from tests.engine.simulator import simulate
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 HISTORIES = 10_000
 
 MUST_HAPPEN = (
-    "finished", "kills", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
+    "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
 )  # fmt: skip
 
@@ -111,7 +111,7 @@ class IgnoresTheToken(Scheduler):
     """Lets stages compute at once on one device."""
 
     def __init__(self, capacity: Capacity, *rest: Any) -> None:
-        alone: dict[StageName, str | None] = {"text": None, "dit": None, "vae": None, "writer": None}
+        alone: dict[Seat, str | None] = dict.fromkeys(capacity.devices)
         super().__init__(msgspec.structs.replace(capacity, devices=alone), *rest)
 
 
@@ -152,6 +152,47 @@ class LosesQuanta(Scheduler):
         super()._lose(stages, epoch)
         for task, phase, number in lost:
             task.granted[phase] = task.done[phase] = number + 1
+
+
+class UsesEveryDit(Scheduler):
+    """Has a task denoised wherever there is room, though another dit has it."""
+
+    def _may_have(self, stage: StageRecord, task: TaskRecord) -> bool:
+        return True
+
+
+class LosesTheSiblings(Scheduler):
+    """When a dit dies, grants again what the others are running."""
+
+    def _lose(self, stages: list[StageRecord], epoch: int) -> None:
+        super()._lose(stages, epoch)
+        for task in self._tasks.values() if any(stage.stage == "dit" for stage in stages) else ():
+            task.granted["denoise"] = task.done["denoise"]
+
+
+class WaitsForTheDead(Scheduler):
+    """Keeps a task of a dit that died for that dit, though another is free."""
+
+    def __init__(self, capacity: Capacity, *rest: Any) -> None:
+        super().__init__(capacity, *rest)
+        self.last: dict[str, str] = {}
+
+    def _may_have(self, stage: StageRecord, task: TaskRecord) -> bool:
+        return self.last.get(task.id, stage.name) == stage.name and super()._may_have(stage, task)
+
+    def _grant(self, task: TaskRecord, stage: StageRecord, phase: Phase) -> None:
+        super()._grant(task, stage, phase)
+        if phase == "denoise":
+            self.last[task.id] = stage.name
+
+
+class GivesUpWithOneDit(Scheduler):
+    """Fails every task when one dit is FAILED, whatever the others do."""
+
+    def _fail_hopeless(self) -> None:
+        failed = [stage.failed for stage in self._stages.values() if stage.failed is not None]
+        for task in self._line.all() if failed else ():
+            self._fail(task, Failure("stage_failed", failed[0].message))
 
 
 class DoesNotTellANewProcess(Scheduler):

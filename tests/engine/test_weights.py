@@ -25,14 +25,17 @@ def version(component: str) -> WeightVersion:
 
 
 def test_the_store_owns_its_descriptors() -> None:
-    """A component that is replaced, and all that are left at the end, are closed; what is asked for is found."""
+    """A component that is replaced, and all that are left at the end, are closed; what is asked for is found, where it
+    is."""
     before = set(os.listdir("/proc/self/fd"))
     store = WeightStore()
     for name in ("vae", "transformer", "vae"):
-        store.keep(version(name), os.memfd_create(name))
-    assert [v.component for v, _ in store.of(["vae", "text_encoder"])] == ["vae"]
+        store.keep("cpu", version(name), os.memfd_create(name))
+    store.keep("cuda:1", version("transformer"), os.memfd_create("transformer"))
+    assert [v.component for v, _ in store.of("cpu", ["vae", "text_encoder"])] == ["vae"]
+    assert [v.component for v, _ in store.of("cuda:1", ["vae", "transformer"])] == ["transformer"]
     assert {v.component for v in store.versions()} == {"vae", "transformer"}
-    assert len(set(os.listdir("/proc/self/fd")) - before) == 2
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 3
     store.close()
     assert set(os.listdir("/proc/self/fd")) == before
 

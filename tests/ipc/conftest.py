@@ -14,8 +14,9 @@ import pytest
 
 from ipc.channel import Channel
 from ipc.memory import PAGE_BYTES
+from ipc.slot_table import Side
 from ipc.state import StateSlots
-from ipc.tensor_queue import Side, TensorQueue
+from ipc.tensor_queue import TensorQueue
 from tests.ipc.peer import WAIT, AttachQueue, AttachState, Command, Say
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,9 @@ class PeerProcess:
         self.tell(command, fds)
         return self.hear()
 
-    def attach(self, queue: TensorQueue, role: Side, epoch: int) -> None:
-        assert self.ask(AttachQueue(spec=queue.spec, role=role, epoch=epoch), queue.fds) == "attached"
+    def attach(self, queue: TensorQueue, role: Side, epoch: int, number: int = 0) -> None:
+        command = AttachQueue(spec=queue.spec, role=role, epoch=epoch, number=number)
+        assert self.ask(command, queue.fds) == "attached"
 
     def attach_states(self, states: StateSlots, epoch: int) -> None:
         assert self.ask(AttachState(spec=states.spec, epoch=epoch), states.fds) == "attached"

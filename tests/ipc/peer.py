@@ -40,6 +40,7 @@ class AttachQueue(Command, frozen=True, tag="attach_queue", kw_only=True):
     spec: QueueSpec
     role: Literal["producer", "consumer"]
     epoch: int
+    number: int = 0
 
 
 class AttachState(Command, frozen=True, tag="attach_state", kw_only=True):
@@ -135,7 +136,7 @@ class Peer:
     def handle(self, command: AnyCommand, fds: list[int]) -> None:
         match command:
             case AttachQueue():
-                self.queue = TensorQueue.attach(command.spec, fds, command.role, command.epoch)
+                self.queue = TensorQueue.attach(command.spec, fds, command.role, command.epoch, command.number)
                 self.say("attached")
             case AttachState():
                 self.states = StateSlots.attach(command.spec, fds, command.epoch)

@@ -267,7 +267,7 @@ def test_each_role_only_does_its_own(role: str) -> None:
     with queue() as ends:
         end = ends.producer if role == "producer" else ends.consumer
         with pytest.raises(AssertionError, match=f"reclaim by the {role}"):
-            end.reclaim("producer")
+            end.reclaim("producer", 1)
         with pytest.raises(AssertionError, match=f"purge by the {role}"):
             end.purge(A)
         with pytest.raises(AssertionError, match="by the"):
@@ -330,7 +330,7 @@ def test_integrity_check_finds_what_is_broken(offset: int, value: int, problem: 
         with SharedMemory.attach(supervisor.fds[0], os.fstat(supervisor.fds[0]).st_size) as raw:
             words = raw.view.cast("Q")
             before = bytes(words)
-            words[3] = 5
+            words[8] = 5
             words[64 + 4] = 0
             assert supervisor.check_integrity() == []
             words[offset] = value

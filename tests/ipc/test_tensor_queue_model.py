@@ -20,7 +20,7 @@ class QueueMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.supervisor = TensorQueue.create("model", SLOTS, SLOT_BYTES)
-        self.epoch = 1
+        self.epoch = self.consumer_epoch = 1
         self.producer = TensorQueue.attach(self.supervisor.spec, self.supervisor.fds, "producer", 1)
         self.consumer = TensorQueue.attach(self.supervisor.spec, self.supervisor.fds, "consumer", 1)
         self.held: dict[Key, tuple[str, int]] = {}
@@ -110,7 +110,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def restart_producer(self) -> None:
         self.producer.close()
-        assert self.supervisor.reclaim("producer") == 0
+        assert self.supervisor.reclaim("producer", self.epoch) == 0
         self.epoch += 1
         self.producer = TensorQueue.attach(self.supervisor.spec, self.supervisor.fds, "producer", self.epoch)
 
@@ -118,11 +118,12 @@ class QueueMachine(RuleBasedStateMachine):
     def restart_consumer(self) -> None:
         self.consumer.close()
         reading = [key for key, (state, _) in self.held.items() if state == "READING"]
-        assert self.supervisor.reclaim("consumer") == len(reading)
+        assert self.supervisor.reclaim("consumer", self.consumer_epoch) == len(reading)
         for key in reading:
             self.held[key] = ("READY", self.held[key][1])
         self.taken, self.stale = [], []
         self.epoch += 1
+        self.consumer_epoch = self.epoch
         self.consumer = TensorQueue.attach(self.supervisor.spec, self.supervisor.fds, "consumer", self.epoch)
 
     @invariant()

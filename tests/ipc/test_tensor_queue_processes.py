@@ -11,7 +11,8 @@ from typing import Literal
 
 import pytest
 
-from ipc.tensor_queue import QueueTimeout, Side, TensorQueue
+from ipc.slot_table import Side
+from ipc.tensor_queue import QueueTimeout, TensorQueue
 from tests.ipc.conftest import PeerProcess
 from tests.ipc.peer import WAIT, DieAt, Put, PutForEver, Take, pattern
 
@@ -49,7 +50,7 @@ def test_a_producer_killed_while_writing(peers: Peers) -> None:
         first.kill()
         assert queue.statistics().depth == 1
         second = peers()
-        assert queue.reclaim("producer") == 1
+        assert queue.reclaim("producer", 1) == 1
         assert queue.statistics().depth == 0
         second.attach(queue, "producer", 2)
         consumer.tell(Take(task=A, sequences=[0]))
@@ -80,7 +81,7 @@ def test_a_consumer_killed_while_reading(peers: Peers) -> None:
         assert producer.ask(Put(task=A, sequences=[0, 1], nbytes=1000)) == "put"
         digest = first.ask(Take(task=A, sequences=[0, 1], keep=True))
         first.kill()
-        assert queue.reclaim("consumer") == 2
+        assert queue.reclaim("consumer", 1) == 2
         second = peers()
         second.attach(queue, "consumer", 2)
         assert second.ask(Take(task=A, sequences=[0, 1])) == digest
@@ -120,7 +121,7 @@ def test_a_producer_killed_at_any_time(peers: Peers) -> None:
                 assert take_and_check(consumer, sequence, WAIT)
             wait_until(lambda: queue.statistics().depth > 0)
             producer.kill()
-            reclaimed += queue.reclaim("producer")
+            reclaimed += queue.reclaim("producer", epoch)
             while take_and_check(consumer, sequence + 1, 0):
                 sequence += 1
             assert queue.statistics().depth == 0
@@ -176,7 +177,7 @@ def test_a_kill_at_every_line(peers: Peers, action: Literal["put", "take"]) -> N
 
 def state_after(queue: TensorQueue, end: TensorQueue, action: str) -> str:
     """Reclaim for the dead process, then see what a living consumer finds; the queue is empty afterwards."""
-    queue.reclaim("producer" if action == "put" else "consumer")
+    queue.reclaim("producer" if action == "put" else "consumer", 1)
     if action == "take":
         with TensorQueue.attach(queue.spec, queue.fds, "consumer", 1) as successor:
             return take_if_there(successor)

@@ -45,7 +45,7 @@ class WorkerProcess:
     def hear(self) -> AnyStageReport:
         report, fds = self.channel.receive(WAIT)
         if isinstance(report, Placed):
-            self.rig.weights.keep(report.version, *fds)
+            self.rig.weights.keep("cpu", report.version, *fds)
         return report
 
     def ask(self, message: AnyStageProcessMessage) -> AnyStageReport:

@@ -138,10 +138,13 @@ class Rig:
         self.loaded: dict[str, tuple[int, int]] = {}
         """Component -> the bytes read last and all there are."""
         self._epoch = 0
+        self._epochs: dict[StageName, int] = {}
+        """Of the newest process of each stage."""
 
     def start(self, stages: tuple[StageName, ...] = STAGES, **fields: Any) -> Start:
         """What a process with these stages is told."""
         self._epoch += 1
+        self._epochs.update(dict.fromkeys(stages, self._epoch))
         components = [Component(name=name, files=self._files(name)) for name in self.model.components]
         defaults: dict[str, Any] = {
             "stages": list(stages), "epoch": self._epoch, "supervisor_pid": os.getpid(), "model": self.model.name,
@@ -172,16 +175,17 @@ class Rig:
 
     def reclaim(self, *stages: StageName) -> None:
         """What the supervisor does when the process of these stages is dead."""
-        self.memory.reclaim(stages)
+        for stage in stages:
+            self.memory.reclaim((stage,), self._epochs.get(stage, 0))
 
     def _files(self, component: str) -> list[str]:
         return [str(file) for file in sorted((self.checkpoint / component).glob("*.safetensors"))]
 
     def _place(self, version: WeightVersion, fd: int) -> None:
-        self.weights.keep(version, os.dup(fd))
+        self.weights.keep("cpu", version, os.dup(fd))
 
     def _placed(self, stages: Collection[StageName]) -> list[tuple[WeightVersion, int]]:
-        return self.weights.of([name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
+        return self.weights.of("cpu", [name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
 
     def _beat(self) -> None:
         self.beats += 1

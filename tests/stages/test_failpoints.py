@@ -23,13 +23,14 @@ import stages.dit
 import stages.text
 import stages.vae
 import stages.writer
-from ipc.messages import STAGE_OF_PHASE, Job, Phase, Run, StageName
+from ipc.messages import STAGE_OF_PHASE, Job, Phase, Run, StageName, Start
 from ipc.slot_table import SlotTable
 from ipc.state import StateSlot, StateSlots, _Half
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages.files import Directory
 from stages.stage import CONSUMERS
+from stages.worker import load_stage
 from tests.stages.rig import CHUNK, STAGES, Rig, is_empty, make_job, quanta
 
 POINTS: frozenset[CodeType] = frozenset(
@@ -75,8 +76,9 @@ def in_child(
     Returns how many quanta it reported done before it died; None if it lived to the end.
     """
     reported, report = os.pipe()
+    start = rig.start((stage,))
     if (pid := os.fork()) == 0:
-        os._exit(live(rig, stage, job, runs, point, drop, report))
+        os._exit(live(rig, start, job, runs, point, drop, report))
     os.close(report)
     _, status = os.waitpid(pid, 0)
     rig.reclaim(stage)
@@ -86,10 +88,10 @@ def in_child(
     return None if status == 0 else done
 
 
-def live(rig: Rig, stage: StageName, job: Job, runs: list[Run], point: int, drop: bool, report: int) -> int:
+def live(rig: Rig, start: Start, job: Job, runs: list[Run], point: int, drop: bool, report: int) -> int:
     """The child's life; returns its exit code."""
     try:
-        loaded = rig.load(stage)
+        loaded = load_stage(start.stages[0], start, rig.links(start))
         if point:
             die_at(point)
         loaded.begin(job)

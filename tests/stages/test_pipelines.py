@@ -139,7 +139,7 @@ def take(rig: Rig, name: QueueName, job: Job, sequence: int) -> Tensor:
     queue = rig.memory.queues[name]
     with TensorQueue.attach(queue.spec, queue.fds, "consumer", 1) as consumer:
         found = slot_tensor(consumer.take(job.id, sequence, 1)).clone()
-    queue.reclaim("consumer")
+    queue.reclaim("consumer", 1)
     return found
 
 
