@@ -120,11 +120,21 @@ def serve(
 
 
 @app.command()
-def status(socket: Socket = None, as_json: Json = False) -> None:
+def status(
+    socket: Socket = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Who has what of the memory that outlives the stages.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What the engine is doing: its stages and queues."""
     from engine.client import Client
-    from engine.display import print_status
+    from engine.display import print_memory, print_status
 
+    if memory:
+        held = Client(socket).memory()
+        _print_json(held) if as_json else print_memory(held)
+        return
     found = Client(socket).status()
     _print_json(found) if as_json else print_status(found)
 

@@ -28,6 +28,7 @@ from ipc.messages import (
     EngineStatus,
     Failed,
     GetStatus,
+    Holding,
     ListTasks,
     Ok,
     Progress,
@@ -121,6 +122,11 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(GetStatus(ref=0), Status).status
 
+    def memory(self) -> list[Holding]:
+        """Who has what of the memory that outlives the stages."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(GetStatus(ref=0, memory=True), Status).memory
+
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         with Connection(self.socket, self._deadlines) as connection:
@@ -204,6 +210,11 @@ class AsyncClient:
     async def status(self) -> EngineStatus:
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return (await connection.ask(GetStatus(ref=0), Status)).status
+
+    async def memory(self) -> list[Holding]:
+        """Who has what of the memory that outlives the stages."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(GetStatus(ref=0, memory=True), Status)).memory
 
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from engine.catalogue import ModelCard
 from engine.check import CheckReport
-from ipc.messages import Done, EngineStatus, LoadProgress, Progress, StageStatus, TaskInfo
+from ipc.messages import Done, EngineStatus, Holding, LoadProgress, Progress, StageStatus, TaskInfo
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines of one phase."""
@@ -319,6 +319,13 @@ def state(stage: StageStatus) -> str:
     return f"loading {loading.component} {100 * loading.done // loading.total} %"
 
 
+OUTLIVING = {
+    "host": "weights and states outlive the stages in host memory",
+    "gpu": "weights and states outlive the stages in GPU memory",
+    "no": "weights do not outlive the stages: this GPU's driver has no memory that does",
+}
+
+
 def print_status(status: EngineStatus) -> None:
     """`engine status`."""
     accepting = "accepting requests" if status.accepting else "stopping"
@@ -327,6 +334,7 @@ def print_status(status: EngineStatus) -> None:
         f"engine {status.engine} with {status.model}, pid {status.pid}, up {up}, {accepting}\n"
         f"{status.running} running, {status.waiting} waiting, {status.finished} done, {status.failed} failed; "
         f"supervisor {size(status.resident_bytes)}\n"
+        f"{OUTLIVING[status.outliving]}{f', spare process {status.spare_pid}' if status.spare_pid else ''}\n"
     )
     stages = [
         (
@@ -347,3 +355,16 @@ def print_status(status: EngineStatus) -> None:
         (q.name, f"{q.depth}/{q.slots}", q.peak, q.puts, size(q.bytes), size(q.slot_bytes)) for q in status.queues
     ]
     print_table(("queue", "depth", "peak", "puts", "passed", "slot"), queues)
+
+
+def print_memory(held: Sequence[Holding]) -> None:
+    """`engine status --memory`."""
+    rows = [
+        (
+            h.name, h.where, "-" if h.slot is None else h.slot, h.state, size(h.bytes), h.task[:8] if h.task else "-",
+            "-" if h.sequence is None else h.sequence, h.writer or "-", h.reader or "-", h.generation[:12] or "-",
+        )
+        for h in held
+    ]  # fmt: skip
+    columns = ("memory", "where", "slot", "state", "bytes", "task", "sequence", "writer", "reader", "generation")
+    print_table(columns, rows)

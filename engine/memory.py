@@ -16,7 +16,7 @@ import msgspec
 
 from engine.events import Capacity
 from engine.params import ModelParams
-from ipc.messages import QueueSpec, QueueStatistics, Seat, StageName, StateSpec, stage_of
+from ipc.messages import Holding, QueueSpec, QueueStatistics, Seat, StageName, StateSpec, stage_of
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue
@@ -110,7 +110,10 @@ class EngineMemory:
         dits: int = 1,
         device: Mapping[str, DeviceFd] | None = None,
     ) -> None:
-        """`device`: GPU memory for those of `device_sizes`, which is taken over; the rest is host memory."""
+        """`device`: GPU memory for what both ends of compute with, if that is one GPU: the names of `device_sizes`,
+        taken over. Empty: there is such memory, but not for this. None: there is none. The rest is host memory."""
+        self.on_device = device is not None
+        """There is GPU memory that outlives the processes."""
         sizes, device = slot_sizes(model, decode_latents, dits), device or {}
         processes: dict[StageName, int] = {"text": 1, "dit": dits, "vae": 1, "writer": 1}
         self.queues: dict[QueueName, TensorQueue] = {}
@@ -122,11 +125,6 @@ class EngineMemory:
                 self.queues[name] = queue
             self.state = StateSlots.create(*sizes.states, shared=dits > 1, on=device.get("state"))
             undo.pop_all()
-
-    @property
-    def on_device(self) -> bool:
-        """There is GPU memory that outlives the processes, and what both ends of a queue compute with is in it."""
-        return self.state.spec.device is not None
 
     def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:
         """What a process with these stages attaches to; `fds` gives the descriptors in the same order."""
@@ -162,6 +160,10 @@ class EngineMemory:
 
     def statistics(self) -> list[QueueStatistics]:
         return [queue.statistics() for queue in self.queues.values()]
+
+    def holdings(self) -> list[Holding]:
+        """What is in the queues and states, and who has it."""
+        return [held for queue in self.queues.values() for held in queue.holdings()] + self.state.holdings()
 
     def check_integrity(self) -> list[str]:
         """Problems found in the headers of all queues and states; empty when all is well."""

@@ -225,8 +225,9 @@ class Session:
             case ListTasks(ref=ref):
                 tasks, omitted = fitting(self._supervisor.tasks())
                 return TaskList(ref=ref, tasks=tasks, omitted=omitted)
-            case GetStatus(ref=ref):
-                return Status(ref=ref, status=self._supervisor.status())
+            case GetStatus(ref=ref, memory=memory):
+                held = self._supervisor.memory() if memory else []
+                return Status(ref=ref, status=self._supervisor.status(), memory=held)
             case Shutdown(ref=ref):
                 if self._uid != os.geteuid():
                     raise PermissionDenied("only the user who started this engine may stop it")

@@ -54,6 +54,7 @@ from engine.process import resident_bytes
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, task_spec
 from engine.version import VERSION
+from ipc.channel import close_fds
 from ipc.errors import (
     BadConfig,
     BadRequest,
@@ -75,6 +76,7 @@ from ipc.messages import (
     Dropped,
     EngineStatus,
     Failed,
+    Holding,
     Job,
     Progress,
     QuantumDone,
@@ -163,10 +165,17 @@ class Supervisor:
                 log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
 
     async def _device_memory(self) -> Mapping[str, DeviceFd] | None:
-        """GPU memory for the queues and the states, where there is a GPU and its driver has such memory."""
+        """GPU memory for the queues and the states, where there is a GPU and its driver has such memory. With dits on
+        several GPUs, queues are in host memory, which all of them reach."""
         if self.device == "cpu":
             return None
-        return await asyncio.to_thread(make_device_memory, self.device, device_sizes(self.model))
+        if set(self.dit_devices) == {self.device}:
+            return await asyncio.to_thread(make_device_memory, self.device, device_sizes(self.model))
+        made = await asyncio.to_thread(make_device_memory, self.device, {"test": 1})
+        if made is None:
+            return None
+        close_fds(piece.fd for piece in made.values())
+        return {}
 
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot
@@ -297,6 +306,10 @@ class Supervisor:
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
             spare_pid=self._crew.spare_pid,
         )  # fmt: skip
+
+    def memory(self) -> list[Holding]:
+        """Who has what of the memory that outlives the stages."""
+        return self._crew.placed.holdings() + self._memory.holdings()
 
     def check_integrity(self) -> list[str]:
         """Problems in the shared memory or in the scheduler's accounts; empty when all is well."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from ipc.messages import WeightVersion
+from ipc.messages import Holding, WeightVersion
+from ipc.payload import place_name
 
 
 class WeightStore:
@@ -30,6 +31,15 @@ class WeightStore:
 
     def versions(self) -> list[WeightVersion]:
         return [version for version, _ in self._placed.values()]
+
+    def holdings(self) -> list[Holding]:
+        return [
+            Holding(
+                name=version.component, where=place_name(version.device), state="placed", bytes=version.bytes,
+                generation=version.content,
+            )
+            for version in self.versions()
+        ]  # fmt: skip
 
     def close(self) -> None:
         while self._placed:

@@ -84,7 +84,9 @@ class ListTasks(ClientMessage, frozen=True, tag="list", kw_only=True):
 
 
 class GetStatus(ClientMessage, frozen=True, tag="status", kw_only=True):
-    pass
+    """With `memory`, the reply lists who has what of the memory that outlives the stages."""
+
+    memory: bool = False
 
 
 class Shutdown(ClientMessage, frozen=True, tag="shutdown", kw_only=True):
@@ -140,6 +142,7 @@ class TaskList(ServerMessage, frozen=True, tag="tasks", kw_only=True):
 
 class Status(ServerMessage, frozen=True, tag="status", kw_only=True):
     status: EngineStatus
+    memory: list[Holding] = []
 
 
 class Progress(ServerMessage, frozen=True, tag="progress", kw_only=True):
@@ -219,6 +222,26 @@ class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
     peak: int
     puts: int
     bytes: int
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of memory that outlives the stages, and who has it."""
+
+    name: str
+    """A queue, "states", or a component's weights."""
+    where: str
+    """host, or gpu and its number."""
+    state: Literal["writing", "ready", "reading", "taken", "placed"]
+    bytes: int
+    slot: int | None = None
+    task: str | None = None
+    sequence: int | None = None
+    writer: int | None = None
+    """Epoch of the process that wrote it, or has the state."""
+    reader: int | None = None
+    """Epoch of the process that is reading it."""
+    generation: str = ""
+    """Of weights: their content hash; of a state: how often it was committed."""
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -118,6 +118,11 @@ class HeldPayload:
             self._fd = -1
 
 
+def place_name(device: int | None) -> str:
+    """How a person is told where memory is."""
+    return "host" if device is None else f"gpu {device}"
+
+
 def payload_bytes(slots: int, slot_bytes: int) -> int:
     """What the payload of so many slots takes: each starts on a page."""
     return slots * round_up(slot_bytes, PAGE_BYTES)

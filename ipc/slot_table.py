@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, Self
 
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import SharedMemory, fence
+from ipc.messages import Holding
 
 _MAGIC = int.from_bytes(b"tensorq1", "little")
 
@@ -50,6 +51,11 @@ _HELD_BY: dict[Side, tuple[SlotState, int]] = {
     "producer": (SlotState.WRITING, _WRITER_EPOCH), "consumer": (SlotState.READING, _READER_EPOCH),
 }  # fmt: skip
 """The state of a slot that a side has in hand, and the word that says who has it."""
+
+
+_STATE_NAMES: dict[SlotState, Literal["writing", "ready", "reading"]] = {
+    SlotState.WRITING: "writing", SlotState.READY: "ready", SlotState.READING: "reading",
+}  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -197,6 +203,20 @@ class SlotTable:
             nbytes=self._words[base + _NBYTES],
             ticket=self._words[base + _TICKET],
         )
+
+    def holdings(self, name: str, where: str) -> list[Holding]:
+        """What is in the slots that are not FREE, and who has it."""
+        taken = [(slot, SlotState(state)) for slot, state in enumerate(self.states()) if state != SlotState.FREE]
+        fence()
+        return [self._holding(name, where, slot, state) for slot, state in taken]
+
+    def _holding(self, name: str, where: str, slot: int, state: SlotState) -> Holding:
+        base, words = _word(slot, 0), self._words
+        return Holding(
+            name=name, where=where, state=_STATE_NAMES[state], bytes=words[base + _NBYTES], slot=slot,
+            task=self._task(slot).hex(), sequence=self._sequence(slot), writer=words[base + _WRITER_EPOCH],
+            reader=words[base + _READER_EPOCH] or None,
+        )  # fmt: skip
 
     def is_held(self, slot: int, ticket: int) -> bool:
         """Whether the consumer still has what was put with this ticket."""

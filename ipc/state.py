@@ -14,8 +14,8 @@ from typing import Self
 
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import PAGE_BYTES, SharedMemory, fence, round_up
-from ipc.messages import StateSpec
-from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, payload_bytes
+from ipc.messages import Holding, StateSpec
+from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, payload_bytes, place_name
 
 FDS_PER_STATE = 2
 """Header memfd, payload memfd (or GPU memory's descriptor)."""
@@ -180,6 +180,18 @@ class StateSlots:
             tasks=tuple(owner.hex() for owner in taken.values()),
         )
 
+    def holdings(self) -> list[Holding]:
+        """The states that there are, and whose they are."""
+        return [self._holding(slot, owner) for slot, owner in self._taken().items()]
+
+    def _holding(self, slot: int, owner: bytes) -> Holding:
+        number = self._committed(slot)
+        return Holding(
+            name="states", where=place_name(self._spec.device), state="taken", slot=slot, task=owner.hex(),
+            bytes=self._half(slot, number).nbytes() if number else 0, writer=self._owner(slot),
+            generation=str(number),
+        )  # fmt: skip
+
     def check_integrity(self) -> list[str]:
         """Broken rules, one sentence each; empty when all is well. Call it while no commit or claim is under way."""
         header = self._header_problem()
@@ -318,6 +330,11 @@ class _Half:
     def read(self) -> tuple[int, dict[str, StateTensor]]:
         count = self._words[self._first + _TENSORS]
         return self._words[self._first + _STEP], dict(self._read_tensor(index) for index in range(count))
+
+    def nbytes(self) -> int:
+        """Of all tensors together."""
+        count = min(self._words[self._first + _TENSORS], MAX_TENSORS)
+        return sum(self._words[self._tensor(index) + _NBYTES] for index in range(count))
 
     def problems(self, capacity: int) -> list[str]:
         """Broken rules in the header of a half with room for `capacity` bytes."""

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from ipc.layout import MAX_U64, tensor_bytes
-from ipc.messages import QueueSpec, QueueStatistics
-from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload
+from ipc.messages import Holding, QueueSpec, QueueStatistics
+from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, place_name
 from ipc.slot_table import MAX_PROCESSES, Key, Side, SlotState, SlotTable
 
 FDS_PER_QUEUE = 4
@@ -270,6 +270,10 @@ class TensorQueue:
             puts=counts.puts,
             bytes=counts.bytes,
         )
+
+    def holdings(self) -> list[Holding]:
+        """What is in the slots, and who has it."""
+        return self._table.holdings(self._spec.name, place_name(self._spec.device))
 
     def check_integrity(self) -> list[str]:
         """Broken rules, one sentence each; empty when all is well. Call it while neither side moves a slot."""

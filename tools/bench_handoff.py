@@ -195,8 +195,8 @@ def measure(rounds: int, sizes: dict[str, int], threads: int, device: str) -> di
     ours, channel_end = Channel.pair()
     largest = max(sizes.values())
     with (
-        TensorQueue.create("out", 2, largest, on_device(device, largest)) as out,
-        TensorQueue.create("back", 2, largest, on_device(device, largest)) as back,
+        TensorQueue.create("out", 2, largest, on=on_device(device, largest)) as out,
+        TensorQueue.create("back", 2, largest, on=on_device(device, largest)) as back,
         TensorQueue.attach(out.spec, out.fds, "producer", 1) as outgoing,
         TensorQueue.attach(back.spec, back.fds, "consumer", 1) as incoming,
         Channel[Attach](ours, Attach) as channel,

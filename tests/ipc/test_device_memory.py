@@ -55,7 +55,7 @@ def test_slices_of_a_view_are_its_bytes() -> None:
 def test_what_is_held_is_not_read() -> None:
     """The supervisor's end of a queue on a GPU: it has a descriptor and statistics, no bytes."""
     read, write = os.pipe()
-    queue = TensorQueue.create("q", 2, 64, DeviceFd(0, read))
+    queue = TensorQueue.create("q", 2, 64, on=DeviceFd(0, read))
     assert queue.spec.device == 0
     assert queue.statistics().slots == 2
     assert read in queue.fds
@@ -151,7 +151,7 @@ def test_a_queue_on_a_gpu() -> None:
     import torch
 
     memory = DeviceMemory.create(0, payload_bytes(2, 1 << 20))
-    queue = TensorQueue.create("q", 2, 1 << 20, DeviceFd(0, os.dup(memory.fd)))
+    queue = TensorQueue.create("q", 2, 1 << 20, on=DeviceFd(0, os.dup(memory.fd)))
     memory.close()
     sent = torch.randn(3, 50, 70)
     with TensorQueue.attach(queue.spec, queue.fds, "producer", 1) as producer:
@@ -174,7 +174,7 @@ def test_states_on_a_gpu() -> None:
     import torch
 
     memory = DeviceMemory.create(0, state_payload_bytes(2, 1 << 20))
-    states = StateSlots.create(2, 1 << 20, DeviceFd(0, os.dup(memory.fd)))
+    states = StateSlots.create(2, 1 << 20, on=DeviceFd(0, os.dup(memory.fd)))
     memory.close()
     latents, history = torch.randn(4, 5, 6, device="cuda"), torch.randn(2, 4, 5, 6)
     with StateSlots.attach(states.spec, states.fds, 1) as stage:
