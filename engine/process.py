@@ -28,6 +28,8 @@ from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, S
 
 log = logging.getLogger(__name__)
 
+WORKER = "stages.worker"
+
 MAX_OUTBOX = 4096
 """Messages waiting for a process that is in a long quantum; the scheduler's bounds keep it far below this."""
 
@@ -204,7 +206,7 @@ class StageProcess:
 def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
     """A new interpreter that holds `channel_end` and nothing else of ours. `-P`: nothing is imported from the cwd."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "stages.worker", str(channel_end.fileno())],
+        [sys.executable, "-P", "-m", WORKER, str(channel_end.fileno())],
         stdin=subprocess.DEVNULL,
         pass_fds=(channel_end.fileno(),),
         env={**os.environ, "PYTHONPATH": python_path()},
