@@ -1,4 +1,4 @@
-"""`stages.worker` whose dit ends as soon as it is to load, as long as the file $CRASH is there. No torch before that."""
+"""`stages.worker` whose dit ends when it is to load, as long as the file $CRASH is there. No torch before that."""
 
 from __future__ import annotations
 
