@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -258,7 +259,7 @@ def test_a_stage_killed_at_any_time_leaves_a_whole_state(peers: Peers) -> None:
             peer.attach_states(supervisor, epoch)
             assert peer.ask(CommitForEver(task=A, nbytes=500_000)) == "started"
             target = supervisor.statistics().commits + rng.randint(1, 20)
-            wait_for_commits(supervisor, target)
+            wait_until(partial(commits_reach, supervisor, target))
             peer.kill()
             found = supervisor.find(A)
             assert found is not None
@@ -279,7 +280,7 @@ def test_one_of_two_stages_is_killed_and_a_third_takes_over(peers: Peers) -> Non
             supervisor.claim(task)
             peer.attach_states(supervisor, epoch)
             assert peer.ask(CommitForEver(task=task, nbytes=100_000)) == "started"
-        wait_for_commits(supervisor, 40)
+            wait_until(partial(has_committed, supervisor, task))
         first.kill()
         with StateSlots.attach(supervisor.spec, supervisor.fds, 3) as third:
             slot = third.claim(A)
@@ -288,15 +289,24 @@ def test_one_of_two_stages_is_killed_and_a_third_takes_over(peers: Peers) -> Non
             for step in range(loaded[0] + 1, loaded[0] + 20):
                 slot.commit(step, state_tensors(step, 100_000))
                 assert plain(slot.load()) == whole(step, 100_000)
-            wait_for_commits(supervisor, supervisor.statistics().commits + 10)
+            wait_until(partial(commits_reach, supervisor, supervisor.statistics().commits + 10))
             second.kill()
             loaded = third.claim(B).load()
             assert loaded is not None and plain(loaded) == whole(loaded[0], 100_000)
         assert supervisor.check_integrity() == []
 
 
-def wait_for_commits(states: StateSlots, count: int) -> None:
+def has_committed(states: StateSlots, task: str) -> bool:
+    slot = states.find(task)
+    return slot is not None and slot.load() is not None
+
+
+def commits_reach(states: StateSlots, count: int) -> bool:
+    return states.statistics().commits >= count
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT
-    while states.statistics().commits < count:
+    while not condition():
         assert time.monotonic() < deadline
         os.sched_yield()
