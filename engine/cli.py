@@ -99,8 +99,14 @@ def serve(
     ] = None,
     placement: Annotated[str | None, typer.Option(help="split or fused: a process per stage, or one [split].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [auto].")] = None,
+    dit_devices: Annotated[
+        list[str] | None,
+        typer.Option("--dit-device", metavar="DEVICE", help="Of a dit; again for each further one [one, on --device]."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16 [auto].")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of dit and vae; 0: half the cores [0].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each dit and of vae; 0: half the cores for all dits and vae [0].")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="shortest or fifo [shortest].")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Accepted and unfinished requests at most [64].")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,

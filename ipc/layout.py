@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,6 +26,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
+@functools.lru_cache(maxsize=256)
 def pack_task(task: str) -> bytes:
     """The 16 bytes of a task id; ValueError unless it is 32 lower-case hex digits (`uuid4().hex`)."""
     try:

@@ -91,6 +91,7 @@ class SlotTable:
         self._bytes = memory.view
         self._words = memory.view.cast("Q")
         self.slots = slots
+        self._state_words = [_word(slot, _STATE) for slot in range(slots)]
 
     @classmethod
     def create(cls, name: str, slots: int, slot_bytes: int) -> Self:
@@ -139,7 +140,8 @@ class SlotTable:
         self._words[base + _BYTES] += nbytes
 
     def states(self) -> list[int]:
-        return [self._words[_word(slot, _STATE)] for slot in range(self.slots)]
+        words = self._words
+        return [words[word] for word in self._state_words]
 
     def depth(self) -> int:
         """Slots that are not FREE."""
@@ -159,7 +161,12 @@ class SlotTable:
 
     def find(self, key: Key, states: tuple[SlotState, ...]) -> int | None:
         """The slot with this key in one of these states."""
-        return next((slot for slot in self.of_task(key.task, states) if self._sequence(slot) == key.sequence), None)
+        wanted = [slot for slot, state in enumerate(self.states()) if state in states]
+        if not wanted:
+            return None
+        fence()
+        raw = pack_task(key.task)
+        return next((s for s in wanted if self._sequence(s) == key.sequence and self._task(s) == raw), None)
 
     def of_task(self, task: str, states: tuple[SlotState, ...]) -> list[int]:
         """All slots of this task in one of these states."""

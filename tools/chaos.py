@@ -1,6 +1,7 @@
 """Faults on a running engine with the model that ships, and the proof that they do not show in any result.
 
     python -m tools.chaos kills --kills 1000 --requests 2000       # SIGKILL of random stages at random moments
+    python -m tools.chaos kills --dits 3                           # the same with three dits
     python -m tools.chaos stops --stops 100                        # SIGSTOP: stages that hang
     python -m tools.chaos restarts --kills 200                     # SIGKILL of the supervisor
     python -m tools.chaos leaks --requests 10000 --kills 500       # what is left after many requests and restarts
@@ -35,8 +36,7 @@ from typing import Any
 import av
 
 from engine import AsyncClient, EngineError, Supervisor, SystemParams, UserParams
-from engine.params import STAGES
-from ipc.messages import StageName
+from ipc.messages import Seat
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"prompt": "a red circle moves left on black", "height": 48, "width": 48, "num_frames": 9, "steps": 4},
@@ -163,12 +163,13 @@ async def _strike(
     supervisor: Supervisor, load: Load, tally: Tally, dice: random.Random, requests: int, count: int, stop: bool
 ) -> None:
     """One fault after another, each when its share of the requests is done, and a random moment later."""
+    seats = seats_of(supervisor)
     for number in range(count):
         await load.have_done(number * requests // count)
         await asyncio.sleep(dice.uniform(0, 0.4))
-        stage = dice.choice(STAGES)
+        stage = dice.choice(seats)
         while (pid := pid_of(supervisor, stage)) is None:
-            stage = dice.choice(STAGES)
+            stage = dice.choice(seats)
             await asyncio.sleep(0.01)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP if stop else signal.SIGKILL)
@@ -177,7 +178,7 @@ async def _strike(
                 await _replaced(supervisor, stage, pid)
 
 
-async def _replaced(supervisor: Supervisor, stage: StageName, pid: int) -> None:
+async def _replaced(supervisor: Supervisor, stage: Seat, pid: int) -> None:
     """A stopped stage is found as soon as it has something to do; requests go on all the time."""
     deadline = time.monotonic() + PATIENCE
     while pid_of(supervisor, stage) == pid:
@@ -186,7 +187,11 @@ async def _replaced(supervisor: Supervisor, stage: StageName, pid: int) -> None:
         await asyncio.sleep(0.05)
 
 
-def pid_of(supervisor: Supervisor, stage: StageName) -> int | None:
+def seats_of(supervisor: Supervisor) -> list[Seat]:
+    return [stage.name for stage in supervisor.status().stages]
+
+
+def pid_of(supervisor: Supervisor, stage: Seat) -> int | None:
     return next(s.pid for s in supervisor.status().stages if s.name == stage)
 
 
@@ -276,7 +281,7 @@ async def leaks(tally: Tally, folder: Path, requests: int, count: int, params: S
         await _settled(supervisor)
         start = Footprint.of_this_process()
         for number in range(count):
-            stage = dice.choice(STAGES)
+            stage = dice.choice(seats_of(supervisor))
             if (pid := pid_of(supervisor, stage)) is not None:
                 os.kill(pid, signal.SIGKILL)
                 tally.faults[f"SIGKILL of {stage}"] += 1
@@ -437,7 +442,8 @@ async def run(arguments: argparse.Namespace) -> Tally:
         async with timed(arguments.seed) as tally:
             match arguments.what:
                 case "kills":
-                    await kills(tally, folder, arguments.requests, arguments.kills, SystemParams())
+                    params = SystemParams(dit_devices=("cpu",) * arguments.dits if arguments.dits > 1 else ())
+                    await kills(tally, folder, arguments.requests, arguments.kills, params)
                 case "stops":
                     params = SystemParams(stage_deadline=2.0, start_deadline=20.0)
                     await kills(tally, folder, 2 * arguments.stops, arguments.stops, params, stop=True)
@@ -455,6 +461,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--dits", type=int, default=1, help="for kills: so many, on a CPU")
     arguments = parser.parse_args()
     try:
         tally = asyncio.run(run(arguments))

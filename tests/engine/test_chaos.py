@@ -26,6 +26,15 @@ async def test_sixty_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(SECONDS)
+async def test_thirty_kills_with_three_dits(tmp_path: Path) -> None:
+    """The same with three dits, whose tasks go from one to another: all done, none twice, same frames."""
+    async with chaos.timed(None) as tally:
+        await chaos.kills(tally, tmp_path, 60, 30, SystemParams(dit_devices=("cpu",) * 3))
+    assert tally.requests >= 60
+    assert sum(tally.faults.values()) == 30
+
+
+@pytest.mark.timeout(SECONDS)
 async def test_twenty_hangs(tmp_path: Path) -> None:
     """SIGSTOP of a random stage, 20 times: each is found by its progress counter and replaced, frames are the same."""
     async with chaos.timed(None) as tally:

@@ -78,6 +78,7 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("serve", "--model", "wan-dmeo"), "the known models are: "),
         (("serve", "--policy", "random"), "one of shortest, fifo"),
         (("serve", "--max-queue", "0"), "max_queue must be int >= 1"),
+        (("serve", "--dit-device", "cpu", "--dit-device", "cpu", "--placement", "fused"), "use placement split"),
         (("serve", "--config", "none.yaml"), "none.yaml cannot be read"),
         (("serve", "--checkpoint", CONFIGS / "models"), "a directory without weights"),
         (("serve", "--lora", "a.safetensors,b.safetensors:1", "--lora", "c:1"), "expected FILE or HIGH_FILE,LOW_FILE"),

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -78,6 +79,32 @@ def test_a_successor_finds_the_state() -> None:
             assert plain(successor.claim(A).load()) == whole(7, 100)
             assert successor.find(B) is None
             assert successor.claim(B).load() is None
+
+
+def test_only_the_supervisor_hands_out_slots_that_several_share() -> None:
+    """A stage gets the slot that was claimed for the task, and none for a task without one."""
+    with (
+        StateSlots.create(2, 1000, shared=True) as supervisor,
+        StateSlots.attach(supervisor.spec, supervisor.fds, 1) as stage,
+    ):
+        with pytest.raises(RuntimeError, match="expected one that the supervisor has claimed a slot for"):
+            stage.claim(A)
+        slot = supervisor.claim(A)
+        assert stage.claim(A).index == slot.index
+        assert supervisor.statistics().depth == 1
+
+
+def test_a_task_that_moves_has_one_owner() -> None:
+    """Another process claims the slot: it goes on from what the first committed, which may not commit any more."""
+    with both() as (supervisor, first), StateSlots.attach(supervisor.spec, supervisor.fds, 2) as second:
+        old = first.claim(A)
+        old.commit(3, state_tensors(3, 100))
+        new = second.claim(A)
+        assert plain(new.load()) == whole(3, 100)
+        with pytest.raises(AssertionError, match="commit by epoch 1, but epoch 2 owns it"):
+            old.commit(4, state_tensors(4, 100))
+        new.commit(4, state_tensors(4, 100))
+        assert plain(new.load()) == whole(4, 100)
 
 
 def test_claiming_a_used_slot_starts_empty() -> None:
@@ -232,10 +259,7 @@ def test_a_stage_killed_at_any_time_leaves_a_whole_state(peers: Peers) -> None:
             peer.attach_states(supervisor, epoch)
             assert peer.ask(CommitForEver(task=A, nbytes=500_000)) == "started"
             target = supervisor.statistics().commits + rng.randint(1, 20)
-            deadline = time.monotonic() + WAIT
-            while supervisor.statistics().commits < target:
-                assert time.monotonic() < deadline
-                os.sched_yield()
+            wait_until(partial(commits_reach, supervisor, target))
             peer.kill()
             found = supervisor.find(A)
             assert found is not None
@@ -245,3 +269,44 @@ def test_a_stage_killed_at_any_time_leaves_a_whole_state(peers: Peers) -> None:
             assert last < loaded[0] <= supervisor.statistics().commits + 1
             last = loaded[0]
             assert supervisor.check_integrity() == []
+
+
+def test_one_of_two_stages_is_killed_and_a_third_takes_over(peers: Peers) -> None:
+    """Two processes commit, each the state of its task, into slots that they share. One is killed; another goes on with
+    its task from a whole state, while its sibling goes on committing, whose state is whole as well."""
+    first, second = peers(), peers()
+    with StateSlots.create(2, 200_000, shared=True) as supervisor:
+        for epoch, task, peer in ((1, A, first), (2, B, second)):
+            supervisor.claim(task)
+            peer.attach_states(supervisor, epoch)
+            assert peer.ask(CommitForEver(task=task, nbytes=100_000)) == "started"
+            wait_until(partial(has_committed, supervisor, task))
+        first.kill()
+        with StateSlots.attach(supervisor.spec, supervisor.fds, 3) as third:
+            slot = third.claim(A)
+            loaded = slot.load()
+            assert loaded is not None and plain(loaded) == whole(loaded[0], 100_000)
+            for step in range(loaded[0] + 1, loaded[0] + 20):
+                slot.commit(step, state_tensors(step, 100_000))
+                assert plain(slot.load()) == whole(step, 100_000)
+            wait_until(partial(commits_reach, supervisor, supervisor.statistics().commits + 10))
+            second.kill()
+            loaded = third.claim(B).load()
+            assert loaded is not None and plain(loaded) == whole(loaded[0], 100_000)
+        assert supervisor.check_integrity() == []
+
+
+def has_committed(states: StateSlots, task: str) -> bool:
+    slot = states.find(task)
+    return slot is not None and slot.load() is not None
+
+
+def commits_reach(states: StateSlots, count: int) -> bool:
+    return states.statistics().commits >= count
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        os.sched_yield()

@@ -138,6 +138,41 @@ def test_what_is_being_written_cannot_be_taken() -> None:
         consumer.take(A, 0, 0)
 
 
+def test_each_of_several_producers_has_its_part() -> None:
+    """Of four slots each of two producers has two: when its own are full it waits, though others are free, and what it
+    put is held for its sibling, too."""
+    with (
+        TensorQueue.create("test", 4, 64, producers=2) as supervisor,
+        TensorQueue.attach(supervisor.spec, supervisor.fds, "producer", 1, 0) as first,
+        TensorQueue.attach(supervisor.spec, supervisor.fds, "producer", 2, 1) as second,
+    ):
+        put(first, A, 0, b"0")
+        put(first, A, 1, b"1")
+        with pytest.raises(QueueTimeout, match="depth 2 of 4 slots"), first.put(A, 2, "uint8", (1,), 0.02):
+            pytest.fail("got a slot")
+        put(second, B, 0, b"2")
+        put(second, B, 1, b"3")
+        assert second.holds(A, 0) and first.holds(B, 1)
+        with pytest.raises(ValueError, match="already there"):
+            put(second, A, 0, b"0")
+        assert supervisor.statistics() == QueueStatistics(
+            name="test", slots=4, slot_bytes=64, depth=4, peak=4, puts=4, bytes=4
+        )
+        assert supervisor.check_integrity() == []
+
+
+def test_numbers_that_a_queue_does_not_have_are_refused() -> None:
+    """More producers than slots, more processes than there is room for, and an end of another number: ValueError."""
+    for producers, consumers in ((3, 1), (0, 1), (1, 0), (1, 13)):
+        with pytest.raises(ValueError, match="expected 1 to 12 of each, and a slot for each producer"):
+            TensorQueue.create("test", 2, 64, producers, consumers)
+    with TensorQueue.create("test", 2, 64, producers=2) as made:
+        with pytest.raises(ValueError, match="got producer 2, expected 0 to 1"):
+            TensorQueue.attach(made.spec, made.fds, "producer", 1, 2)
+        with pytest.raises(ValueError, match="got consumer 1, expected 0 to 0"):
+            TensorQueue.attach(made.spec, made.fds, "consumer", 1, 1)
+
+
 def test_holds_says_whether_a_put_is_needed() -> None:
     """Not before the put, not while writing, but while it waits and while it is read; not after the release."""
     with queue() as (_, producer, consumer):

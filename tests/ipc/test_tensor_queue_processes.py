@@ -89,6 +89,72 @@ def test_a_consumer_killed_while_reading(peers: Peers) -> None:
         assert queue.check_integrity() == []
 
 
+def test_several_processes_at_each_side(peers: Peers) -> None:
+    """Two producers and two consumers at work on one queue at once, 150 tensors from each producer to one consumer:
+    every byte arrives, nothing is counted twice or lost."""
+    producers, consumers = [peers(), peers()], [peers(), peers()]
+    with TensorQueue.create("shared", 4, 10_000, producers=2, consumers=2) as queue:
+        for number in range(2):
+            producers[number].attach(queue, "producer", 1 + number, number)
+            consumers[number].attach(queue, "consumer", 3 + number, number)
+        sequences = list(range(150))
+        for task, producer, consumer in zip((A, B), producers, consumers, strict=True):
+            producer.tell(Put(task=task, sequences=sequences, nbytes=10_000))
+            consumer.tell(Take(task=task, sequences=sequences))
+        for task, producer, consumer in zip((A, B), producers, consumers, strict=True):
+            expected = hashlib.sha256(b"".join(pattern(task, sequence, 10_000) for sequence in sequences)).hexdigest()
+            assert consumer.hear() == expected
+            assert producer.hear() == "put"
+        statistics = queue.statistics()
+        assert (statistics.depth, statistics.puts, statistics.bytes) == (0, 300, 3_000_000)
+        assert statistics.peak <= 4
+        assert queue.check_integrity() == []
+
+
+def test_one_of_two_producers_is_killed_while_both_write(peers: Peers) -> None:
+    """`reclaim` frees what the dead one was writing, and leaves what its sibling is writing; a successor puts the
+    tensor again."""
+    first, second, successor = peers(), peers(), peers()
+    with (
+        TensorQueue.create("siblings", 2, 1000, producers=2) as queue,
+        TensorQueue.attach(queue.spec, queue.fds, "consumer", 9) as consumer,
+    ):
+        first.attach(queue, "producer", 1, 0)
+        second.attach(queue, "producer", 2, 1)
+        assert first.ask(Put(task=A, sequences=[0], nbytes=1000, stuck=True)) == "writing"
+        assert second.ask(Put(task=B, sequences=[0], nbytes=1000, stuck=True)) == "writing"
+        first.kill()
+        assert queue.reclaim("producer", 1) == 1
+        assert queue.statistics().depth == 1
+        successor.attach(queue, "producer", 3, 0)
+        assert successor.ask(Put(task=A, sequences=[0], nbytes=1000)) == "put"
+        assert bytes(consumer.take(A, 0, WAIT).view) == pattern(A, 0, 1000)
+        assert queue.check_integrity() == []
+        second.kill()
+        assert queue.reclaim("producer", 2) == 1
+
+
+def test_one_of_two_consumers_is_killed_while_both_read(peers: Peers) -> None:
+    """`reclaim` gives back what the dead one was reading, and leaves what its sibling has; the sibling takes up the
+    dead one's task and finds the same bytes."""
+    producer, first, second = peers(), peers(), peers()
+    with TensorQueue.create("siblings", 2, 1000, consumers=2) as queue:
+        producer.attach(queue, "producer", 1)
+        first.attach(queue, "consumer", 2, 0)
+        second.attach(queue, "consumer", 3, 1)
+        for task in (A, B):
+            assert producer.ask(Put(task=task, sequences=[0], nbytes=1000)) == "put"
+        digest = first.ask(Take(task=A, sequences=[0], keep=True))
+        second.ask(Take(task=B, sequences=[0], keep=True))
+        first.kill()
+        assert queue.reclaim("consumer", 2) == 1
+        assert queue.check_integrity() == []
+        assert second.ask(Take(task=A, sequences=[0], keep=True)) == digest
+        second.kill()
+        assert queue.check_integrity() == []
+        assert queue.reclaim("consumer", 3) == 2
+
+
 def test_purge_after_a_killed_consumer_wakes_the_producer(peers: Peers) -> None:
     """The consumer is killed with the only slot in hand while the producer waits for one: `purge` lets it go on."""
     producer, consumer = peers(), peers()
