@@ -199,9 +199,9 @@ async def overload(tally: Tally, folder: Path, seconds: float, max_queue: int, *
     if offer.reached < TIMES or watch.most < max_queue:
         raise Broken(f"no overload: {offer.reached:.1f} times what was done, at most {watch.most} requests at a time")
     tally.notes += [
-        f"{offer.offered} offered in {seconds:.0f} s, {offer.reached:.1f} times what was done meanwhile; {offer.accepted} "
-        f"accepted and done, {sum(offer.refused.values())} refused, all busy with a time to come back; the slowest "
-        f"answer to a submit took {offer.slowest:.2f} s",
+        f"{offer.offered} offered in {seconds:.0f} s, {offer.reached:.1f} times what was done meanwhile; "
+        f"{offer.accepted} accepted and done, {sum(offer.refused.values())} refused, all busy with a time to come "
+        f"back; the slowest answer to a submit took {offer.slowest:.2f} s",
         str(watch),
     ]
     return watch
