@@ -66,8 +66,8 @@ CLIENT_MEMORY = 64 << 10
 """Bytes per client that does not read, on top of the one frame that is being sent to it."""
 SLACK = 5.0
 """Seconds after its deadline at which a client that does not read is gone, on a busy machine."""
-ANSWER = 0.5
-"""Seconds: a hundred times what an idle engine takes, a twentieth of what a client may leave its answers unread for."""
+ANSWER = 1.0
+"""Seconds: hundreds of times what an idle engine takes, a tenth of what a client may leave its answers unread for."""
 HELLO = encode_frame(Hello(ref=0, version=PROTOCOL_VERSION, client="neighbour"))
 STATUS, LIST = encode_frame(GetStatus(ref=1)), encode_frame(ListTasks(ref=1))
 
