@@ -51,7 +51,9 @@ from ipc.messages import (
     Welcome,
 )
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 16 * 1024
+"""What is kept of it, with all else of a connection but the frame that is being sent, is within 64 KiB: measured,
+`python -m tools.neighbours`."""
 MAX_PARAMS = 64 * 1024
 """Bytes of MessagePack in the `params` of a `submit`. What is decoded may be 64 times as large."""
 LISTED_PROMPT = 200

@@ -5,6 +5,8 @@
     python -m tools.chaos stops --stops 100                        # SIGSTOP: stages that hang
     python -m tools.chaos restarts --kills 200                     # SIGKILL of the supervisor
     python -m tools.chaos leaks --requests 10000 --kills 500       # what is left after many requests and restarts
+    python -m tools.chaos overload --minutes 10                    # ten times the load that the engine can take
+    python -m tools.chaos soak --minutes 60                        # clients that die
 
 Each prints its seed and what it did; with `--seed` the same faults are drawn again (when they hit is the machine's).
 Any difference from the undisturbed result, any request lost or done twice, anything left behind is a `Broken`, and exit
@@ -16,127 +18,42 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
-import itertools
 import os
 import random
-import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import av
-
-from engine import AsyncClient, EngineError, Supervisor, SystemParams, UserParams
+from engine import AsyncClient, Supervisor, SystemParams, UserParams
+from engine.crew import resolve_device
 from ipc.messages import Seat
+from tools.full_size_setup import gpu_memory_used
+from tools.load import (
+    CLIENTS,
+    KINDS,
+    PATIENCE,
+    Broken,
+    Footprint,
+    Load,
+    Server,
+    Tally,
+    ask,
+    digest,
+    listening,
+    nothing_left,
+    timed,
+)
+from tools.overload import overload
+from tools.soak import soak
 
-KINDS: tuple[dict[str, Any], ...] = (
-    {"prompt": "a red circle moves left on black", "height": 48, "width": 48, "num_frames": 9, "steps": 4},
-    {"prompt": "a still green star", "height": 64, "width": 48, "num_frames": 5, "steps": 3, "solver": "dpm++"},
-    {"prompt": "a blue square, still", "height": 48, "width": 48, "num_frames": 17, "steps": 3, "guidance_scale": 1.0},
-    {"prompt": "a pink triangle on navy", "height": 96, "width": 96, "num_frames": 17, "steps": 5, "solver": "euler"},
-    {"prompt": "a blue circle moves left", "height": 48, "width": 48, "num_frames": 9, "steps": 4, "strength": 0.7},
-)  # fmt: skip
-"""The requests: sizes, solvers, with and without guidance, the last one from a video."""
-
-CLIENTS = 4
-PATIENCE = 120.0
-"""Seconds without any request done after which the engine counts as stuck."""
+MOST_LEFT = 2 << 20
+"""Bytes of GPU memory that may be in use more than before the engine was started."""
 LEAVE = 5.0
 """Seconds that the stages may outlive their supervisor."""
-
-
-class Broken(AssertionError):
-    """A promise of the engine did not hold."""
-
-
-@dataclass
-class Tally:
-    """What a run did and found."""
-
-    seed: int
-    requests: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        faults = ", ".join(f"{count} {name}" for name, count in sorted(self.faults.items()))
-        lines = [f"{self.requests} requests, all identical to the undisturbed ones; {faults or 'no faults'}",
-                 f"{self.seconds:.0f} s, seed {self.seed}", *self.notes]  # fmt: skip
-        return "\n".join(lines)
-
-
-def ask(kind: int, output: Path, source: Path) -> UserParams:
-    """The request of this kind; `source` is the video that the last kind starts from."""
-    video = {"video": str(source)} if "strength" in KINDS[kind] else {}
-    return UserParams(seed=kind, output=str(output), **KINDS[kind], **video)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of the decoded frames."""
-    total = hashlib.sha256()
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            total.update(frame.to_ndarray(format="rgb24").tobytes())
-    return total.hexdigest()
-
-
-class Load:
-    """Requests of all kinds, one after another per client, each compared with its undisturbed result."""
-
-    def __init__(self, engine: Supervisor | AsyncClient, folder: Path, tally: Tally) -> None:
-        self.engine = engine
-        self.folder = folder
-        self.source = folder / "calm-0.mp4"
-        self.tally = tally
-        self.golden: list[str] = []
-        self.done = 0
-        self._progress = asyncio.Event()
-        self._numbers: Iterator[int] = itertools.count()
-
-    async def calm(self) -> None:
-        """What each kind of request gives when nobody disturbs it."""
-        for kind in range(len(KINDS)):
-            path = self.folder / f"calm-{kind}.mp4"
-            await self.engine.generate(ask(kind, path, self.source))
-            self.golden.append(await asyncio.to_thread(digest, path))
-        if len(set(self.golden)) != len(KINDS):
-            raise Broken("two kinds of requests give the same frames, so a mix-up would not be seen")
-
-    async def requests(self, count: int, disturber: asyncio.Task[None]) -> None:
-        """At least `count` requests from `CLIENTS` clients, until the disturber is through as well."""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(CLIENTS):
-                group.create_task(self._client(count, disturber))
-
-    async def _client(self, count: int, disturber: asyncio.Task[None]) -> None:
-        while (number := next(self._numbers)) < count or not disturber.done():
-            await self.one(number % len(KINDS), self.folder / f"{number}.mp4")
-
-    async def have_done(self, count: int) -> None:
-        """Wait until so many requests are done."""
-        while self.done < count:
-            self._progress.clear()
-            await self._progress.wait()
-
-    async def one(self, kind: int, path: Path) -> None:
-        """A request done and compared."""
-        done = await asyncio.wait_for(self.engine.generate(ask(kind, path, self.source)), PATIENCE)
-        if (got := await asyncio.to_thread(digest, path)) != self.golden[kind]:
-            raise Broken(f"request {done.id} of kind {kind} gave {got[:12]}, undisturbed {self.golden[kind][:12]}")
-        await asyncio.to_thread(path.unlink)
-        self.done += 1
-        self._progress.set()
-        self.tally.requests += 1
 
 
 async def kills(
@@ -207,55 +124,6 @@ async def _settled(supervisor: Supervisor) -> None:
 # What is left behind.
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """What a process holds."""
-
-    fds: int
-    threads: int
-    children: int
-    memfds: int
-    resident: int
-
-    @classmethod
-    def of_this_process(cls) -> Footprint:
-        links = []
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                links.append(os.readlink(f"/proc/self/fd/{fd}"))
-        with open("/proc/self/maps") as maps:
-            mapped = sum("/memfd:" in line for line in maps)
-        with open("/proc/self/statm") as statm:
-            resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return cls(
-            fds=len(links), threads=len(os.listdir("/proc/self/task")), children=len(children(os.getpid())),
-            memfds=mapped + sum("/memfd:" in link for link in links), resident=resident,
-        )  # fmt: skip
-
-    def grown(self, later: Footprint) -> dict[str, int]:
-        """What a later footprint has more of, but for resident memory."""
-        names = ("fds", "threads", "children", "memfds")
-        return {n: getattr(later, n) - getattr(self, n) for n in names if getattr(later, n) != getattr(self, n)}
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
-    found: list[int] = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
-            found += [int(child) for child in file.read().split()]
-    return found
-
-
-def nothing_left(folder: Path, before: Footprint) -> None:
-    if rest := [p.name for p in folder.iterdir() if p.name.startswith(".") or not p.name.startswith("calm-")]:
-        raise Broken(f"left in the output directory: {rest}")
-    grown = before.grown(Footprint.of_this_process())
-    grown.pop("threads", None)  # of the host's own pool
-    if grown:
-        raise Broken(f"left in this process: {grown}")
-
-
 async def leaks(tally: Tally, folder: Path, requests: int, count: int, params: SystemParams) -> None:
     """Many requests and restarts on one supervisor: descriptors, threads, children and memfds end as they were after a
     warm-up, and resident memory grows by less than 1 KiB per request."""
@@ -307,47 +175,18 @@ async def _fill_the_thread_pool() -> None:
 # The supervisor.
 
 
-class Server:
-    """`engine serve` as a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.socket = folder / "s" / "engine.sock"
-        self.socket.parent.mkdir(mode=0o700)
-        self._command = [sys.executable, "-m", "engine", "serve", "--socket", str(self.socket), "--state-dir",
-                         str(folder / "state")]  # fmt: skip
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            self._command, cwd=Path(__file__).resolve().parent.parent, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def kill(self) -> list[int]:
-        """SIGKILL; the stage processes it leaves behind."""
-        assert self.process is not None
-        orphans = children(self.process.pid)
-        self.process.kill()
-        self.process.wait()
-        return orphans
-
-    async def stop(self) -> None:
-        client = AsyncClient(str(self.socket))
-        await client.shutdown(drain=True)
-        assert self.process is not None
-        await asyncio.to_thread(self.process.wait, 60)
-
-
 async def restarts(tally: Tally, folder: Path, count: int) -> None:
-    """SIGKILL of the supervisor at a random moment, `count` times: its stages leave, and the next one does what was
-    accepted, once."""
+    """SIGKILL of the supervisor at a random moment, `count` times: its stages leave, and with them the GPU memory, and
+    the next one does what was accepted, once."""
     dice = random.Random(tally.seed)
+    device = resolve_device("auto")
+    unused = gpu_memory_used(device)
     videos = folder / "videos"
     videos.mkdir()
     server = Server(folder)
     server.start()
     client = AsyncClient(str(server.socket))
-    await _listening(client)
+    await listening(client)
     load = Load(client, videos, tally)
     await load.calm()
     slowest = 0.0
@@ -360,9 +199,9 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
         await asyncio.sleep(dice.uniform(0, 3.0))
         orphans = server.kill()
         tally.faults["SIGKILL of the supervisor"] += 1
-        slowest = max(slowest, await _gone(orphans))
+        slowest = max(slowest, await _gone(orphans, device, unused))
         server.start()
-        await _listening(client)
+        await listening(client)
         await _finished(client)
         for kind, path in accepted.items():
             if (got := digest(path)) != load.golden[kind]:
@@ -373,18 +212,6 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
             raise Broken(f"left in the output directory: {rest}")
     await server.stop()
     tally.notes.append(f"stages left {slowest:.2f} s after their supervisor at the latest")
-
-
-async def _listening(client: AsyncClient) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            await client.server()
-            return
-        except EngineError as error:
-            if time.monotonic() > deadline:
-                raise Broken(f"the engine does not come up: {error}") from error
-            await asyncio.sleep(0.05)
 
 
 async def _finished(client: AsyncClient) -> None:
@@ -400,12 +227,12 @@ async def _finished(client: AsyncClient) -> None:
         await asyncio.sleep(0.05)
 
 
-async def _gone(pids: list[int]) -> float:
-    """Seconds until none of these processes is left."""
+async def _gone(pids: list[int], device: str, unused: int) -> float:
+    """Seconds until none of these processes is left, and no more GPU memory in use than `unused` bytes and a little."""
     began = time.monotonic()
-    while any(_alive(pid) for pid in pids):
+    while any(_alive(pid) for pid in pids) or gpu_memory_used(device) > unused + MOST_LEFT:
         if time.monotonic() - began > LEAVE:
-            raise Broken(f"stages outlive their supervisor by {LEAVE:.0f} s")
+            raise Broken(f"stages, or their GPU memory, outlive their supervisor by {LEAVE:.0f} s")
         await asyncio.sleep(0.02)
     return time.monotonic() - began
 
@@ -420,20 +247,6 @@ def _alive(pid: int) -> bool:
 
 
 # Command line.
-
-
-@contextlib.asynccontextmanager
-async def timed(seed: int | None) -> AsyncIterator[Tally]:
-    """A tally that knows its seed, printed or not, and how long it took."""
-    tally = Tally(secrets.randbelow(2**31) if seed is None else seed)
-    began = time.monotonic()
-    try:
-        yield tally
-    except BaseException as error:
-        print(f"seed {tally.seed}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        tally.seconds = time.monotonic() - began
 
 
 async def run(arguments: argparse.Namespace) -> Tally:
@@ -451,17 +264,22 @@ async def run(arguments: argparse.Namespace) -> Tally:
                     await restarts(tally, folder, arguments.kills)
                 case "leaks":
                     await leaks(tally, folder, arguments.requests, arguments.kills, SystemParams())
+                case "overload":
+                    await overload(tally, folder, 60 * arguments.minutes, 16)
+                case "soak":
+                    await soak(tally, folder, 60 * arguments.minutes)
     return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "stops", "restarts", "leaks"))
+    parser.add_argument("what", choices=("kills", "stops", "restarts", "leaks", "overload", "soak"))
     parser.add_argument("--seed", type=int, help="draw the same faults again")
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--dits", type=int, default=1, help="for kills: so many, on a CPU")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of overload and soak")
     arguments = parser.parse_args()
     try:
         tally = asyncio.run(run(arguments))

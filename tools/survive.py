@@ -34,8 +34,8 @@ import torch
 
 from engine import Supervisor, SystemParams, UserParams
 from ipc.messages import StageStatus
-from tools.chaos import digest
 from tools.full_size_setup import PROMPT, Report, Workplace, gpu_memory_used, machine
+from tools.load import digest
 
 PATIENCE = 300.0
 """Seconds without a step done after which the engine counts as stuck."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine import Supervisor, SystemParams, UserParams
 from ipc.messages import StageName
-from tools.chaos import children
+from tools.load import children
 
 Wait = Callable[..., Awaitable[None]]
 
