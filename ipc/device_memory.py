@@ -33,11 +33,15 @@ class DeviceView:
 
     c_contiguous = True
 
-    def __init__(self, owner: object, device: int, pointer: int, nbytes: int) -> None:
+    def __init__(self, owner: object, device: int, pointer: int, nbytes: int, whole: DeviceView | None = None) -> None:
         self.owner = owner
         self.device = device
         self.pointer = pointer
         self.nbytes = nbytes
+        self.whole = self if whole is None else whole
+        """What this is a slice of."""
+        self.tensor: Any = None
+        """Of a whole: for `ipc/tensors.py`, which makes a tensor of it once."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -49,7 +53,7 @@ class DeviceView:
     def __getitem__(self, part: slice) -> DeviceView:
         start, stop, step = part.indices(self.nbytes)
         assert step == 1, "bytes of a device are taken one after another"
-        return DeviceView(self.owner, self.device, self.pointer + start, max(0, stop - start))
+        return DeviceView(self.owner, self.device, self.pointer + start, max(0, stop - start), self.whole)
 
     def __setitem__(self, part: slice, source: memoryview | DeviceView) -> None:
         """Copy bytes in, after all work on the default stream, and wait for that."""
@@ -138,8 +142,7 @@ class DeviceMemory:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._view = self._view[:0]
-            self._view.owner = None
+            self._view = DeviceView(None, self.device, 0, 0)
 
     def __enter__(self) -> Self:
         return self

@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,17 +150,17 @@ def cpu_ticks(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def out_of_reach(directory: Path | None) -> Iterator[None]:
-    """The directory has another name meanwhile."""
-    if directory is None:
-        yield
-        return
-    away = directory.with_name(f"{directory.name}.away")
-    directory.rename(away)
+def out_of_reach(directory: Path | None, components: Iterable[str]) -> Iterator[None]:
+    """The weights of these components have another name meanwhile; the tokenizer stays, a new request is checked with
+    it."""
+    moves = [] if directory is None else [(directory / c, directory / f"{c}.away") for c in components]
+    for here, away in moves:
+        here.rename(away)
     try:
         yield
     finally:
-        away.rename(directory)
+        for here, away in moves:
+            away.rename(here)
 
 
 async def survive(args: argparse.Namespace, place: Workplace, report: Report, folder: Path) -> None:
@@ -176,7 +176,7 @@ async def survive(args: argparse.Namespace, place: Workplace, report: Report, fo
         report.say(f"ready in {time.monotonic() - began:.1f} s; memory that outlives: {supervisor.status().outliving}")
         run = Run(supervisor, report, args, folder)
         golden = await run.calm()
-        with out_of_reach(checkpoint):
+        with out_of_reach(checkpoint, place.model(args.model).components):
             found, killed = await run.disturbed(random.Random(args.seed))
         for kill in killed:
             report.say(f"killed after step {kill.step:2}: {kill.seconds:.2f} s until the next step")

@@ -163,7 +163,7 @@ def test_a_queue_on_a_gpu() -> None:
         assert first.is_cuda and torch.equal(first.cpu(), sent.transpose(1, 2))
         assert torch.equal(second.cpu(), sent.bfloat16())
         consumer.close()
-        queue.reclaim("consumer")
+        queue.reclaim("consumer", epoch)
     assert not queue.check_integrity()
     queue.close()
 
