@@ -90,7 +90,7 @@ class Run:
         step_seconds = self.dit.busy_seconds / max(1, self.dit.quanta)
         killed: list[Killed] = []
         for number in range(self.args.kills):
-            first = number * self.args.steps // self.args.kills
+            first = number * (self.args.steps - 1) // self.args.kills  # the last step is left alone
             await self._until(lambda first=first: self._step() >= first and self.dit.state == "up", request)
             if self.args.spare:
                 await self._spare_loaded()
