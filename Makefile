@@ -33,6 +33,7 @@ test: lint types check
 # Hours: the long versions of what `check` does with random faults.
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.chaos kills --kills 1000 --requests 2000
+	$(BIN)/python -m tools.chaos kills --dits 3 --kills 300 --requests 600
 	$(BIN)/python -m tools.chaos stops --stops 100
 	$(BIN)/python -m tools.chaos restarts --kills 200
 	$(BIN)/python -m tools.chaos leaks --requests 10000 --kills 500

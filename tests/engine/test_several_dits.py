@@ -15,7 +15,7 @@ import pytest
 from engine import Supervisor, SystemParams, UserParams, crew
 from engine.crew import resolve_devices
 from engine.memory import ROUTES, EngineMemory, capacity, slot_sizes
-from engine.models import load_model
+from engine.models import CONFIGS, load_model, read_yaml
 from ipc.errors import BadConfig
 from ipc.messages import Seat, StageStatus
 from tests.conftest import Video
@@ -177,7 +177,7 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve_devices(SystemParams()) == ("cuda:0", ("cuda:0",))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1", "cuda:0"))) == ("cuda:1", ("cuda:1", "cuda:0"))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1",), device="cuda:0")) == ("cuda:0", ("cuda:1",))
-    assert resolve_devices(TWO) == ("cpu", ("cpu", "cpu"))
+    assert resolve_devices(read_yaml(CONFIGS / "system" / "two-dits.yaml", SystemParams)) == ("cpu", ("cpu", "cpu"))
 
 
 @pytest.mark.parametrize("dits", [1, 2, 3])
