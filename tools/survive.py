@@ -95,7 +95,9 @@ class Run:
             if self.args.spare:
                 await self._spare_loaded()
             await asyncio.sleep(dice.random() * step_seconds)
-            killed.append(await self._kill(request))
+            kill = await self._kill(request)
+            self.report.say(f"killed after step {kill.step:2}: {kill.seconds:.2f} s until the next step")
+            killed.append(kill)
         await asyncio.wait_for(request, PATIENCE)
         return digest(self.folder / "killed.mp4"), killed
 
@@ -178,8 +180,6 @@ async def survive(args: argparse.Namespace, place: Workplace, report: Report, fo
         golden = await run.calm()
         with out_of_reach(checkpoint, place.model(args.model).components):
             found, killed = await run.disturbed(random.Random(args.seed))
-        for kill in killed:
-            report.say(f"killed after step {kill.step:2}: {kill.seconds:.2f} s until the next step")
         judge(run, report, golden == found, [kill.seconds for kill in killed])
 
 
