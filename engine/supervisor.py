@@ -329,8 +329,8 @@ class Supervisor:
     async def _accept(self, job: Job, user: UserParams) -> Accepted:
         now = time.time()
         entry = Entry(
-            model=self.model.name, job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
-            deadline_at=now + user.deadline if user.deadline is not None else None,
+            model=self.model.name, job=job, params=resolved_params(user, job, self.model), submitted_at=now,
+            priority=user.priority, deadline_at=now + user.deadline if user.deadline is not None else None,
         )  # fmt: skip
         self._check_open()
         if self._journal is not None:

@@ -69,7 +69,7 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("generate", PROMPT, "--lora", "none.safetensors:0.5"), "LoRA none.safetensors cannot be read"),
         (("generate", PROMPT, "--preset", "distiled"), "did you mean 'distilled'?"),
         (("generate", PROMPT, "--noise-device", "cuda", "--image", "none.png"), "computes on the CPU"),
-        (("generate", PROMPT, "--guidance-scale-2", "3"), "guidance_scale the high-noise one's"),
+        (("generate", PROMPT, "--guidance-scale-2", "2"), "guidance_scale the high-noise one's"),
         (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b"), "say where they are with --checkpoint DIR"),
         (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b", "--checkpoint", CONFIGS / "demo"), "--model wan-demo"),
         (("generate", PROMPT, "--out", "/nowhere/v.mp4"), "does not exist"),
