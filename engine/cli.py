@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadCheckpoint, BadRequest, EngineError, NotFound
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest, EngineError, NotFound
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -176,8 +176,10 @@ def models(as_json: Json = False) -> None:
     from engine.catalogue import describe_models
     from engine.display import print_models
 
-    found = describe_models()
+    found, problems = describe_models()
     _print_json(found) if as_json else print_models(found)
+    if problems:
+        raise BadConfig(f"left out: {'; '.join(problems)}")
 
 
 @app.command()
