@@ -252,7 +252,7 @@ def print_check(report: CheckReport) -> None:
     """`engine check`. Of the tensors that are wrong, the first of each kind; `--json` has all."""
     others = [name for name in report.fits if name != report.model]
     also = f" (or {', '.join(others)})" if others and report.model in report.fits else ""
-    print(f"{report.directory}: {report.layout} layout, {report.model}{also}\n")
+    print(f"{report.directory}: {report.layout} layout, {report.model or 'of no model that shows'}{also}\n")
     rows = [
         (
             c.name,
@@ -260,23 +260,20 @@ def print_check(report: CheckReport) -> None:
             ", ".join(sorted(c.dtypes)) or "-",
             count(c.parameters) if c.parameters else "-",
             size(c.bytes),
-            "complete" if c.complete else "WRONG" if c.files else "MISSING",
+            ("complete" if report.model else "whole") if c.complete else "WRONG" if c.files else "MISSING",
         )
         for c in report.components
     ]
     print_table(("component", "files", "dtype", "parameters", "on disk", ""), rows)
     wrong = [f"{c.name}: {c.problem or tensors(c.wrong)}" for c in report.components if not c.complete]
     print("\n".join(["", *report.problems, *wrong, ""]))
-    needs = [
-        (c.name, size(report.gpu.components[c.name]), size(report.cpu.components[c.name])) for c in report.components
-    ]
-    needs.append(("everything resident", size(report.gpu.resident), size(report.cpu.resident)))
-    print_table(("weights in memory", "GPU, bfloat16", "CPU, float32"), needs)
-    print(
-        f"\na GPU with one component at a time: {size(report.gpu.largest)}; with one transformer and all else on the "
-        f"host: {size(report.gpu.expert)}, and {size(report.gpu.host)} of host memory\n"
-        f"shared host memory of the queues: {size(report.queue_bytes)}; activations come on top"
-    )
+    if report.gpu is None or report.cpu is None:
+        return
+    gpu, cpu = report.gpu, report.cpu
+    needs = [(c.name, size(gpu.components[c.name]), size(cpu.components[c.name])) for c in report.components]
+    needs.append(("all of them", size(gpu.resident), size(cpu.resident)))
+    print_table(("weights in memory", "one GPU, bfloat16", "CPU, float32"), needs)
+    print(f"\nshared host memory of the queues: {size(report.queue_bytes)}; activations come on top")
 
 
 def tensors(wrong: Mapping[str, Sequence[str]]) -> str:
