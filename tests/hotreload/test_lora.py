@@ -325,6 +325,21 @@ def test_an_empty_file_or_one_of_another_kind_is_refused(tmp_path: Path, base: T
         read_lora(tmp_path / "x.pt", "transformer", shapes(base))
 
 
+def test_values_that_are_not_finite_are_refused_while_merging(tmp_path: Path, base: Tensors) -> None:
+    """NaN in half of a pair, infinity in a difference: the file and the key are named, and nothing is bound."""
+    checkpoint = save(tmp_path / "base.safetensors", base)
+    up = torch.ones(24, 3, dtype=torch.bfloat16)
+    up[5, 1] = float("nan")
+    for key, value in (("lora_up__weight", up), ("diff_b", torch.full((24,), float("inf")))):
+        lora = Lora(file=str(save(tmp_path / "x.safetensors", one(base, **{key: value}))), strength=0.5)
+        module = build("transformer")
+        with pytest.raises(BadCheckpoint) as refused:
+            load_weights(module, a_component("transformer", checkpoint, loras=[lora]), dtype=lambda n: torch.float32)
+        name = f"diffusion_model.blocks.0.self_attn.q.{key.replace('__', '.')}"
+        assert str(refused.value) == f"LoRA x.safetensors: {name} has values that are not finite (NaN or infinity)"
+        assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("metadata", "scale"),
     [
