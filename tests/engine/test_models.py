@@ -98,7 +98,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_starts(tmp_path: Pa
     """A key without a match is named; two files for one transformer, and something that is no strength, are the
     operator's mistakes."""
     stranger = write_lora(tmp_path / "s.safetensors", "diffusion_model.blocks.77.self_attn.q")
-    with pytest.raises(BadCheckpoint, match=r"LoRA s\.safetensors .*blocks\.77\.self_attn\.q\.lora_A\.weight"):
+    with pytest.raises(BadCheckpoint, match=r"LoRA .*/s\.safetensors .*blocks\.77\.self_attn\.q\.lora_A\.weight"):
         Supervisor(SystemParams(lora=(f"{stranger}:1",)))
     file = write_lora(tmp_path / "a.safetensors")
     with pytest.raises(BadConfig, match="two files"):

@@ -266,7 +266,7 @@ def one(base: Tensors, **changes: Tensor | None) -> Tensors:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lora_up__weight": None}, "1 tensor is without the other half of their pair: .*lora_down"),
+        ({"lora_up__weight": None}, "1 tensor is without the other half of the pair: .*lora_down"),
         ({"lora_down__weight": None, "alpha": torch.tensor(1.0)}, "2 tensors are without the other half"),
         ({"lora_up__weight": torch.ones(24, 4)}, r"another shape: .*lora_up\.weight \(got \[24, 4\], expected \[24, 3"),
         ({"lora_down__weight": torch.ones(3, 23)}, r"lora_down\.weight \(got \[3, 23\], expected \[rank, 24\]\)"),
