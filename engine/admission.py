@@ -136,7 +136,7 @@ def _frames(user: UserParams, model: ModelParams) -> int:
     frames = user.num_frames if user.num_frames is not None else model.defaults.num_frames
     most = model.limits.max_frames
     if frames > most:
-        raise BadRequest(f"num_frames is {frames}; {model.name} goes up to {most}")
+        raise BadRequest(f"num_frames is {frames}; {model.name} makes up to {most} frames")
     if frames < 1 or (frames - 1) % stride:
         below = max(1, (frames - 1) // stride * stride + 1)
         above = min(below + stride, most)

@@ -41,9 +41,16 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Up to 1: no guidance. With two experts, the HIGH-noise one's.")
+        float | None,
+        typer.Option(
+            help="Up to 1: no guidance. With two experts, the HIGH-noise one's, and the other's, too, unless that is "
+            "given; so it is also with a preset."
+        ),
     ] = None,
-    guidance_scale_2: Annotated[float | None, typer.Option(help="The LOW-noise expert's, of two.")] = None,
+    guidance_scale_2: Annotated[
+        float | None,
+        typer.Option(help="The LOW-noise expert's, of two [--guidance-scale if given, else the model's or preset's]."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same video [random].")] = None,
     noise_device: Annotated[
         str | None, typer.Option(help="cpu: the same noise everywhere; cuda: the original programs' [cpu].")

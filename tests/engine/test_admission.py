@@ -70,7 +70,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"prompt": "x" * 70_000}, ["70,000 bytes"]),
         ({"num_frames": 16}, ["4n + 1", "13 or 17"]),
         ({"num_frames": 0}, ["4n + 1", "1"]),
-        ({"num_frames": 1001}, ["goes up to 33"]),
+        ({"num_frames": 1001}, ["num_frames is 1001; wan-demo makes up to 33 frames"]),
         ({"height": 100}, ["height is 100", "multiple of 16", "nearest is 96"]),
         ({"width": 7}, ["width is 7", "nearest is 16"]),
         ({"width": -16}, ["width is -16"]),
@@ -273,7 +273,7 @@ def test_the_parameters_of_a_video_are_a_request_for_it(tmp_path: Path, name: st
 
 def test_guidance_of_two_experts(tmp_path: Path) -> None:
     """guidance_scale is the high-noise expert's, guidance_scale_2 the low-noise one's. Defaults of T2V-A14B: 4 and 3.
-    Only the first given: both; only the second: the first has its default."""
+    Only the first given: both; only the second: the first has its default; so it is with a preset's."""
 
     def scales(**fields: object) -> tuple[float, float]:
         job = admit(ask(tmp_path, **fields), T2V_A14B, SYSTEM)
@@ -282,6 +282,8 @@ def test_guidance_of_two_experts(tmp_path: Path) -> None:
     assert scales() == (4, 3)
     assert scales(guidance_scale=6.0) == (6, 6)
     assert scales(guidance_scale_2=2.0) == (4, 2)
+    assert scales(preset="distilled", guidance_scale=6.0) == (6, 6)
+    assert scales(preset="distilled", guidance_scale_2=2.0) == (1, 2)
 
 
 def test_noise_may_be_drawn_on_a_gpu_engine(tmp_path: Path) -> None:
