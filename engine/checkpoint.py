@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.models import checkpoint_directory, known_models
 from engine.params import ModelParams, SystemParams
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
@@ -23,7 +25,7 @@ from hotreload.tables import (
     vae_traits,
 )
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages import Component, MergedLora
 
 EXPERTS = ("transformer", "transformer_2")
 
@@ -144,14 +146,19 @@ def file_bytes(component: Component) -> int:
     return sum(os.stat(file).st_size for file in component.files)
 
 
-def lora_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the metadata of results says about the LoRAs that are merged into the weights, if there are any."""
-    loras = [
-        {"component": component.name, "file": os.path.basename(lora.file), "strength": lora.strength}
+def merged_loras(checkpoint: Checkpoint) -> list[MergedLora]:
+    """The LoRAs that are merged into the weights."""
+    return [
+        MergedLora(component=component.name, file=os.path.basename(lora.file), strength=lora.strength)
         for component in checkpoint.components.values()
         for lora in component.loras
     ]
-    return {"lora": loras} if loras else {}
+
+
+def lora_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the metadata of results says about the LoRAs, if there are any."""
+    loras = merged_loras(checkpoint)
+    return {"lora": msgspec.to_builtins(loras)} if loras else {}
 
 
 def _traits(component: Component) -> TransformerTraits | None:

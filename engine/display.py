@@ -352,6 +352,15 @@ def print_status(status: EngineStatus) -> None:
         (q.name, f"{q.depth}/{q.slots}", q.peak, q.puts, size(q.bytes), size(q.slot_bytes)) for q in status.queues
     ]
     print_table(("queue", "depth", "peak", "puts", "passed", "slot"), queues)
+    if status.weights:
+        print()
+        weights = [(name, content, loras(status, name) or "-") for name, content in status.weights.items()]
+        print_table(("weights", "content hash", "LoRAs"), weights)
+
+
+def loras(status: EngineStatus, component: str) -> str:
+    """What is merged into a component."""
+    return ", ".join(f"{lora.file}:{lora.strength:g}" for lora in status.loras if lora.component == component)
 
 
 def print_memory(held: Sequence[Holding]) -> None:

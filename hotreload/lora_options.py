@@ -47,8 +47,7 @@ def parse_lora(text: str) -> LoraOption:
         raise BadConfig(f"LoRA {text!r}: the strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {tail}")
     if _STRENGTH_OF_ONE.search(path):
         raise BadConfig(
-            f"LoRA {text!r}: one strength, at the end, is for both files: HIGH_FILE,LOW_FILE:STRENGTH; for different "
-            "ones, scale a file"
+            f"LoRA {text!r}: one strength, at the end, is for both files; expected HIGH_FILE,LOW_FILE:STRENGTH"
         )
     files = tuple(file.strip() for file in _BETWEEN.split(path))
     if len(files) > 2 or not all(file.endswith(EXTENSION) for file in files):
