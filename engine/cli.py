@@ -90,7 +90,7 @@ def generate(
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
     else:
-        lines = summary(outcome.done, outcome.seconds, outcome.loading)
+        lines = summary(outcome.done, outcome.seconds, outcome.loading, outcome.waiting)
         print("\n".join([*lines, "next:", *(f"  {line}" for line in suggestions(order, outcome))]))
 
 

@@ -36,6 +36,7 @@ class ProgressView(Protocol):
 
     def update(self, progress: Progress) -> None: ...
     def load(self, components: Sequence[LoadProgress]) -> None: ...
+    def wait_for(self, stages: Sequence[StageStatus]) -> None: ...
     def note(self, text: str) -> None: ...
     def __enter__(self) -> ProgressView: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -48,6 +49,9 @@ class SilentView:
         return None
 
     def load(self, components: Sequence[LoadProgress]) -> None:
+        return None
+
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
         return None
 
     def note(self, text: str) -> None:
@@ -122,6 +126,12 @@ class PlainView(SilentView):
             self._shown_at = now
             self.note(f"{self._meter.what}: {self._meter.amount} {self._meter.rate}".rstrip())
 
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
+        now = time.monotonic()
+        if self._phase != "loading" or now - self._shown_at >= PLAIN_INTERVAL:
+            self._phase, self._shown_at = "loading", now
+            self.note(" ".join(filter(None, ("waiting for the engine, which is loading its weights", reading(stages)))))
+
 
 class BarView:
     """A bar on a terminal: phase, step of steps, seconds left; while weights are read, bytes and their rate."""
@@ -146,6 +156,11 @@ class BarView:
                 self._task, description=meter.what, completed=meter.done, total=meter.total, steps=meter.amount,
                 left=meter.rate,
             )  # fmt: skip
+
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
+        self._bar.update(
+            self._task, description="engine is loading", completed=0, total=None, steps="", left=reading(stages)
+        )
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -173,6 +188,12 @@ def left(progress: Progress) -> str:
     return "" if progress.seconds_left is None else f"{seconds(progress.seconds_left)} left"
 
 
+def reading(stages: Sequence[StageStatus]) -> str:
+    """What stages that start are reading, and how much of it is there."""
+    found = [s.loading for s in stages if s.loading is not None and s.loading.done < s.loading.total]
+    return ", ".join(f"{loading.component} {100 * loading.done // loading.total} %" for loading in found)
+
+
 def seconds(value: float) -> str:
     """0.42 s, 4.2 s, 42 s, 7 min 2 s, 3 h 4 min."""
     if value < 60:
@@ -195,11 +216,17 @@ def count(value: float) -> str:
     return f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
 
 
-def summary(done: Done, elapsed: float, loading: float) -> list[str]:
-    """Where the video is, what it is, what it cost."""
+NOTICED = 0.1
+"""Seconds of waiting that are worth a word."""
+
+
+def summary(done: Done, elapsed: float, loading: float, waiting: float = 0.0) -> list[str]:
+    """Where the video is, what it is, what it cost; `loading` until the engine was up, `waiting` for other requests."""
     params: dict[str, Any] = done.metadata["parameters"]
     frames, fps = params["num_frames"], params["fps"]
-    cost: dict[str, float] = ({"load": loading} if loading else {}) | done.metadata["seconds"]
+    before = {"load": loading} if loading else {}
+    before |= {"wait": waiting} if waiting >= NOTICED else {}
+    cost: dict[str, float] = before | done.metadata["seconds"]
     return [
         f"{shown_path(done.path)}  {params['width']}x{params['height']}, {frames} frames at {fps} fps "
         f"({frames / fps:.1f} s), {size(_file_size(done.path))}",
