@@ -71,14 +71,19 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, on_gpu:
     )
 
 
-def resolved_params(user: UserParams, job: Job) -> dict[str, Any]:
-    """The request with every default filled in, as it goes into `Accepted` and the metadata."""
+def resolved_params(user: UserParams, job: Job, model: ModelParams) -> dict[str, Any]:
+    """The request with every default filled in, as it goes into `Accepted` and the metadata.
+
+    It is a request of its own: the same video. Of a model with one expert, `guidance_scale_2` stays None.
+    """
     params: dict[str, Any] = msgspec.to_builtins(user)
     for name in params:
         if name in Job.__struct_fields__:
             params[name] = getattr(job, name)
     if job.init is not None and job.init_as == "start" and params["strength"] is None:
         params["strength"] = DEFAULT_STRENGTH
+    if model.boundary is None:
+        params["guidance_scale_2"] = None
     return params
 
 
@@ -131,7 +136,7 @@ def _frames(user: UserParams, model: ModelParams) -> int:
     frames = user.num_frames if user.num_frames is not None else model.defaults.num_frames
     most = model.limits.max_frames
     if frames > most:
-        raise BadRequest(f"num_frames is {frames}; {model.name} goes up to {most}")
+        raise BadRequest(f"num_frames is {frames}; {model.name} makes up to {most} frames")
     if frames < 1 or (frames - 1) % stride:
         below = max(1, (frames - 1) // stride * stride + 1)
         above = min(below + stride, most)
@@ -142,12 +147,12 @@ def _frames(user: UserParams, model: ModelParams) -> int:
 
 def _guidance(user: UserParams, model: ModelParams, defaults: Defaults) -> tuple[float, float]:
     """Of the high-noise and of the low-noise expert; the names are diffusers', the original's pair is (low, high)."""
-    if user.guidance_scale_2 is not None and model.boundary is None:
+    first = user.guidance_scale if user.guidance_scale is not None else defaults.guidance_scale
+    if model.boundary is None and user.guidance_scale_2 not in (None, first):
         raise BadRequest(
             f"guidance_scale_2 is the low-noise expert's (guidance_scale the high-noise one's), and {model.name} has "
-            "not two experts: leave it out"
+            "one expert only: leave it out"
         )
-    first = user.guidance_scale if user.guidance_scale is not None else defaults.guidance_scale
     second = user.guidance_scale_2
     if second is None and user.guidance_scale is None:
         second = defaults.guidance_scale_2

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from engine.checkpoint import file_bytes, open_model
-from engine.models import list_models, load_model
+from engine.models import known_models
 from engine.params import ModelParams, SystemParams
 from ipc.architecture import Conditioning, TransformerConfig
 from ipc.errors import BadCheckpoint, BadConfig
@@ -42,9 +42,10 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     weights_missing: str
 
 
-def describe_models() -> list[ModelCard]:
-    """All known models, by name. Reads headers of weight files, no weights."""
-    return [_card(load_model(name)) for name in list_models()]
+def describe_models() -> tuple[list[ModelCard], list[str]]:
+    """All known models, by name, and what is wrong with each YAML that is none. Reads headers, no weights."""
+    models, problems = known_models()
+    return [_card(model) for model in models], problems
 
 
 def kind(conditioning: Conditioning) -> str:

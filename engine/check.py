@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import math
 import os
 import subprocess
 from pathlib import Path
 
 import msgspec
 
-from engine.checkpoint import file_bytes, identify
+from engine.checkpoint import EXPERTS, file_bytes, find_components, identify, possible, suits
 from engine.child import run_module
 from engine.memory import slot_sizes
 from engine.models import load_model
 from engine.params import ModelParams
 from hotreload.checkpoint import Layout, find_component, find_layout, find_tokenizer
+from hotreload.comfyui import Suits
+from hotreload.safetensors_file import TensorEntry
+from hotreload.tables import component_table, safetensors_only, transformer_traits
 from ipc.errors import BadCheckpoint, BadConfig
 from ipc.messages import CheckAsked, Component, ComponentChecked
 
@@ -22,17 +28,11 @@ CHECK_TIMEOUT = 300.0
 
 
 class Needs(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of weights in one dtype, by component and by placement; activations come on top."""
+    """Bytes of weights in one dtype; activations come on top."""
 
     components: dict[str, int]
     resident: int
-    """Everything on the device."""
-    largest: int
-    """The largest component alone: with one on the device at a time, and the others on the host."""
-    expert: int
-    """One expert on the device, with text encoder, VAE and the idle expert on the host."""
-    host: int
-    """Those on the host."""
+    """All of them, on one device."""
 
 
 class ComponentReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,14 +61,15 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     layout: Layout
     model: str
+    """Empty: none was named, and which one it is does not show."""
     fits: list[str]
-    """The known models that the transformer could be of."""
+    """The known models that the transformer could be of, or one of the files that could be the transformer."""
     components: list[ComponentReport]
     problems: list[str]
     """Of the directory as a whole, one sentence each."""
-    gpu: Needs
-    """bfloat16."""
-    cpu: Needs
+    gpu: Needs | None
+    """bfloat16. Without a model, nothing is known of what it needs."""
+    cpu: Needs | None
     """float32."""
     queue_bytes: int
     """Shared host memory of the engine's queues and states."""
@@ -79,22 +80,18 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
-    """Examine a directory. Without a `model`, the one that its transformer is of.
+    """Examine a directory. Without a `model`, the one that its transformer is of; without that, what can be seen.
 
-    Raises `BadCheckpoint` if there is nothing to examine, or no model to compare it with; what is wrong with a
-    component is in the report.
+    Raises `BadCheckpoint` if there is nothing to examine; what is wrong with a component is in the report.
     """
     root = directory.expanduser().resolve()
     if not root.is_dir():
         raise BadConfig(f"the checkpoint {str(directory)!r} is not a directory")
     layout, fits = find_layout(root), identify(root)
     if model is None and not fits:
-        raise BadCheckpoint(
-            "the directory has no transformer of a known model; name the model with --model to see what is missing "
-            "(`engine models` lists them)"
-        )
+        return _without_model(root, layout)
     params = load_model(model if model is not None else fits[0])
-    problems, found, missing = _find(root, layout, params)
+    problems, found, missing = _find(root, layout, params.components, functools.partial(suits, params))
     if params.name not in fits and fits:
         problems.insert(0, f"the transformer is that of {' or '.join(fits)}, not of {params.name}")
     checked = _examine(params, found)
@@ -106,7 +103,46 @@ def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
     )  # fmt: skip
 
 
-def _find(root: Path, layout: Layout, model: ModelParams) -> tuple[list[str], dict[str, Component], dict[str, str]]:
+def _without_model(root: Path, layout: Layout) -> CheckReport:
+    """What can be said of a directory when it is not known which model it is of: by its headers, without torch."""
+    wanted: tuple[str, ...] = ("text_encoder", "transformer", "vae")
+    experts = find_components(root, EXPERTS)
+    if experts and "transformer" not in find_components(root, EXPERTS[:1]):
+        wanted = ("text_encoder", *EXPERTS, "vae")
+    if "image_encoder" in find_components(root, ("image_encoder",)):
+        wanted = (*wanted, "image_encoder")
+    problems, found, missing = _find(root, layout, wanted)
+    fits = possible(root)
+    why = f"its files could be of {' or '.join(fits)}" if fits else "it has no transformer of a known model"
+    problems.insert(0, f"which model this is does not show: {why}; name one with --model (`engine models` lists them)")
+    return CheckReport(
+        directory=str(root), layout=layout, model="", fits=fits,
+        components=[_seen(root, name, found.get(name), missing.get(name)) for name in wanted], problems=problems,
+        gpu=None, cpu=None, queue_bytes=0,
+    )  # fmt: skip
+
+
+def _seen(root: Path, name: str, found: Component | None, missing: str | None) -> ComponentReport:
+    """Of a component that is compared with nothing. The tensors of a `.pth` file are not listed."""
+    table: dict[str, TensorEntry] = {}
+    if found is not None:
+        try:
+            table = component_table(safetensors_only(found))
+            if name in EXPERTS:
+                transformer_traits(table, found.naming)
+        except BadCheckpoint as error:
+            missing = str(error)
+    checked = ComponentChecked(
+        name=name, dtypes=dict(collections.Counter(entry.dtype for entry in table.values())),
+        parameters=sum(math.prod(entry.shape) for entry in table.values()), wrong={}, unreadable="", bytes_bfloat16=0,
+        bytes_float32=0,
+    )  # fmt: skip
+    return _report(root, checked, found, missing)
+
+
+def _find(
+    root: Path, layout: Layout, wanted: tuple[str, ...], suits: Suits | None = None
+) -> tuple[list[str], dict[str, Component], dict[str, str]]:
     """(problems of the whole, components that are there, why each other one is not)."""
     problems: list[str] = []
     found: dict[str, Component] = {}
@@ -115,9 +151,9 @@ def _find(root: Path, layout: Layout, model: ModelParams) -> tuple[list[str], di
         find_tokenizer(root)
     except BadCheckpoint as error:
         problems.append(str(error))
-    for name in model.components:
+    for name in wanted:
         try:
-            found[name] = find_component(root, layout, name, model.components)
+            found[name] = find_component(root, layout, name, wanted, suits)
         except BadCheckpoint as error:
             missing[name] = str(error)
         except OSError as error:
@@ -153,7 +189,4 @@ def _report(root: Path, checked: ComponentChecked, found: Component | None, miss
 
 
 def _needs(components: dict[str, int]) -> Needs:
-    total, expert = sum(components.values()), components["transformer"]
-    return Needs(
-        components=components, resident=total, largest=max(components.values()), expert=expert, host=total - expert
-    )
+    return Needs(components=components, resident=sum(components.values()))

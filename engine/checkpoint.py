@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
-from engine.models import checkpoint_directory, list_models, load_model
+import msgspec
+
+from engine.models import checkpoint_directory, known_models
 from engine.params import ModelParams, SystemParams
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
+from hotreload.comfyui import transformers
 from hotreload.lora_options import attach_loras
-from hotreload.tables import TransformerTraits, component_table, transformer_traits
+from hotreload.tables import (
+    TransformerTraits,
+    VaeTraits,
+    component_table,
+    safetensors_only,
+    transformer_traits,
+    vae_family,
+    vae_traits,
+)
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages import Component, MergedLora
 
 EXPERTS = ("transformer", "transformer_2")
 
@@ -26,7 +38,7 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
     """
     directory = checkpoint_directory(model, params.checkpoint)
     try:
-        checkpoint = open_checkpoint(directory, model.components)
+        checkpoint = open_checkpoint(directory, model.components, functools.partial(suits, model))
     except BadCheckpoint as error:
         names = identify(directory)
         if not names or model.name in names:
@@ -35,21 +47,49 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
     for name in EXPERTS:
         if name in checkpoint.components:
             check_transformer(checkpoint.components[name], model, directory)
+    check_vae(checkpoint.components["vae"], model)
     return checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
 
 
 def check_transformer(component: Component, model: ModelParams, directory: Path) -> None:
     """`BadCheckpoint` if a DiT's header shows another model, with the names of those it could be."""
-    found, expected = transformer_traits(component_table(component)), traits_of(model)
+    found, expected = transformer_traits(component_table(component), component.naming), traits_of(model)
     if found == expected:
         return
     what = f"the {component.name} is not that of {model.name}: {differences(found, expected)}"
     raise BadCheckpoint(f"{what}; {advice(identify(directory))}")
 
 
+def check_vae(component: Component, model: ModelParams) -> None:
+    """`BadCheckpoint` if a VAE's header shows the other family. (The header of a `.pth` file is read by its stage.)"""
+    if component != safetensors_only(component):
+        return
+    needed, found = family_of(model), vae_family(component_table(component))
+    if found not in (None, needed):
+        raise BadCheckpoint(
+            f"the vae is not that of {model.name}: this is the {found} VAE, the model needs the {needed} VAE"
+        )
+
+
+def suits(model: ModelParams, component: Component) -> bool:
+    """The header of a component shows the shapes of this model's, as far as that tells files apart."""
+    try:
+        table = component_table(component)
+        match component.name:
+            case "transformer" | "transformer_2":
+                return transformer_traits(table) == traits_of(model)
+            case "vae":
+                return vae_traits(table) == VaeTraits(family_of(model), model.vae.base_dim, model.vae.z_dim)
+            case "text_encoder":
+                return table["encoder.final_layer_norm.weight"].shape == (model.text_encoder.d_model,)
+    except (BadCheckpoint, KeyError):
+        return False
+    return True
+
+
 def identify(directory: Path) -> list[str]:
     """The known models that the DiT in a directory, or what is there of a pair of experts, could be of."""
-    models = [load_model(name) for name in list_models()]
+    models, _ = known_models()
     for experts in (EXPERTS[:1], EXPERTS):
         found = {_traits(component) for component in find_components(directory, experts).values()}
         two = len(experts) == 2
@@ -57,6 +97,13 @@ def identify(directory: Path) -> list[str]:
         if names:
             return names
     return []
+
+
+def possible(directory: Path) -> list[str]:
+    """The known models that any one of the single files in a directory could be the DiT of."""
+    models, _ = known_models()
+    found = {_traits(component) for component in transformers(directory)}
+    return [model.name for model in models if traits_of(model) in found]
 
 
 def find_components(directory: Path, wanted: tuple[str, ...]) -> dict[str, Component]:
@@ -74,6 +121,11 @@ def traits_of(model: ModelParams) -> TransformerTraits:
     """What the header of a model's DiT must show."""
     t = model.transformer
     return TransformerTraits(t.dim, t.num_layers, t.ffn_dim, t.in_channels, t.out_channels, t.image_dim is not None)
+
+
+def family_of(model: ModelParams) -> str:
+    """Of its VAE."""
+    return "Wan2.2" if model.vae.is_residual else "Wan2.1"
 
 
 def differences(found: TransformerTraits, expected: TransformerTraits) -> str:
@@ -94,14 +146,19 @@ def file_bytes(component: Component) -> int:
     return sum(os.stat(file).st_size for file in component.files)
 
 
-def lora_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the metadata of results says about the LoRAs that are merged into the weights, if there are any."""
-    loras = [
-        {"component": component.name, "file": os.path.basename(lora.file), "strength": lora.strength}
+def merged_loras(checkpoint: Checkpoint) -> list[MergedLora]:
+    """The LoRAs that are merged into the weights."""
+    return [
+        MergedLora(component=component.name, file=os.path.basename(lora.file), strength=lora.strength)
         for component in checkpoint.components.values()
         for lora in component.loras
     ]
-    return {"lora": loras} if loras else {}
+
+
+def lora_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the metadata of results says about the LoRAs, if there are any."""
+    loras = merged_loras(checkpoint)
+    return {"lora": msgspec.to_builtins(loras)} if loras else {}
 
 
 def _traits(component: Component) -> TransformerTraits | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadCheckpoint, BadRequest, EngineError, NotFound
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest, EngineError, NotFound
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -41,9 +41,16 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Up to 1: no guidance. With two experts, the HIGH-noise one's.")
+        float | None,
+        typer.Option(
+            help="Up to 1: no guidance. With two experts, the HIGH-noise one's, and the other's, too, unless that is "
+            "given; so it is also with a preset."
+        ),
     ] = None,
-    guidance_scale_2: Annotated[float | None, typer.Option(help="The LOW-noise expert's, of two.")] = None,
+    guidance_scale_2: Annotated[
+        float | None,
+        typer.Option(help="The LOW-noise expert's, of two [--guidance-scale if given, else the model's or preset's]."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same video [random].")] = None,
     noise_device: Annotated[
         str | None, typer.Option(help="cpu: the same noise everywhere; cuda: the original programs' [cpu].")
@@ -83,7 +90,7 @@ def generate(
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
     else:
-        lines = summary(outcome.done, outcome.seconds, outcome.loading)
+        lines = summary(outcome.done, outcome.seconds, outcome.loading, outcome.waiting)
         print("\n".join([*lines, "next:", *(f"  {line}" for line in suggestions(order, outcome))]))
 
 
@@ -182,8 +189,10 @@ def models(as_json: Json = False) -> None:
     from engine.catalogue import describe_models
     from engine.display import print_models
 
-    found = describe_models()
+    found, problems = describe_models()
     _print_json(found) if as_json else print_models(found)
+    if problems:
+        raise BadConfig(f"left out: {'; '.join(problems)}")
 
 
 @app.command()

@@ -52,6 +52,8 @@ def _check_field(name: str, type_: Any, value: object, error: type[EngineError],
             raise error(f"{what}: {name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
         expected = str(cause).split(", got `", 1)[0].split(" - at `", 1)[0].removeprefix("Expected ").replace("`", "")
         expected = expected.replace(" | null", "")
+        if expected == "array" and isinstance(value, str):
+            raise error(f"{what}: {name} must be a list, also of one: [{_show(value)}]; got {_show(value)}") from cause
         raise error(f"{what}: {name} must be {expected}; got {_show(value)} ({type(value).__name__})") from cause
 
 

@@ -36,6 +36,7 @@ class ProgressView(Protocol):
 
     def update(self, progress: Progress) -> None: ...
     def load(self, components: Sequence[LoadProgress]) -> None: ...
+    def wait_for(self, stages: Sequence[StageStatus]) -> None: ...
     def note(self, text: str) -> None: ...
     def __enter__(self) -> ProgressView: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -48,6 +49,9 @@ class SilentView:
         return None
 
     def load(self, components: Sequence[LoadProgress]) -> None:
+        return None
+
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
         return None
 
     def note(self, text: str) -> None:
@@ -122,6 +126,12 @@ class PlainView(SilentView):
             self._shown_at = now
             self.note(f"{self._meter.what}: {self._meter.amount} {self._meter.rate}".rstrip())
 
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
+        now = time.monotonic()
+        if self._phase != "loading" or now - self._shown_at >= PLAIN_INTERVAL:
+            self._phase, self._shown_at = "loading", now
+            self.note(" ".join(filter(None, ("waiting for the engine, which is loading its weights", reading(stages)))))
+
 
 class BarView:
     """A bar on a terminal: phase, step of steps, seconds left; while weights are read, bytes and their rate."""
@@ -146,6 +156,11 @@ class BarView:
                 self._task, description=meter.what, completed=meter.done, total=meter.total, steps=meter.amount,
                 left=meter.rate,
             )  # fmt: skip
+
+    def wait_for(self, stages: Sequence[StageStatus]) -> None:
+        self._bar.update(
+            self._task, description="engine is loading", completed=0, total=None, steps="", left=reading(stages)
+        )
 
     def note(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -173,6 +188,12 @@ def left(progress: Progress) -> str:
     return "" if progress.seconds_left is None else f"{seconds(progress.seconds_left)} left"
 
 
+def reading(stages: Sequence[StageStatus]) -> str:
+    """What stages that start are reading, and how much of it is there."""
+    found = [s.loading for s in stages if s.loading is not None and s.loading.done < s.loading.total]
+    return ", ".join(f"{loading.component} {100 * loading.done // loading.total} %" for loading in found)
+
+
 def seconds(value: float) -> str:
     """0.42 s, 4.2 s, 42 s, 7 min 2 s, 3 h 4 min."""
     if value < 60:
@@ -195,11 +216,17 @@ def count(value: float) -> str:
     return f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.1f} M"
 
 
-def summary(done: Done, elapsed: float, loading: float) -> list[str]:
-    """Where the video is, what it is, what it cost."""
+NOTICED = 0.1
+"""Seconds of waiting that are worth a word."""
+
+
+def summary(done: Done, elapsed: float, loading: float, waiting: float = 0.0) -> list[str]:
+    """Where the video is, what it is, what it cost; `loading` until the engine was up, `waiting` for other requests."""
     params: dict[str, Any] = done.metadata["parameters"]
     frames, fps = params["num_frames"], params["fps"]
-    cost: dict[str, float] = ({"load": loading} if loading else {}) | done.metadata["seconds"]
+    before = {"load": loading} if loading else {}
+    before |= {"wait": waiting} if waiting >= NOTICED else {}
+    cost: dict[str, float] = before | done.metadata["seconds"]
     return [
         f"{shown_path(done.path)}  {params['width']}x{params['height']}, {frames} frames at {fps} fps "
         f"({frames / fps:.1f} s), {size(_file_size(done.path))}",
@@ -252,7 +279,7 @@ def print_check(report: CheckReport) -> None:
     """`engine check`. Of the tensors that are wrong, the first of each kind; `--json` has all."""
     others = [name for name in report.fits if name != report.model]
     also = f" (or {', '.join(others)})" if others and report.model in report.fits else ""
-    print(f"{report.directory}: {report.layout} layout, {report.model}{also}\n")
+    print(f"{report.directory}: {report.layout} layout, {report.model or 'of no model that shows'}{also}\n")
     rows = [
         (
             c.name,
@@ -260,23 +287,20 @@ def print_check(report: CheckReport) -> None:
             ", ".join(sorted(c.dtypes)) or "-",
             count(c.parameters) if c.parameters else "-",
             size(c.bytes),
-            "complete" if c.complete else "WRONG" if c.files else "MISSING",
+            ("complete" if report.model else "whole") if c.complete else "WRONG" if c.files else "MISSING",
         )
         for c in report.components
     ]
     print_table(("component", "files", "dtype", "parameters", "on disk", ""), rows)
     wrong = [f"{c.name}: {c.problem or tensors(c.wrong)}" for c in report.components if not c.complete]
     print("\n".join(["", *report.problems, *wrong, ""]))
-    needs = [
-        (c.name, size(report.gpu.components[c.name]), size(report.cpu.components[c.name])) for c in report.components
-    ]
-    needs.append(("everything resident", size(report.gpu.resident), size(report.cpu.resident)))
-    print_table(("weights in memory", "GPU, bfloat16", "CPU, float32"), needs)
-    print(
-        f"\na GPU with one component at a time: {size(report.gpu.largest)}; with one transformer and all else on the "
-        f"host: {size(report.gpu.expert)}, and {size(report.gpu.host)} of host memory\n"
-        f"shared host memory of the queues: {size(report.queue_bytes)}; activations come on top"
-    )
+    if report.gpu is None or report.cpu is None:
+        return
+    gpu, cpu = report.gpu, report.cpu
+    needs = [(c.name, size(gpu.components[c.name]), size(cpu.components[c.name])) for c in report.components]
+    needs.append(("all of them", size(gpu.resident), size(cpu.resident)))
+    print_table(("weights in memory", "one GPU, bfloat16", "CPU, float32"), needs)
+    print(f"\nshared host memory of the queues: {size(report.queue_bytes)}; activations come on top")
 
 
 def tensors(wrong: Mapping[str, Sequence[str]]) -> str:
@@ -355,6 +379,15 @@ def print_status(status: EngineStatus) -> None:
         (q.name, f"{q.depth}/{q.slots}", q.peak, q.puts, size(q.bytes), size(q.slot_bytes)) for q in status.queues
     ]
     print_table(("queue", "depth", "peak", "puts", "passed", "slot"), queues)
+    if status.weights:
+        print()
+        weights = [(name, content, loras(status, name) or "-") for name, content in status.weights.items()]
+        print_table(("weights", "content hash", "LoRAs"), weights)
+
+
+def loras(status: EngineStatus, component: str) -> str:
+    """What is merged into a component."""
+    return ", ".join(f"{lora.file}:{lora.strength:g}" for lora in status.loras if lora.component == component)
 
 
 def print_memory(held: Sequence[Holding]) -> None:

@@ -24,8 +24,10 @@ from engine.display import ProgressView, shown_path
 from engine.params import SystemParams, UserParams
 from engine.supervisor import Supervisor
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
-from ipc.messages import Accepted, Done, Failed, TaskEvent
+from ipc.messages import Accepted, Done, Failed, Progress, TaskEvent
 
+LOOK_INTERVAL = 0.5
+"""Seconds between looks at an engine that is loading."""
 LEAVE_DEADLINE = 1.0
 """Seconds that a second Ctrl-C gives the cancel of the first to arrive."""
 
@@ -51,12 +53,14 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """`seconds`: from the command to the file, `loading` of them until the stages were up. `embedded`: no server."""
+    """`seconds`: from the command to the file, `loading` of them until the stages were up, and `waiting` of them in the
+    queue after that. `embedded`: no server."""
 
     done: Done
     seconds: float
     loading: float
     embedded: bool
+    waiting: float = 0.0
 
 
 def run(order: Order, view: ProgressView) -> Outcome:
@@ -68,15 +72,15 @@ async def generate(order: Order, view: ProgressView) -> Outcome:
     started = time.monotonic()
     order = msgspec.structs.replace(order, params=absolute_params(order.params))
     with view, Interrupts(view) as interrupts:
-        client = await _server(order)
+        client, wait = await _server(order), Wait(view)
         try:
             if client is not None:
-                done, loading = await _follow(client, order.params, view, interrupts), 0.0
+                done = await _served(client, order.params, wait, interrupts)
             else:
-                done, loading = await _embedded(order, view, interrupts)
+                done = await _embedded(order, view, wait, interrupts)
         except asyncio.CancelledError:
             raise Cancelled("left at once; no video was made") from None
-    return Outcome(done, time.monotonic() - started, loading, client is None)
+    return Outcome(done, time.monotonic() - started, wait.loading, client is None, wait.queued)
 
 
 def suggestions(order: Order, outcome: Outcome) -> list[str]:
@@ -147,6 +151,70 @@ class Interrupts:
             self._loop.remove_signal_handler(number)
 
 
+class Wait:
+    """What a request waits for until something is computed for it: the weights of an engine that is still loading,
+    which is said in place of an estimate, and then the requests before it."""
+
+    def __init__(self, view: ProgressView) -> None:
+        self.loading = 0.0
+        """Seconds until the engine was up."""
+        self.queued = 0.0
+        """Seconds after that."""
+        self._view = view
+        self._began = time.monotonic()
+        self._loads = False
+        self._computes = False
+        self._latest: Progress | None = None
+
+    def loaded(self) -> None:
+        """The engine is up: what was heard of the request meanwhile is shown now."""
+        self._loads, self.loading, self._began = False, time.monotonic() - self._began, time.monotonic()
+        if self._latest is not None:
+            self._view.update(self._latest)
+
+    def hear(self, progress: Progress) -> None:
+        """Show how far the request is, but not while it waits for weights."""
+        self._latest = progress
+        if progress.phase != "queued" and not self._computes:
+            self._computes = True
+            if self._loads:
+                self.loaded()
+            self.queued = time.monotonic() - self._began
+        if not self._loads:
+            self._view.update(progress)
+
+    async def look(self, client: AsyncClient) -> bool:
+        """Whether the engine is loading, and nothing is computed for the request yet; shows how far it is."""
+        starting = [stage for stage in (await client.status()).stages if stage.state == "starting"]
+        if not starting or self._computes:
+            return False
+        self._loads = True
+        self._view.wait_for(starting)
+        return True
+
+    async def watch(self, client: AsyncClient) -> None:
+        """Look until the engine is up. If it is gone, the events of the request say so."""
+        with contextlib.suppress(EngineError):
+            while True:
+                await asyncio.sleep(LOOK_INTERVAL)
+                if not await self.look(client):
+                    break
+            if self._loads:
+                self.loaded()
+
+
+async def _served(client: AsyncClient, params: UserParams, wait: Wait, interrupts: Interrupts) -> Done:
+    """On a running engine, which may still be loading its weights."""
+    if not await wait.look(client):
+        return await _follow(client, params, wait, interrupts)
+    watching = asyncio.create_task(wait.watch(client))
+    try:
+        return await _follow(client, params, wait, interrupts)
+    finally:
+        watching.cancel()
+        await asyncio.wait({watching})
+
+
 async def _server(order: Order) -> AsyncClient | None:
     """The running server; None if there is none. `BadConfig` if it is not the one that was asked for."""
     client = AsyncClient(order.socket)
@@ -164,10 +232,10 @@ async def _server(order: Order) -> AsyncClient | None:
     return client
 
 
-async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) -> tuple[Done, float]:
-    """On a supervisor of our own, which is started only for a request that it will accept; also the seconds it took to
-    load. All stages share a process unless that was asked otherwise: one request has little to overlap, and torch is
-    loaded once instead of three times."""
+async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: Interrupts) -> Done:
+    """On a supervisor of our own, which is started only for a request that it will accept. All stages share a process
+    unless that was asked otherwise: one request has little to overlap, and torch is loaded once instead of three
+    times."""
     chosen: dict[str, object] = {"placement": "fused"}
     chosen |= {k: v for k in ("model", "checkpoint", "lora", "placement") if (v := getattr(order, k)) is not None}
     system = decode_strictly(SystemParams, chosen, BadConfig, "the command")
@@ -176,11 +244,10 @@ async def _embedded(order: Order, view: ProgressView, interrupts: Interrupts) ->
     interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
-    began = time.monotonic()
     async with supervisor:
         await _load(supervisor, view, interrupts)
-        loading = time.monotonic() - began
-        return await _follow(supervisor, order.params, view, interrupts), loading
+        wait.loaded()
+        return await _follow(supervisor, order.params, wait, interrupts)
 
 
 async def _load(supervisor: Supervisor, view: ProgressView, interrupts: Interrupts) -> None:
@@ -195,7 +262,7 @@ async def _load(supervisor: Supervisor, view: ProgressView, interrupts: Interrup
         asked.cancel()
 
 
-async def _follow(engine: Engine, params: UserParams, view: ProgressView, interrupts: Interrupts) -> Done:
+async def _follow(engine: Engine, params: UserParams, wait: Wait, interrupts: Interrupts) -> Done:
     """Submit, show progress, wait for the end."""
     interrupts.check()
     accepted = await engine.submit(params)
@@ -207,7 +274,7 @@ async def _follow(engine: Engine, params: UserParams, view: ProgressView, interr
             if isinstance(event, Failed):
                 raise from_failure(event.error)
             if not interrupts.asked.is_set():
-                view.update(event)
+                wait.hear(event)
     except asyncio.CancelledError:
         # Leaving at once, but not before the engine has heard of the cancel, if it still listens.
         await asyncio.wait({cancelling}, timeout=LEAVE_DEADLINE)

@@ -46,6 +46,17 @@ def load_model(name: str) -> ModelParams:
     return model
 
 
+def known_models() -> tuple[list[ModelParams], list[str]]:
+    """Every model whose YAML can be read, by name; and what is wrong with each other one."""
+    models, problems = [], []
+    for name in list_models():
+        try:
+            models.append(load_model(name))
+        except BadConfig as error:
+            problems.append(str(error))
+    return models, problems
+
+
 def checkpoint_directory(model: ModelParams, chosen: str | None) -> Path:
     """Where the weights are: the operator's choice, else what ships with the model."""
     if chosen is not None:

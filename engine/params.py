@@ -112,7 +112,7 @@ class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     guidance_scale: Annotated[float, Meta(ge=0, le=100)] | None = None
     """With two experts, the HIGH-noise one's (as in diffusers; the original's pair is low, high). <= 1: no guidance."""
     guidance_scale_2: Annotated[float, Meta(ge=0, le=100)] | None = None
-    """The LOW-noise expert's. None: `guidance_scale`, or the model's if that is None too."""
+    """The LOW-noise expert's. None: `guidance_scale`, or the model's (the preset's) if that is None too."""
     seed: Seed | None = None
     """None: drawn at submission and written into the metadata."""
     noise_device: Literal["cpu", "cuda"] = "cpu"

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
-from engine.checkpoint import lora_metadata, open_model
+from engine.checkpoint import lora_metadata, merged_loras, open_model
 from engine.crew import Crew, OnLoading, resolve_devices
 from engine.device_memory import make_device_memory
 from engine.events import (
@@ -304,7 +304,7 @@ class Supervisor:
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
             finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
-            spare_pid=self._crew.spare_pid,
+            spare_pid=self._crew.spare_pid, weights=dict(self._crew.weights), loras=merged_loras(self.checkpoint),
         )  # fmt: skip
 
     def memory(self) -> list[Holding]:
@@ -329,8 +329,8 @@ class Supervisor:
     async def _accept(self, job: Job, user: UserParams) -> Accepted:
         now = time.time()
         entry = Entry(
-            model=self.model.name, job=job, params=resolved_params(user, job), submitted_at=now, priority=user.priority,
-            deadline_at=now + user.deadline if user.deadline is not None else None,
+            model=self.model.name, job=job, params=resolved_params(user, job, self.model), submitted_at=now,
+            priority=user.priority, deadline_at=now + user.deadline if user.deadline is not None else None,
         )  # fmt: skip
         self._check_open()
         if self._journal is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hotreload import comfyui
+from hotreload.comfyui import Suits
 from hotreload.shards import weight_files
 from hotreload.tables import check_archive, component_table, label_of, safetensors_only
 from ipc.errors import BadCheckpoint
@@ -41,8 +42,9 @@ ORIGINAL_SIGNS = (
     *EXPERTS.values(), "models_t5_*", "models_clip_*", "Wan2.*_VAE.pth", f"{DIT_STEM}*.safetensors*",
 )  # fmt: skip
 
-Finder = Callable[[Path, str, tuple[str, ...]], tuple[list[Path], Naming]]
-"""(directory, component, all components of the model) -> the component's files, and whose names they use."""
+Finder = Callable[[Path, str, tuple[str, ...], Suits | None], tuple[list[Path], Naming]]
+"""(directory, component, all components of the model, which files are of the model) -> the component's files, and whose
+names they use."""
 
 
 class Checkpoint(NamedTuple):
@@ -53,12 +55,15 @@ class Checkpoint(NamedTuple):
     components: dict[str, Component]
 
 
-def open_checkpoint(directory: Path, components: tuple[str, ...]) -> Checkpoint:
-    """Find `components` and the tokenizer in `directory`, and check that their files are whole. Reads no weights."""
+def open_checkpoint(directory: Path, components: tuple[str, ...], suits: Suits | None = None) -> Checkpoint:
+    """Find `components` and the tokenizer in `directory`, and check that their files are whole. Reads no weights.
+
+    `suits` tells, of several single files that could be a component, which is of the model.
+    """
     directory = directory.absolute()
     try:
         layout = find_layout(directory)
-        opened = {name: find_component(directory, layout, name, components) for name in components}
+        opened = {name: find_component(directory, layout, name, components, suits) for name in components}
         tokenizer = find_tokenizer(directory)
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
@@ -84,10 +89,12 @@ def find_layout(directory: Path) -> Layout:
     )
 
 
-def find_component(directory: Path, layout: Layout, name: str, components: tuple[str, ...]) -> Component:
+def find_component(
+    directory: Path, layout: Layout, name: str, components: tuple[str, ...], suits: Suits | None = None
+) -> Component:
     """One component, its files whole. Which files are a transformer's depends on all `components` of the model."""
     try:
-        files, naming = FINDERS[layout](directory, name, components)
+        files, naming = FINDERS[layout](directory, name, components, suits)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{error} (the checkpoint looks like {DESCRIPTIONS[layout]})") from error
     component = Component(name=name, files=[str(file) for file in files], naming=naming)
@@ -111,7 +118,9 @@ def check_files(component: Component) -> None:
             check_archive(file, label_of(component, file))
 
 
-def _find_diffusers(directory: Path, name: str, components: tuple[str, ...]) -> tuple[list[Path], Naming]:
+def _find_diffusers(
+    directory: Path, name: str, components: tuple[str, ...], suits: Suits | None
+) -> tuple[list[Path], Naming]:
     second = any((directory / "transformer_2").glob("*.safetensors"))
     if name == "transformer" and "transformer_2" not in components and second:
         raise BadCheckpoint(
@@ -121,7 +130,9 @@ def _find_diffusers(directory: Path, name: str, components: tuple[str, ...]) -> 
     return weight_files(directory, name, "model" if name.endswith("encoder") else DIT_STEM), "diffusers"
 
 
-def _find_original(directory: Path, name: str, components: tuple[str, ...]) -> tuple[list[Path], Naming]:
+def _find_original(
+    directory: Path, name: str, components: tuple[str, ...], suits: Suits | None
+) -> tuple[list[Path], Naming]:
     return _original_files(directory, name, components), "original"
 
 

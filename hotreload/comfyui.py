@@ -6,14 +6,17 @@ Which expert of two, only the file's name can tell: it must contain "high" or "l
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hotreload.names import without_prefix
 from hotreload.safetensors_file import read_header
 from ipc.errors import BadCheckpoint
-from ipc.messages import Naming
+from ipc.messages import Component, Naming
 
+Suits = Callable[[Component], bool]
+"""The shapes of a component's tensors are those of the model that is wanted."""
 FOLDERS = ("", "diffusion_models", "unet", "text_encoders", "clip", "vae", "clip_vision")
 BASES = ("", "split_files")
 """`split_files`: a repackaged repository as it is downloaded."""
@@ -34,6 +37,9 @@ _EXPERTS: dict[Literal["high", "low"], re.Pattern[str]] = {
 }
 
 
+_HINT = "; two experts of a Wan2.2-A14B model are told apart by 'high' and 'low' in their names"
+
+
 class Classified(NamedTuple):
     """One file: `component` is None for files of other models; `problem` says why it cannot be used."""
 
@@ -50,22 +56,37 @@ def list_files(directory: Path) -> list[Path]:
     return [file for file in files if file.suffix in (".safetensors", ".gguf") and file.is_file()]
 
 
-def find(directory: Path, name: str, components: tuple[str, ...]) -> tuple[list[Path], Naming]:
-    """The file of one of the `components` of a model. Raises `BadCheckpoint` if there is none, or more than one."""
+def find(
+    directory: Path, name: str, components: tuple[str, ...], suits: Suits | None = None
+) -> tuple[list[Path], Naming]:
+    """The file of one of the `components` of a model, of several the one that `suits`. Raises `BadCheckpoint` if there
+    is none, or more than one."""
     files = [classify(file, str(file.relative_to(directory))) for file in list_files(directory)]
     two_experts = "transformer_2" in components
     kind = "transformer" if name == "transformer_2" else name
     candidates = [file for file in files if file.component == kind and file.problem is None]
     if kind == "transformer":
         candidates = _of_expert(candidates, name, two_experts)
+    if len(candidates) > 1 and suits is not None:
+        candidates = _suiting(candidates, name, suits, directory)
     if len(candidates) > 1:
-        names = ", ".join(str(file.file.relative_to(directory)) for file in candidates)
         raise BadCheckpoint(
-            f"several files could be the {name}: {names}; leave one, or link one of each into a directory"
+            f"several files could be the {name}: {_names(candidates, directory)}; leave one, or link one of each into "
+            f"a directory{_HINT if kind == 'transformer' and not two_experts else ''}"
         )
     if not candidates:
         raise BadCheckpoint(_missing(name, two_experts, kind, files, directory))
     return [candidates[0].file], candidates[0].naming
+
+
+def transformers(directory: Path) -> list[Component]:
+    """Every file that could be a transformer, one component each."""
+    files = [classify(file, str(file.relative_to(directory))) for file in list_files(directory)]
+    return [
+        Component(name="transformer", files=[str(file.file)], naming=file.naming)
+        for file in files
+        if file.component == "transformer" and file.problem is None
+    ]
 
 
 def classify(file: Path, label: str) -> Classified:
@@ -102,6 +123,21 @@ def _of_expert(candidates: list[Classified], name: str, two_experts: bool) -> li
         return candidates
     expert = "high" if name == "transformer" else "low"
     return [file for file in candidates if expert_of(file.file.name) == expert]
+
+
+def _suiting(candidates: list[Classified], name: str, suits: Suits, directory: Path) -> list[Classified]:
+    """Those of the model that is wanted, by the shapes of their tensors."""
+    suiting = [c for c in candidates if suits(Component(name=name, files=[str(c.file)], naming=c.naming))]
+    if not suiting:
+        raise BadCheckpoint(
+            f"of the files that could be the {name}, none is of this model, by its shapes: "
+            f"{_names(candidates, directory)}"
+        )
+    return suiting
+
+
+def _names(candidates: list[Classified], directory: Path) -> str:
+    return ", ".join(str(file.file.relative_to(directory)) for file in candidates)
 
 
 def _missing(name: str, two_experts: bool, kind: str, files: list[Classified], directory: Path) -> str:

@@ -72,12 +72,15 @@ class _Adapter(msgspec.Struct):
     use_dora: bool = False
 
 
-def read_lora(file: Path, component: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Delta]:
+def read_lora(
+    file: Path, component: str, shapes: Mapping[str, tuple[int, ...]], label: str | None = None
+) -> list[Delta]:
     """What `file` adds to a transformer whose tensors have these names (ours) and `shapes`. Raises `BadCheckpoint`.
 
     `component`: transformer or transformer_2; of a file with both experts, only the keys of this one are looked at.
+    `label`: what errors call the file; None: without the directories it is in.
     """
-    label = f"LoRA {file.name}"
+    label = label or f"LoRA {file.name}"
     if file.suffix != ".safetensors":
         raise BadCheckpoint(f"{label} is not a .safetensors file; convert it")
     header = read_header(file, label)
@@ -152,7 +155,7 @@ def _deltas(
                 misshaped.append(f"{diff.name} (got {list(diff.shape)}, expected {list(shapes[target])})")
             deltas.append(Delta(target, 1.0, diff=diff))
     problems = describe({
-        "without the other half of their pair": halves, "of another shape": misshaped, "not floating-point": dtypes,
+        "without the other half of the pair": halves, "of another shape": misshaped, "not floating-point": dtypes,
     })  # fmt: skip
     if problems:
         raise BadCheckpoint(f"{label} does not fit the model: {problems}")

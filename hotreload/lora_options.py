@@ -20,10 +20,13 @@ from ipc.messages import Component, Lora
 EXTENSION = ".safetensors"
 MAX_STRENGTH = 10.0
 EXPERTS = ("transformer", "transformer_2")
+_BETWEEN = re.compile(rf"(?<={re.escape(EXTENSION)})\s*,")
+_STRENGTH_OF_ONE = re.compile(rf"{re.escape(EXTENSION)}:[^,/]*,")
+"""Before the comma between two files."""
 
 
 class LoraOption(NamedTuple):
-    """One file, or the high-noise and the low-noise expert's."""
+    """One file, or the high-noise and the low-noise expert's, as the operator wrote them."""
 
     files: tuple[str, ...]
     strength: float
@@ -31,9 +34,9 @@ class LoraOption(NamedTuple):
 
 def parse_lora(text: str) -> LoraOption:
     """`FILE[,LOW_FILE][:STRENGTH]`; the strength is 1 if it is left out. Raises `BadConfig`."""
-    path, colon, tail = text.rpartition(":")
+    path, colon, tail = text.strip().rpartition(":")
     if not colon or tail.endswith(EXTENSION):
-        path, tail = text, "1"
+        path, tail = text.strip(), "1"
     try:
         strength = float(tail)
     except ValueError:
@@ -42,7 +45,11 @@ def parse_lora(text: str) -> LoraOption:
         ) from None
     if not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
         raise BadConfig(f"LoRA {text!r}: the strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {tail}")
-    files = tuple(re.split(rf"(?<={re.escape(EXTENSION)}),", path))
+    if _STRENGTH_OF_ONE.search(path):
+        raise BadConfig(
+            f"LoRA {text!r}: one strength, at the end, is for both files; expected HIGH_FILE,LOW_FILE:STRENGTH"
+        )
+    files = tuple(file.strip() for file in _BETWEEN.split(path))
     if len(files) > 2 or not all(file.endswith(EXTENSION) for file in files):
         raise BadConfig(f"LoRA {text!r}: expected FILE or HIGH_FILE,LOW_FILE, each ending in {EXTENSION}")
     return LoraOption(files, strength)
@@ -60,18 +67,18 @@ def attach_loras(components: Mapping[str, Component], options: Iterable[str]) ->
         name: {n: e.shape for n, e in component_table(components[name]).items()} for name in experts if parsed
     }  # fmt: skip
     for option in parsed:
-        files = [Path(file).absolute() for file in option.files]
-        for name, file in zip(experts, _for_each_expert(files, experts), strict=True):
-            read_lora(file, name, shapes[name])
+        for name, given in zip(experts, _for_each_expert(option.files, experts), strict=True):
+            file = Path(given).expanduser().absolute()
+            read_lora(file, name, shapes[name], f"LoRA {given}")
             lora = Lora(file=str(file), strength=option.strength)
             attached[name] = msgspec.structs.replace(attached[name], loras=[*attached[name].loras, lora])
     return attached
 
 
-def _for_each_expert(files: list[Path], experts: list[str]) -> list[Path]:
+def _for_each_expert(files: tuple[str, ...], experts: list[str]) -> tuple[str, ...]:
     """The file that goes into each transformer."""
-    names = ", ".join(file.name for file in files)
-    both = [file.name for file in files if len(experts_in(_header_entries(file))) == 2]
+    names = ", ".join(files)
+    both = [file for file in files if len(experts_in(_header_entries(file))) == 2]
     if len(files) == 1 and len(experts) == 2:
         if not both:
             raise BadConfig(
@@ -84,10 +91,10 @@ def _for_each_expert(files: list[Path], experts: list[str]) -> list[Path]:
     if both:
         expected = "give it alone" if len(experts) == 2 else "the model has one transformer"
         raise BadConfig(f"LoRA {both[0]} holds both experts (transformer. and transformer_2.); {expected}")
-    if len(files) == 2 and [expert_of(file.name) for file in files] == ["low", "high"]:
+    if len(files) == 2 and [expert_of(Path(file).name) for file in files] == ["low", "high"]:
         raise BadConfig(f"LoRA {names}: by their names the low-noise file comes first; the order is HIGH,LOW")
     return files
 
 
-def _header_entries(file: Path) -> list[TensorEntry]:
-    return read_header(file, f"LoRA {file.name}").entries
+def _header_entries(file: str) -> list[TensorEntry]:
+    return read_header(Path(file).expanduser(), f"LoRA {file}").entries

@@ -14,6 +14,7 @@ from hotreload.dtypes import TORCH_DTYPES
 from hotreload.lora import Delta, read_lora
 from hotreload.reading import Files
 from hotreload.safetensors_file import ITEM_SIZES, TensorEntry
+from ipc.errors import BadCheckpoint
 from ipc.messages import Component
 
 
@@ -40,7 +41,8 @@ def additions_of(component: Component, shapes: Mapping[str, tuple[int, ...]]) ->
 class Merge:
     """Adds to one tensor. `add` goes through it in order, once; `digest` then is that of all that was added.
 
-    Holds the pairs of the tensor in float32 on its device, and reads `diff`s stretch by stretch.
+    Holds the pairs of the tensor in float32 on its device, and reads `diff`s stretch by stretch. Raises `BadCheckpoint`
+    for values that are not finite.
     """
 
     def __init__(self, additions: list[Addition], files: Files, device: torch.device) -> None:
@@ -77,4 +79,10 @@ class Merge:
     def _read(self, entry: TensorEntry, start: int = 0, size: int | None = None) -> Tensor:
         raw = self._files.read_tensor(entry, TORCH_DTYPES[entry.dtype], start, size)
         self._hash.update(memoryview(raw.view(torch.uint8).numpy().data))
-        return raw.to(self._device, torch.float32)
+        value = raw.to(self._device, torch.float32)
+        # One pass in float32, 5 GB/s on a core; isfinite of bfloat16 does 0.2 GB/s.
+        if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+            raise BadCheckpoint(
+                f"LoRA {entry.file.name}: {entry.name} has values that are not finite (NaN or infinity)"
+            )
+        return value

@@ -186,6 +186,14 @@ def original_name(component: str, ours: str, *, residual: bool = False) -> str |
     return _translate(_compiled(component, inverse=True, residual=residual), ours)
 
 
+def stored_name(component: str, naming: Naming, ours: str, *, residual: bool = False) -> str:
+    """The name of a tensor in a file, for one of ours. One of CLIP's three in `to_qkv` keeps ours: it is no tensor of
+    the file's own."""
+    if naming == "diffusers" or (component == "image_encoder" and _CLIP_Q_K_V.fullmatch(ours)):
+        return ours
+    return original_name(component, ours, residual=residual) or ours
+
+
 def to_original(
     component: str, shapes: Mapping[str, tuple[int, ...]], *, residual: bool = False
 ) -> dict[str, Original]:
@@ -218,7 +226,7 @@ def to_ours(component: str, naming: Naming, entries: Iterable[TensorEntry]) -> d
             if unused is not None and unused.fullmatch(ours.name):
                 continue
             if (other := table.get(ours.name)) is not None:
-                raise BadCheckpoint(f"{component}: {ours.name!r} is in both {other.file.name} and {entry.file.name}")
+                raise BadCheckpoint(f"{component}: {entry.name!r} is in both {other.file.name} and {entry.file.name}")
             table[ours.name] = ours
     return _without_last_block(table) if component == "image_encoder" else table
 

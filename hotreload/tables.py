@@ -10,14 +10,14 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from hotreload.names import to_ours
+from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages import Component, Naming
 
 PthReader = Callable[[Path, str], list[TensorEntry]]
 """(file, its name for errors) -> its tensors, under the names they have there: `hotreload.pth.read_pth`."""
@@ -38,6 +38,15 @@ class TransformerTraits(NamedTuple):
     out_channels: int
     """Times the volume of a patch, (1, 2, 2) in every Wan model, its head has rows."""
     image_attention: bool
+
+
+class VaeTraits(NamedTuple):
+    """What tells one Wan VAE from another."""
+
+    family: str
+    """Wan2.1, or Wan2.2 with its stages of residual blocks."""
+    base_dim: int
+    z_dim: int
 
 
 def label_of(component: Component, file: Path) -> str:
@@ -97,18 +106,40 @@ def check_archive(path: Path, label: str) -> None:
         raise BadCheckpoint(f"{label} is compressed ({packed[0]}), as torch.save never does; save it again with torch")
 
 
-def transformer_traits(table: Mapping[str, TensorEntry]) -> TransformerTraits:
-    """What kind of DiT a table describes. Raises `BadCheckpoint` if it is none."""
+def transformer_traits(table: Mapping[str, TensorEntry], naming: Naming = "diffusers") -> TransformerTraits:
+    """What kind of DiT a table describes. Raises `BadCheckpoint` if it is none; `naming` is whose names that uses."""
     try:
         dim, in_channels = table["patch_embedding.weight"].shape[:2]
         patch = table["patch_embedding.weight"].shape[2:]
         ffn_dim = table["blocks.0.ffn.net.0.proj.weight"].shape[0]
         rows = table["proj_out.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise BadCheckpoint(f"the transformer is not a Wan DiT: {error} is missing or misshaped") from error
+        what = stored_name("transformer", naming, error.args[0]) if isinstance(error, KeyError) else "patch_embedding"
+        raise BadCheckpoint(f"the transformer is not a Wan DiT: {what} is missing or misshaped") from error
     layers = 1 + max(int(match[1]) for name in table if (match := _BLOCK.match(name)))
     image = "blocks.0.attn2.add_k_proj.weight" in table
     return TransformerTraits(dim, layers, ffn_dim, in_channels, rows // max(math.prod(patch), 1), image)
+
+
+def vae_traits(table: Mapping[str, TensorEntry]) -> VaeTraits:
+    """What kind of VAE a table describes. Raises `BadCheckpoint` if it is none."""
+    try:
+        base_dim, z_dim = table["encoder.conv_in.weight"].shape[0], table["post_quant_conv.weight"].shape[0]
+    except (KeyError, IndexError) as error:
+        raise BadCheckpoint(f"the vae is not a Wan VAE: {error} is missing or misshaped") from error
+    return VaeTraits(vae_family(table) or "unknown", base_dim, z_dim)
+
+
+def vae_family(names: Container[str]) -> str | None:
+    """Wan2.1 or Wan2.2, by the names of a VAE's tensors (ours); None for neither."""
+    marks = {"Wan2.1": "encoder.down_blocks.0.conv1.weight", "Wan2.2": "encoder.down_blocks.0.resnets.0.conv1.weight"}
+    return next((family for family, mark in marks.items() if mark in names), None)
+
+
+def other_family(expected: Container[str], found: Container[str]) -> str:
+    """What to say of the VAE of the other family, by the names of the tensors (ours); empty if it is not that."""
+    needed, got = vae_family(expected), vae_family(found)
+    return "" if needed is None or got in (None, needed) else f"this is the {got} VAE, the model needs the {needed} VAE"
 
 
 def describe(kinds: Mapping[str, list[str]]) -> str:

@@ -8,6 +8,7 @@ weights: 80 MiB, and the LoRA pairs of one tensor.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from hotreload.content import content_hash, tensor_digest
 from hotreload.dtypes import TORCH_DTYPES
 from hotreload.merging import Merge, additions_of
+from hotreload.names import stored_name
 from hotreload.pth import read_pth
 from hotreload.reading import Files, Piece, Read, pieces_of, read_ahead
 from hotreload.safetensors_file import FLOATING, ITEM_SIZES, TensorEntry
-from hotreload.tables import component_table, describe
+from hotreload.tables import component_table, describe, other_family, vae_family
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component
 
@@ -49,7 +51,7 @@ def load_weights(
     aliases = aliases or {}
     table = _without_aliases(component_table(component, read_pth), aliases)
     expected = module.state_dict()
-    verify(component.name, {name: tensor for name, tensor in expected.items() if name not in aliases}, table)
+    verify(component, {name: tensor for name, tensor in expected.items() if name not in aliases}, table)
     loading = _Loading(component, table, torch.device(device), dtype, allocate)
     state = loading.run(progress)
     state |= {alias: state[name] for alias, name in aliases.items() if alias in expected}
@@ -61,25 +63,34 @@ def load_weights(
     return loading.content_hash()
 
 
-def verify(component: str, expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry]) -> None:
-    """Raise `BadCheckpoint` naming every missing, extra, misshaped or non-floating tensor, the first ones by name."""
-    if problems := describe(mismatches(expected, table)):
-        raise BadCheckpoint(f"{component} does not fit the model: {problems}")
+def verify(component: Component, expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry]) -> None:
+    """Raise `BadCheckpoint` naming every missing, extra, misshaped or non-floating tensor, the first ones by name; of a
+    VAE of the other family, it is enough to say so."""
+    if problems := other_family(expected, table) or describe(mismatches(component, expected, table)):
+        raise BadCheckpoint(f"{component.name} does not fit the model: {problems}")
 
 
-def mismatches(expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry]) -> dict[str, list[str]]:
-    """What is wrong -> with which tensors, all of them."""
-    both = sorted(expected.keys() & table.keys())
+def mismatches(
+    component: Component, expected: Mapping[str, Tensor], table: Mapping[str, TensorEntry]
+) -> dict[str, list[str]]:
+    """What is wrong -> with which tensors, all of them, by the names they have in the component's files."""
+    in_model, in_file = (
+        functools.partial(stored_name, component.name, component.naming, residual=vae_family(names) == "Wan2.2")
+        for names in (expected, table)
+    )
+    missing, extra = sorted(expected.keys() - table.keys()), sorted(table.keys() - expected.keys())
+    both = {name: in_file(name) for name in sorted(expected.keys() & table.keys())}
     shapes = [
-        f"{name} (got {list(table[name].shape)}, expected {list(expected[name].shape)})"
-        for name in both
+        f"{shown} (got {list(table[name].shape)}, expected {list(expected[name].shape)})"
+        for name, shown in both.items()
         if table[name].shape != tuple(expected[name].shape)
     ]
+    dtypes = [f"{shown} ({table[name].dtype})" for name, shown in both.items() if table[name].dtype not in FLOATING]
     return {
-        "missing": sorted(expected.keys() - table.keys()),
-        "not of this model": sorted(table.keys() - expected.keys()),
+        "missing": [in_model(name) for name in missing],
+        "not of this model": [in_file(name) for name in extra],
         "of another shape": shapes,
-        "not floating-point": [f"{name} ({table[name].dtype})" for name in both if table[name].dtype not in FLOATING],
+        "not floating-point": dtypes,
     }
 
 

@@ -244,6 +244,14 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Of weights: their content hash; of a state: how often it was committed."""
 
 
+class MergedLora(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA that is merged into a component; `file` without the directories it is in."""
+
+    component: str
+    file: str
+    strength: float
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     model: str
@@ -261,6 +269,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where weights and states are that outlive the stages; "no": on a GPU whose driver has no such memory."""
     spare_pid: int | None
     """The process that is ready to take the place of a stage that dies, if there is one."""
+    weights: dict[str, str] = {}
+    """Component -> content hash, of what is loaded."""
+    loras: list[MergedLora] = []
 
 
 # Supervisor -> stage process.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hotreload.pth import read_pth
 from hotreload.safetensors_file import TensorEntry
-from hotreload.tables import component_table
+from hotreload.tables import component_table, other_family
 from hotreload.weights import mismatches
 from ipc.errors import BadCheckpoint
 from ipc.messages import CheckAsked, Component, ComponentChecked
@@ -72,7 +72,8 @@ def check(name: str, found: Component | None, network: Network) -> ComponentChec
     if found is not None:
         try:
             table = {network.aliases.get(n, n): e for n, e in component_table(found, read_pth).items()}
-            wrong = {what: names for what, names in mismatches(tensors, table).items() if names}
+            wrong = {what: names for what, names in mismatches(found, tensors, table).items() if names}
+            unreadable = other_family(tensors, table)
         except BadCheckpoint as error:
             unreadable = str(error)
     return ComponentChecked(

@@ -5,8 +5,14 @@
     python -m tools.make_checkpoint wan-demo /tmp/demo --layout comfyui --from configs/demo
 
 The same model and seed give the same values in every layout and size of shard. `--shrink` makes a tiny model of the
-same structure and writes its parameters beside the directory, as DIR.yaml. `--from` takes the weights of a Diffusers
-directory instead. The tokenizer is the demo model's: every model's vocabulary has its ids.
+same structure and writes its parameters beside the directory, as DIR.yaml. An engine serves it only where that file has
+taken the place of configs/models/MODEL.yaml; do that in a clone of its own, with the engine started from there:
+
+    cp /tmp/tiny.yaml configs/models/wan2.2-t2v-a14b.yaml
+    python -m engine serve --model wan2.2-t2v-a14b --checkpoint /tmp/tiny
+
+`--from` takes the weights of a Diffusers directory instead. The tokenizer is the demo model's: every model's vocabulary
+has its ids.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import av
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,7 +56,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
     assert (job.height, job.width, job.num_frames, job.fps) == (d.height, d.width, d.num_frames, d.fps)
     assert (job.steps, job.solver, job.flow_shift, job.start_step) == (d.steps, d.solver, d.flow_shift, 0)
     assert job.guidance_scale == job.guidance_scale_2 == d.guidance_scale
-    params = resolved_params(user, job)
+    params = resolved_params(user, job, MODEL)
     assert params["seed"] == job.seed
     assert params["height"] == d.height
     assert admit(user, MODEL, SYSTEM).id != job.id
@@ -69,7 +70,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"prompt": "x" * 70_000}, ["70,000 bytes"]),
         ({"num_frames": 16}, ["4n + 1", "13 or 17"]),
         ({"num_frames": 0}, ["4n + 1", "1"]),
-        ({"num_frames": 1001}, ["goes up to 33"]),
+        ({"num_frames": 1001}, ["num_frames is 1001; wan-demo makes up to 33 frames"]),
         ({"height": 100}, ["height is 100", "multiple of 16", "nearest is 96"]),
         ({"width": 7}, ["width is 7", "nearest is 16"]),
         ({"width": -16}, ["width is -16"]),
@@ -77,7 +78,7 @@ def test_defaults_fill_in_everything(tmp_path: Path) -> None:
         ({"steps": 0}, ["steps is 0", "from 1 to 1000"]),
         ({"steps": 10_000}, ["steps is 10000", "from 1 to 1000"]),
         ({"guidance_scale": -1.0}, ["guidance_scale"]),
-        ({"guidance_scale_2": 3.0}, ["low-noise", "guidance_scale the high-noise", "two experts"]),
+        ({"guidance_scale_2": 2.0}, ["low-noise", "guidance_scale the high-noise", "has one expert only"]),
         ({"noise_device": "cuda"}, ["noise_device is cuda", "computes on the CPU"]),
         ({"noise_device": "tpu"}, ["noise_device", "cpu, cuda"]),
         ({"preset": "distiled"}, ["preset", "did you mean 'distilled'"]),
@@ -176,7 +177,7 @@ def test_image_to_video_needs_an_image_and_nothing_else(tmp_path: Path) -> None:
     user = ask(tmp_path, image=image)
     job = admit(user, I2V, SYSTEM)
     assert (job.init, job.init_as, job.start_step, job.steps) == (image, "channels", 0, 40)
-    assert resolved_params(user, job)["strength"] is None
+    assert resolved_params(user, job, I2V)["strength"] is None
 
 
 def test_an_image_of_ti2v_is_its_first_frame_or_its_start(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_without_a_size_the_image_gives_the_aspect(tmp_path: Path) -> None:
     portrait = picture(tmp_path / "p.png", 48, 64)
     job = admit(ask(tmp_path, image=portrait), I2V, SYSTEM)
     assert (job.width, job.height) == (544, 720)
-    assert resolved_params(ask(tmp_path), job)["height"] == 720
+    assert resolved_params(ask(tmp_path), job, I2V)["height"] == 720
     job = admit(ask(tmp_path, image=portrait, width=832), I2V, SYSTEM)
     assert (job.width, job.height) == (832, 480)
     line = picture(tmp_path / "line.png", 4000, 1)
@@ -240,7 +241,7 @@ def test_the_distilled_preset_replaces_defaults_and_explicit_fields_win(tmp_path
     user = ask(tmp_path, preset="distilled")
     job = admit(user, T2V_A14B, SYSTEM)
     assert (job.steps, job.guidance_scale, job.guidance_scale_2, job.solver, job.flow_shift) == (4, 1, 1, "euler", 5)
-    params = resolved_params(user, job)
+    params = resolved_params(user, job, T2V_A14B)
     assert (params["preset"], params["steps"], params["guidance_scale_2"], params["solver"]) == (
         "distilled",
         4,
@@ -252,9 +253,27 @@ def test_the_distilled_preset_replaces_defaults_and_explicit_fields_win(tmp_path
     assert admit(ask(tmp_path, preset="distilled"), MODEL, SYSTEM).guidance_scale == 1
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_the_parameters_of_a_video_are_a_request_for_it(tmp_path: Path, name: str) -> None:
+    """What `accepted` and the metadata have for a request that leaves all to the model, with and without the preset:
+    handed in again it is accepted, as the same job; so is a guidance_scale_2 that says the same of the only expert."""
+    model = load_model(name)
+    image = {"image": picture(tmp_path / "a.png")} if model.conditioning == "channels" else {}
+    for preset in (None, "distilled"):
+        user = ask(tmp_path, preset=preset, **image)
+        job = admit(user, model, SYSTEM)
+        params = resolved_params(user, job, model)
+        assert (params["guidance_scale_2"] is None) == (model.boundary is None)
+        both = UserParams(**params | {"guidance_scale_2": job.guidance_scale_2})
+        for request in (UserParams(**params), both):
+            again = admit(request, model, SYSTEM)
+            assert msgspec.structs.replace(again, id=job.id) == job
+            assert resolved_params(request, again, model) == params
+
+
 def test_guidance_of_two_experts(tmp_path: Path) -> None:
     """guidance_scale is the high-noise expert's, guidance_scale_2 the low-noise one's. Defaults of T2V-A14B: 4 and 3.
-    Only the first given: both; only the second: the first has its default."""
+    Only the first given: both; only the second: the first has its default; so it is with a preset's."""
 
     def scales(**fields: object) -> tuple[float, float]:
         job = admit(ask(tmp_path, **fields), T2V_A14B, SYSTEM)
@@ -263,13 +282,15 @@ def test_guidance_of_two_experts(tmp_path: Path) -> None:
     assert scales() == (4, 3)
     assert scales(guidance_scale=6.0) == (6, 6)
     assert scales(guidance_scale_2=2.0) == (4, 2)
+    assert scales(preset="distilled", guidance_scale=6.0) == (6, 6)
+    assert scales(preset="distilled", guidance_scale_2=2.0) == (1, 2)
 
 
 def test_noise_may_be_drawn_on_a_gpu_engine(tmp_path: Path) -> None:
     """noise_device cuda is accepted where the engine computes on a GPU, and is in job and parameters."""
     user = ask(tmp_path, noise_device="cuda")
     job = admit(user, MODEL, SYSTEM, on_gpu=True)
-    assert job.noise_device == resolved_params(user, job)["noise_device"] == "cuda"
+    assert job.noise_device == resolved_params(user, job, MODEL)["noise_device"] == "cuda"
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from engine import cli, models
 from engine.catalogue import describe_models, transformer_parameters
+from engine.checkpoint import identify
 from engine.display import count, print_models
 from engine.models import list_models, load_model
+from ipc.errors import BadConfig
 
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
@@ -26,10 +32,27 @@ def test_parameters_of_the_official_models(name: str) -> None:
     assert transformer_parameters(load_model(name).transformer) == PARAMETERS[name]
 
 
+def test_one_bad_file_hides_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A YAML that is no model among those that are: these are listed, a checkpoint of theirs is known, and the bad one
+    is named with what is wrong in it."""
+    shutil.copytree(models.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(models, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs" / "models" / "mine.yaml").write_text("name: mine\nfamly: wan2.1\n")
+    cards, problems = describe_models()
+    assert sorted(set(PARAMETERS) | {"wan-demo"}) == [card.name for card in cards]
+    assert problems == ["mine.yaml has an unknown field 'famly'; did you mean 'family'?"]
+    assert identify(tmp_path / "configs" / "demo") == ["wan-demo"]
+    with pytest.raises(BadConfig, match=r"mine\.yaml has an unknown field"):
+        cli.models()
+    assert "wan2.1-t2v-1.3b" in capsys.readouterr().out
+
+
 def test_every_model_has_a_row_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     """Name, kind, parameters, usual video: at most 100 columns; experts are counted, weights that do not ship are asked
     for."""
-    cards = {card.name: card for card in describe_models()}
+    cards = {card.name: card for card in describe_models()[0]}
     assert sorted(cards) == list_models()
     assert sorted(set(PARAMETERS) | {"wan-demo"}) == list_models()
     print_models(list(cards.values()))

@@ -6,6 +6,7 @@ Full-size models have real headers and no data.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 
 from engine import Supervisor, SystemParams
 from engine.check import check_checkpoint
-from engine.checkpoint import identify
+from engine.checkpoint import identify, open_model
 from engine.models import CONFIGS, list_models, load_model
 from hotreload.checkpoint import Layout, find_component
+from hotreload.safetensors_file import read_header
 from ipc.errors import BadCheckpoint, BadConfig
 from stages.check import check
-from tests.engine.sparse import networks, write_checkpoint, write_hole
+from tests.engine.sparse import networks, unused_block, write_checkpoint, write_hole
 from tests.engine.wire import run_engine
 from tools.make_checkpoint import directory_source, make_checkpoint
 
@@ -61,8 +63,9 @@ def test_check_of_what_ships() -> None:
     assert ran.returncode == 0, ran.stderr
     assert "diffusers layout, wan-demo" in ran.stdout
     assert ran.stdout.count("complete") == 3
-    for says in ("everything resident", "GPU, bfloat16", "CPU, float32", "shared host memory of the queues: 14 MB"):
+    for says in ("all of them", "one GPU, bfloat16", "CPU, float32", "shared host memory of the queues: 12 MB"):
         assert says in ran.stdout
+    assert "at a time" not in ran.stdout
 
 
 def test_check_names_all_that_is_missing_or_wrong(tmp_path: Path) -> None:
@@ -91,8 +94,8 @@ def test_check_names_all_that_is_missing_or_wrong(tmp_path: Path) -> None:
     [misshaped] = found["vae"]["wrong"]["of another shape"]
     assert misshaped.startswith(third)
     gpu = report["gpu"]
-    assert gpu["resident"] == sum(gpu["components"].values()) == gpu["expert"] + gpu["host"]
-    assert gpu["largest"] == gpu["components"]["transformer"] == gpu["components"]["transformer_2"]
+    assert gpu["resident"] == sum(gpu["components"].values())
+    assert gpu["components"]["transformer"] == gpu["components"]["transformer_2"]
     assert 2 * 28.5e9 < gpu["resident"] < 72e9
     ran = run_engine("check", directory)
     assert ran.returncode == 2
@@ -109,8 +112,8 @@ def test_check_of_every_layout(layout: Layout, tmp_path: Path) -> None:
 
 
 def test_check_without_anything_to_go_by(tmp_path: Path) -> None:
-    """No directory, a directory without weights, one without a DiT that is known: each its own error; with a model
-    named, what is there is examined."""
+    """No directory, a directory without weights: each its own error. One without a DiT: what is there is told, and
+    compared with a model when that is named."""
     with pytest.raises(BadConfig, match="not a directory"):
         check_checkpoint(tmp_path / "nowhere", None)
     with pytest.raises(BadCheckpoint, match="without weights"):
@@ -118,12 +121,103 @@ def test_check_without_anything_to_go_by(tmp_path: Path) -> None:
     shutil.copytree(CONFIGS / "demo", tmp_path / "demo")
     (tmp_path / "demo" / DIFFUSERS_DIT).unlink()
     (tmp_path / "demo" / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(BadCheckpoint, match="--model"):
-        check_checkpoint(tmp_path / "demo", None)
+    report = check_checkpoint(tmp_path / "demo", None)
+    assert (report.model, report.fits, report.gpu) == ("", [], None)
+    assert "name one with --model" in report.problems[0] and "tokenizer" in report.problems[1]
+    assert {c.name: c.complete for c in report.components} == {"text_encoder": True, "transformer": False, "vae": True}
     report = check_checkpoint(tmp_path / "demo", "wan-demo")
     assert not report.complete
     assert {c.name: c.complete for c in report.components} == {"text_encoder": True, "transformer": False, "vae": True}
     assert "tokenizer" in report.problems[0]
+
+
+def spoil(directory: Path, how: str) -> None:
+    """Make the transformer of a directory of ComfyUI files one that cannot be chosen."""
+    [file] = (directory / "diffusion_models").iterdir()
+    table = {entry.name: entry.shape for entry in read_header(file, "").entries}
+    match how:
+        case "two candidates":
+            shutil.copy(file, file.with_name("copy.safetensors"))
+        case "cut short":
+            os.truncate(file, file.stat().st_size - 5)
+        case "gguf":
+            file.rename(file.with_suffix(".gguf"))
+        case "fp8":
+            write_hole(file, table, "F8_E4M3")
+        case "other":
+            write_hole(file, {name: (*shape[:-1], 7) for name, shape in table.items()})
+
+
+@pytest.mark.parametrize(
+    ("how", "says", "fits"),
+    [
+        ("two candidates", "several files could be the transformer: diffusion_models/copy.safetensors", ["wan-demo"]),
+        ("two candidates", "told apart by 'high' and 'low' in their names", ["wan-demo"]),
+        ("cut short", "it is cut short or damaged", []),
+        ("gguf", "is GGUF, which is not supported: use the bf16 or fp16 file", []),
+        ("fp8", "holds F8_E4M3 weights (fp8), which are not supported", []),
+        ("other", "it has no transformer of a known model", []),
+    ],
+)
+def test_without_a_model_the_reason_is_said(tmp_path: Path, how: str, says: str, fits: list[str]) -> None:
+    """A transformer that cannot be told: no model is compared, but why is said, with what is known of the rest."""
+    directory = write_demo(tmp_path / "d", "comfyui")
+    spoil(directory, how)
+    report = check_checkpoint(directory, None)
+    assert (report.layout, report.model, report.fits, report.gpu) == ("comfyui", "", fits, None)
+    found = {c.name: c for c in report.components}
+    assert found["vae"].parameters == DEMO_PARAMETERS["vae"] and not found["vae"].problem
+    assert any(says in text for text in (found["transformer"].problem, *report.problems))
+
+
+def test_without_a_model_the_reason_is_printed(tmp_path: Path) -> None:
+    """As a table and as JSON, both on stdout; exit code 2."""
+    directory = write_demo(tmp_path / "d", "comfyui")
+    spoil(directory, "gguf")
+    ran, as_json = run_engine("check", directory), run_engine("check", directory, "--json")
+    assert (ran.returncode, ran.stderr, as_json.returncode, as_json.stderr) == (2, "", 2, "")
+    assert "comfyui layout" in ran.stdout and "name one with --model" in ran.stdout
+    assert "is GGUF" in ran.stdout and "is GGUF" in as_json.stdout
+    assert json.loads(as_json.stdout)["model"] == ""
+
+
+def shapes_of(model: str, component: str) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(t.shape) for key, t in networks(load_model(model))[component].tensors().items()}
+
+
+def test_of_several_models_in_a_folder_the_files_of_the_named_one_are_used(tmp_path: Path) -> None:
+    """ComfyUI's folders with the DiTs of TI2V-5B and I2V-14B and both VAEs: with either model named, its own files are
+    found by their shapes; without, both are offered; a copy is one too many; a model of neither is told so."""
+    five, fourteen = "wan2.2-ti2v-5b", "wan2.1-i2v-14b-480p"
+    directory = tmp_path / "d"
+    write_hole(directory / "diffusion_models" / "5b.safetensors", shapes_of(five, "transformer"))
+    write_hole(directory / "diffusion_models" / "14b.safetensors", shapes_of(fourteen, "transformer"))
+    write_hole(directory / "vae" / "wan2.2_vae.safetensors", shapes_of(five, "vae"))
+    write_hole(directory / "vae" / "wan_2.1_vae.safetensors", shapes_of(fourteen, "vae"))
+    write_hole(directory / "text_encoders" / "umt5.safetensors", shapes_of(five, "text_encoder"))
+    image = shapes_of(fourteen, "image_encoder")
+    write_hole(directory / "clip_vision" / "clip.safetensors", image | unused_block(image))
+    shutil.copy(CONFIGS / "demo" / "tokenizer" / "tokenizer.json", directory)
+    for name, files in ((five, ("5b", "wan2.2_vae")), (fourteen, ("14b", "wan_2.1_vae"))):
+        found = open_model(load_model(name), SystemParams(model=name, checkpoint=str(directory))).components
+        assert tuple(Path(found[c].files[0]).stem for c in ("transformer", "vae")) == files
+        assert check_checkpoint(directory, name).complete
+    assert set(check_checkpoint(directory, None).fits) == {five, fourteen, "wan2.1-i2v-14b-720p"}
+    assert "none is of this model" in refusal("wan2.1-t2v-1.3b", directory)
+    shutil.copy(directory / "vae" / "wan2.2_vae.safetensors", directory / "vae" / "copy.safetensors")
+    text = refusal(five, directory)
+    assert "several files could be the vae: vae/copy.safetensors, vae/wan2.2_vae.safetensors; leave one" in text
+
+
+def test_the_vae_of_the_other_family_is_named(tmp_path: Path) -> None:
+    """TI2V-5B with Wan2.1's VAE: said in these words before anything starts, and by `engine check`."""
+    model = load_model("wan2.2-ti2v-5b")
+    directory = write_checkpoint(tmp_path / "d", model, only=("text_encoder", "transformer"))
+    write_hole(directory / "vae" / "diffusion_pytorch_model.safetensors", shapes_of("wan2.1-t2v-1.3b", "vae"))
+    says = "this is the Wan2.1 VAE, the model needs the Wan2.2 VAE"
+    assert refusal(model.name, directory).endswith(says)
+    [vae] = [c for c in check_checkpoint(directory, None).components if c.name == "vae"]
+    assert vae.problem == says
 
 
 def test_a_hostile_file_ends_only_the_process_that_looks(tmp_path: Path) -> None:

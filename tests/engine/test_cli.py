@@ -69,7 +69,7 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("generate", PROMPT, "--lora", "none.safetensors:0.5"), "LoRA none.safetensors cannot be read"),
         (("generate", PROMPT, "--preset", "distiled"), "did you mean 'distilled'?"),
         (("generate", PROMPT, "--noise-device", "cuda", "--image", "none.png"), "computes on the CPU"),
-        (("generate", PROMPT, "--guidance-scale-2", "3"), "guidance_scale the high-noise one's"),
+        (("generate", PROMPT, "--guidance-scale-2", "2"), "guidance_scale the high-noise one's"),
         (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b"), "say where they are with --checkpoint DIR"),
         (("generate", PROMPT, "--model", "wan2.1-t2v-1.3b", "--checkpoint", CONFIGS / "demo"), "--model wan-demo"),
         (("generate", PROMPT, "--out", "/nowhere/v.mp4"), "does not exist"),
@@ -200,6 +200,28 @@ def test_generate_uses_the_running_engine(engine_process: EngineProcess, tmp_pat
     assert printed["path"] == str(tmp_path / "v.mp4")
     assert printed["metadata"] == json.loads((tmp_path / "v.json").read_text())
     assert printed["id"] in {task.id for task in Client(engine_process.socket).tasks()}
+
+
+def test_an_engine_that_still_loads_is_waited_for(short_dir: Path) -> None:
+    """Its stages are stopped while they load: the client says what it waits for, without an estimate; when they go on,
+    the video is made, and the result says how much of the time was loading."""
+    with EngineProcess(short_dir) as engine:
+        pid = Client(engine.socket).status().stages[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        options = ("--out", short_dir / "v.mp4", *SMALL, "--socket", engine.socket)
+        process = subprocess.Popen(
+            command("generate", PROMPT, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(),
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for the engine, which is loading its weights")
+        wait_for(lambda: Client(engine.socket).tasks(), "the request to be accepted")
+        os.kill(pid, signal.SIGCONT)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert "waiting 0" not in stderr
+        assert "in all: load " in stdout.splitlines()[1]
 
 
 @pytest.mark.parametrize(

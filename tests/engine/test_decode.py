@@ -49,6 +49,12 @@ def test_a_valid_request_is_decoded() -> None:
     assert decoded == UserParams(prompt="x", guidance_scale=5.0)
 
 
+def test_one_value_where_a_list_is_meant() -> None:
+    """A single LoRA in a configuration file: what a list of one looks like, quoted, as a comma would end a value."""
+    with pytest.raises(BadConfig, match=r"lora must be a list, also of one: \['h,l:0\.8'\]; got 'h,l:0\.8'$"):
+        decode_strictly(SystemParams, {"lora": "h,l:0.8"}, BadConfig, "system.yaml")
+
+
 def test_the_same_function_reads_system_parameters() -> None:
     """A mistyped key of a configuration file is a `BadConfig` with the nearest one."""
     with pytest.raises(BadConfig, match=r"system\.yaml has an unknown field 'placment'; did you mean 'placement'"):

@@ -32,7 +32,7 @@ def test_size(value: float, shown: str) -> None:
 
 
 def test_the_summary_of_a_video_that_is_gone() -> None:
-    """It has no size; what loading took is said when there was any."""
+    """It has no size; what loading and waiting took is said when there was any."""
     params = {"prompt": "a circle", "num_frames": 17, "fps": 8, "width": 96, "height": 96, "seed": 7}
     metadata = {"parameters": params, "seed": 7, "seconds": {"text": 0.01, "denoise": 3.2}}
     done = Done(id="0", path="/gone/a b.mp4", metadata=metadata)
@@ -41,6 +41,8 @@ def test_the_summary_of_a_video_that_is_gone() -> None:
         "seed 7, 4.0 s in all: text 0.01 s, denoise 3.2 s",
     ]
     assert summary(done, 9.0, 5.0)[1] == "seed 7, 9.0 s in all: load 5.0 s, text 0.01 s, denoise 3.2 s"
+    assert summary(done, 9.0, 5.0, 0.09) == summary(done, 9.0, 5.0)
+    assert summary(done, 9.0, 0.0, 4.2)[1] == "seed 7, 9.0 s in all: wait 4.2 s, text 0.01 s, denoise 3.2 s"
 
 
 def test_suggestions_can_be_pasted_into_a_shell() -> None:

@@ -21,14 +21,16 @@ from engine.params import SystemParams, UserParams
 from ipc.errors import BadConfig, OutputError
 from tests.disks import run_on_small_disk, unsynced_bytes
 
+MODEL = load_model("wan-demo")
+
 
 def entry(tmp_path: Path, name: str) -> Entry:
     user = UserParams(prompt=name, output=str(tmp_path / f"{name}.mp4"), seed=7)
-    job = admit(user, load_model("wan-demo"), SystemParams())
+    job = admit(user, MODEL, SystemParams())
     return Entry(
         model="wan-demo",
         job=job,
-        params=resolved_params(user, job),
+        params=resolved_params(user, job, MODEL),
         submitted_at=time.time(),
         priority=0,
         deadline_at=None,

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from engine import Supervisor, SystemParams, UserParams
+from engine.display import print_status
 from engine.models import CONFIGS, load_model
 from hotreload.checkpoint import Layout
 from ipc.errors import BadCheckpoint, BadConfig, BadRequest
@@ -79,6 +81,24 @@ async def test_loading_is_heard_of_and_shows_in_the_status() -> None:
     assert {stage.state for stage in reading} == {"starting"}
 
 
+async def test_the_status_has_the_weights_and_their_loras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hash for each component once it is loaded, the same as in the metadata; each LoRA's name, not its directory,
+    and strength; both in the table."""
+    options = tuple(f"{write_lora(tmp_path / f'{name}.safetensors')}:{s}" for name, s in (("a", 0.8), ("b", -1)))
+    async with Supervisor(SystemParams(placement="fused", lora=options)) as supervisor:
+        assert supervisor.status().weights == {}
+        metadata = (await supervisor.generate(ask(tmp_path / "v.mp4"))).metadata
+        status = supervisor.status()
+    assert status.weights == metadata["weights"]
+    assert status.weights.keys() == set(MODEL.components)
+    assert msgspec.to_builtins(status.loras) == metadata["lora"]
+    assert str(tmp_path) not in msgspec.json.encode(status).decode()
+    print_status(status)
+    shown = capsys.readouterr().out
+    assert all(content in shown for content in status.weights.values())
+    assert "a.safetensors:0.8, b.safetensors:-1" in shown
+
+
 async def test_a_lora_is_merged_and_named(tmp_path: Path, read_video: Any) -> None:
     """With a LoRA the frames and the transformer's hash are others, and the metadata names file and strength, not the
     directory; at strength 0 the frames are those of the model alone."""
@@ -98,7 +118,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_starts(tmp_path: Pa
     """A key without a match is named; two files for one transformer, and something that is no strength, are the
     operator's mistakes."""
     stranger = write_lora(tmp_path / "s.safetensors", "diffusion_model.blocks.77.self_attn.q")
-    with pytest.raises(BadCheckpoint, match=r"LoRA s\.safetensors .*blocks\.77\.self_attn\.q\.lora_A\.weight"):
+    with pytest.raises(BadCheckpoint, match=r"LoRA .*/s\.safetensors .*blocks\.77\.self_attn\.q\.lora_A\.weight"):
         Supervisor(SystemParams(lora=(f"{stranger}:1",)))
     file = write_lora(tmp_path / "a.safetensors")
     with pytest.raises(BadConfig, match="two files"):

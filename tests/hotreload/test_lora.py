@@ -266,7 +266,7 @@ def one(base: Tensors, **changes: Tensor | None) -> Tensors:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lora_up__weight": None}, "1 tensor is without the other half of their pair: .*lora_down"),
+        ({"lora_up__weight": None}, "1 tensor is without the other half of the pair: .*lora_down"),
         ({"lora_down__weight": None, "alpha": torch.tensor(1.0)}, "2 tensors are without the other half"),
         ({"lora_up__weight": torch.ones(24, 4)}, r"another shape: .*lora_up\.weight \(got \[24, 4\], expected \[24, 3"),
         ({"lora_down__weight": torch.ones(3, 23)}, r"lora_down\.weight \(got \[3, 23\], expected \[rank, 24\]\)"),
@@ -323,6 +323,21 @@ def test_an_empty_file_or_one_of_another_kind_is_refused(tmp_path: Path, base: T
         read_lora(save(tmp_path / "x.safetensors", {}), "transformer", shapes(base))
     with pytest.raises(BadCheckpoint, match=r"is not a \.safetensors file"):
         read_lora(tmp_path / "x.pt", "transformer", shapes(base))
+
+
+def test_values_that_are_not_finite_are_refused_while_merging(tmp_path: Path, base: Tensors) -> None:
+    """NaN in half of a pair, infinity in a difference: the file and the key are named, and nothing is bound."""
+    checkpoint = save(tmp_path / "base.safetensors", base)
+    up = torch.ones(24, 3, dtype=torch.bfloat16)
+    up[5, 1] = float("nan")
+    for key, value in (("lora_up__weight", up), ("diff_b", torch.full((24,), float("inf")))):
+        lora = Lora(file=str(save(tmp_path / "x.safetensors", one(base, **{key: value}))), strength=0.5)
+        module = build("transformer")
+        with pytest.raises(BadCheckpoint) as refused:
+            load_weights(module, a_component("transformer", checkpoint, loras=[lora]), dtype=lambda n: torch.float32)
+        name = f"diffusion_model.blocks.0.self_attn.q.{key.replace('__', '.')}"
+        assert str(refused.value) == f"LoRA x.safetensors: {name} has values that are not finite (NaN or infinity)"
+        assert all(tensor.is_meta for tensor in module.state_dict().values())
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,13 @@ EXPERTS = ("transformer", "transformer_2")
         ("c:/b:c/a.safetensors:0", LoraOption(("c:/b:c/a.safetensors",), 0.0)),
         ("a, b.safetensors:2", LoraOption(("a, b.safetensors",), 2.0)),
         ("h.safetensors,l.safetensors:1e-1", LoraOption(("h.safetensors", "l.safetensors"), 0.1)),
+        ("h.safetensors, l.safetensors:0.5", LoraOption(("h.safetensors", "l.safetensors"), 0.5)),
+        (" h.safetensors ,l.safetensors ", LoraOption(("h.safetensors", "l.safetensors"), 1.0)),
         ("h.safetensors,l.safetensors", LoraOption(("h.safetensors", "l.safetensors"), 1.0)),
     ],
 )
 def test_options_are_understood(text: str, option: LoraOption) -> None:
-    """Colons and commas in paths, signs, exponents, no strength."""
+    """Colons and commas in paths, signs, exponents, blanks around files, no strength."""
     assert parse_lora(text) == option
 
 
@@ -41,6 +43,8 @@ def test_options_are_understood(text: str, option: LoraOption) -> None:
         ("a.safetensors:nan", "must be from -10 to 10, got nan"), ("a.safetensors:inf", "got inf"),
         ("a.safetensors:10.5", "got 10.5"), ("a.pt:1", "each ending in .safetensors"), ("", "expected FILE"),
         (":1", "expected FILE"), ("a.safetensors,b.safetensors,c.safetensors:1", "expected FILE or HIGH_FILE,LOW_FILE"),
+        ("/x/h.safetensors:1,/x/l.safetensors:1", "one strength, at the end, is for both files"),
+        ("h.safetensors:1,l.safetensors", "one strength, at the end, is for both files"),
         ("a.safetensors,:1", "expected FILE"), ("a.safetensors,b.pt", "expected FILE"),
     ],
 )  # fmt: skip
@@ -117,10 +121,11 @@ def test_experts_in_the_wrong_order_are_refused(tmp_path: Path, components: dict
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, components: dict[str, Component]) -> None:
-    """Not there, or for another model: the file's name and the key, before any process is started."""
-    single = without_second(components)
-    with pytest.raises(BadCheckpoint, match=r"^LoRA gone\.safetensors cannot be read: No such file"):
-        attach_loras(single, [str(tmp_path / "gone.safetensors")])
+    """Not there, or for another model: the file, as it was given, and the key, before any process is started."""
+    single, gone = without_second(components), tmp_path / "x" / "gone.safetensors"
+    with pytest.raises(BadCheckpoint) as refused:
+        attach_loras(single, [f"{gone}:0.5"])
+    assert str(refused.value) == f"LoRA {gone} cannot be read: No such file or directory"
     other = save(tmp_path / "o.safetensors", {"blocks.99.attn1.to_q.lora_A.weight": torch.ones(2, 24)})
-    with pytest.raises(BadCheckpoint, match=r"LoRA o\.safetensors does not fit the model: .*blocks\.99"):
+    with pytest.raises(BadCheckpoint, match=r"LoRA .*o\.safetensors does not fit the model: .*blocks\.99"):
         attach_loras(single, [str(other)])

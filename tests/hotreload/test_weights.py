@@ -28,6 +28,8 @@ from tests.hotreload.tiny import (
     a_component,
     build,
     networks,
+    originals,
+    random_tensors,
     save,
     save_shards,
     write_comfyui,
@@ -156,6 +158,28 @@ def test_all_layouts_give_the_same_module_and_hash(tmp_path: Path, residual: boo
             state = module.state_dict()
             assert all(torch.equal(state[key], tensor) for key, tensor in content[name].items())
     assert all(len(found) == 1 for found in hashes.values())
+
+
+def test_misfits_have_the_names_that_the_file_has(tmp_path: Path) -> None:
+    """A transformer with original names: what is missing, of another shape, or no number is named as the Wan
+    repositories do; of a VAE of the other family it is said which it is."""
+    module, content = build("transformer"), random_tensors(build("transformer"))
+    del content["blocks.0.ffn.net.0.proj.weight"]
+    content["blocks.1.attn1.to_q.bias"] = torch.zeros(3)
+    content["proj_out.bias"] = torch.zeros(16, dtype=torch.int32)
+    file = save(tmp_path / "t.safetensors", originals("transformer", content))
+    with pytest.raises(BadCheckpoint) as refused:
+        load_weights(module, a_component("transformer", file, naming="original"), dtype=lambda n: torch.float32)
+    assert str(refused.value) == (
+        "transformer does not fit the model: 1 tensor is missing: blocks.0.ffn.0.weight; "
+        "1 tensor is of another shape: blocks.1.self_attn.q.bias (got [3], expected [24]); "
+        "1 tensor is not floating-point: head.head.bias (I32)"
+    )
+    for residual, says in ((False, "this is the Wan2.1 VAE, the model needs the Wan2.2 VAE"), (True, "the Wan2.1 VAE")):
+        vae = originals("vae", random_tensors(build("vae", residual=residual)), residual=residual)
+        component = a_component("vae", save(tmp_path / "v.safetensors", vae), naming="original")
+        with pytest.raises(BadCheckpoint, match=f"vae does not fit the model: .*{says}$"):
+            load_weights(build("vae", residual=not residual), component, dtype=lambda n: torch.float32)
 
 
 def test_every_misfit_is_named(tmp_path: Path) -> None:
