@@ -158,7 +158,7 @@ def test_unknown_names_stay_and_prefixes_go() -> None:
 def test_two_tensors_of_one_name_are_refused() -> None:
     """With and without the prefix: two values for one tensor."""
     stored = entries({"head.head.bias": (4,), "model.diffusion_model.head.head.bias": (4,)})
-    with pytest.raises(BadCheckpoint, match=r"'proj_out\.bias' is in both"):
+    with pytest.raises(BadCheckpoint, match=r"head\.head\.bias' is in both"):
         to_ours("transformer", "original", stored)
 
 
