@@ -279,7 +279,7 @@ def print_check(report: CheckReport) -> None:
     """`engine check`. Of the tensors that are wrong, the first of each kind; `--json` has all."""
     others = [name for name in report.fits if name != report.model]
     also = f" (or {', '.join(others)})" if others and report.model in report.fits else ""
-    print(f"{report.directory}: {report.layout} layout, {report.model or 'of no model that shows'}{also}\n")
+    print(f"{report.directory}: {report.layout} layout, {report.model or 'model not known'}{also}\n")
     rows = [
         (
             c.name,

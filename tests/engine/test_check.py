@@ -176,7 +176,7 @@ def test_without_a_model_the_reason_is_printed(tmp_path: Path) -> None:
     spoil(directory, "gguf")
     ran, as_json = run_engine("check", directory), run_engine("check", directory, "--json")
     assert (ran.returncode, ran.stderr, as_json.returncode, as_json.stderr) == (2, "", 2, "")
-    assert "comfyui layout" in ran.stdout and "name one with --model" in ran.stdout
+    assert "comfyui layout, model not known" in ran.stdout and "name one with --model" in ran.stdout
     assert "is GGUF" in ran.stdout and "is GGUF" in as_json.stdout
     assert json.loads(as_json.stdout)["model"] == ""
 
