@@ -38,7 +38,8 @@ GRANTED_AHEAD = 2
 """Quanta outstanding per seat: one in flight and the next, so that a device never waits for a message."""
 
 RESTART_DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Seconds before each restart within `RESTART_WINDOW`; after the last of them the stage is FAILED."""
+"""Seconds before each restart within `RESTART_WINDOW`, or of a stage that does not come up; after the last of them the
+stage is FAILED."""
 
 RESTART_WINDOW = 60.0
 """Seconds."""
@@ -152,6 +153,8 @@ class StageRecord:
     """In the order of the grants, which is the order of the answers."""
     deaths: list[float] = field(default_factory=list)
     """Times of the deaths within `RESTART_WINDOW`, which were answered by restarts."""
+    failed_starts: int = 0
+    """Processes that died before they were up, since one was: however long each took, as many as there are delays."""
 
     @property
     def stage(self) -> StageName:
@@ -161,16 +164,18 @@ class StageRecord:
         """A process of this epoch is already known to be dead."""
         return epoch < self.epoch or (epoch == self.epoch and not self.up)
 
-    def restart_delay(self, now: float, outside: bool) -> float | None:
+    def restart_delay(self, now: float, outside: bool, came_up: bool) -> float | None:
         """Record a death; the seconds to wait before the restart, or None when it died too often. A process that was
         up and was killed from outside says nothing against the stage."""
-        if outside:
+        self.failed_starts = 0 if came_up else self.failed_starts + 1
+        if outside and came_up:
             return 0.0
         self.deaths = [time for time in self.deaths if now - time < RESTART_WINDOW]
-        if len(self.deaths) == len(RESTART_DELAYS):
+        restart = max(len(self.deaths), self.failed_starts - 1)
+        if restart >= len(RESTART_DELAYS):
             return None
         self.deaths.append(now)
-        return RESTART_DELAYS[len(self.deaths) - 1]
+        return RESTART_DELAYS[restart]
 
 
 class Ledger:

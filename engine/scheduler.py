@@ -194,11 +194,11 @@ class Scheduler:
         for quantum in blamed.values():
             self._blame(quantum, event.outside)
         for stage in lost:
-            delay = stage.restart_delay(now, event.outside and came_up)
+            delay = stage.restart_delay(now, event.outside, came_up)
             if delay is not None:
                 self._actions.append(Restart(stage.name, delay))
             else:
-                self._declare_failed(stage, _died_too_often(stage.name))
+                self._declare_failed(stage, _died_too_often(stage))
 
     def handle_stage_gone(self, event: StageGone) -> None:
         """The process could not become this stage; restarting cannot help."""
@@ -478,9 +478,11 @@ class Scheduler:
         return list(groups.values())
 
 
-def _died_too_often(stage: Seat) -> Failure:
+def _died_too_often(stage: StageRecord) -> Failure:
+    times = len(RESTART_DELAYS) + 1
+    when = "in a row before it was up" if stage.failed_starts >= times else f"within {RESTART_WINDOW:.0f} s"
     message = (
-        f"the {stage} process died {len(RESTART_DELAYS) + 1} times within {RESTART_WINDOW:.0f} s and is not started "
-        "again; look at its log, then restart the engine"
+        f"the {stage.name} process died {times} times {when} and is not started again; look at its log, then restart "
+        "the engine"
     )
     return to_failure(StageFailed(message))

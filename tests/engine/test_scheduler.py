@@ -273,11 +273,30 @@ def test_restarts_grow_rarer_and_end() -> None:
 
 
 def test_old_deaths_are_forgiven() -> None:
-    """Five deaths long ago do not count: the sixth, after a minute, is answered by a restart without delay."""
+    """Five deaths long ago, of processes that were up, do not count: the sixth, after a minute, is answered by a
+    restart without delay."""
+    s = Stages(up=("text", "dit", "writer"))
+    for epoch in range(11, 16):
+        s.up("vae", epoch)
+        s.lost("vae", float(epoch))
+    s.up("vae", 16)
+    assert s.lost("vae", 76.0) == [Restart("vae", 0.0)]
+
+
+def test_a_stage_that_dies_slowly_at_every_start_is_given_up() -> None:
+    """Each start takes half a minute and fails, so that no two minutes see many deaths: the sixth in a row is the last.
+    One that comes up in between clears the account."""
     s = Stages(up=())
+    delays = (0.0, 0.5, 1.0, 2.0, 4.0)
     for epoch in range(1, 6):
-        s.tell(StageLost("vae", epoch), float(epoch))
-    assert s.tell(StageLost("vae", 6), 66.0) == [Restart("vae", 0.0)]
+        assert s.tell(StageLost("dit", epoch), 100.0 * epoch) == [Restart("dit", delays[epoch - 1])]
+    s.up("dit", 6)
+    assert s.lost("dit", 600.0) == [Restart("dit", 0.0)]
+    for epoch in range(7, 12):
+        assert s.tell(StageLost("dit", epoch, outside=True), 100.0 * epoch) == [Restart("dit", delays[epoch - 7])]
+    (declared,) = s.tell(StageLost("dit", 12), 1200.0)
+    assert isinstance(declared, DeclareFailed)
+    assert "died 6 times in a row before it was up" in declared.error.message
 
 
 def test_a_stage_that_cannot_be_started_fails_its_tasks() -> None:

@@ -222,6 +222,7 @@ class RestartsForEver(Scheduler):
     def on(self, event: Any, now: float) -> Any:
         for stage in self._stages.values():
             stage.deaths.clear()
+            stage.failed_starts = 0
         return super().on(event, now)
 
 
