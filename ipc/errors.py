@@ -10,6 +10,9 @@ from typing import ClassVar
 
 import msgspec
 
+MAX_MESSAGE = 2000
+"""Characters of a message that travel: the control channel carries 128 KiB, and nobody reads more."""
+
 
 class Failure(msgspec.Struct, frozen=True):
     """An error as it travels: `code` is the `code` of one of the classes below."""
@@ -143,8 +146,11 @@ _BY_CODE: dict[str, type[EngineError]] = {
 
 
 def to_failure(error: EngineError) -> Failure:
-    """The wire form of an error."""
-    return Failure(error.code, str(error))
+    """The wire form of an error, which can always be sent: a long message is cut, what is not UTF-8 is escaped."""
+    message = str(error)
+    if (left_out := len(message) - MAX_MESSAGE) > 0:
+        message = f"{message[:MAX_MESSAGE]}... ({left_out:,} more characters)"
+    return Failure(error.code, message.encode("utf-8", "backslashreplace").decode())
 
 
 def from_failure(failure: Failure) -> EngineError:
