@@ -24,10 +24,14 @@ from hotreload.tables import (
     vae_family,
     vae_traits,
 )
+from ipc.channel import MAX_MESSAGE_BYTES
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component, MergedLora
 
 EXPERTS = ("transformer", "transformer_2")
+
+MAX_PATHS_BYTES = MAX_MESSAGE_BYTES * 3 // 4
+"""Of all files, in `Start`; the rest of it takes a few KiB."""
 
 
 def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
@@ -48,7 +52,21 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
         if name in checkpoint.components:
             check_transformer(checkpoint.components[name], model, directory)
     check_vae(checkpoint.components["vae"], model)
-    return checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
+    checkpoint = checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
+    check_paths(checkpoint)
+    return checkpoint
+
+
+def check_paths(checkpoint: Checkpoint) -> None:
+    """`BadCheckpoint` for more files than one message names: a stage hears of all of them in its first."""
+    components = list(checkpoint.components.values())
+    size = len(msgspec.msgpack.encode(components)) + len(str(checkpoint.tokenizer))
+    if size > MAX_PATHS_BYTES:
+        count = sum(len(component.files) + len(component.loras) for component in components)
+        raise BadCheckpoint(
+            f"the checkpoint and its LoRAs have {count:,} files, whose paths take {size:,} bytes; expected at most "
+            f"{MAX_PATHS_BYTES:,}: merge shards into larger ones, or move the files to a shorter path"
+        )
 
 
 def check_transformer(component: Component, model: ModelParams, directory: Path) -> None:

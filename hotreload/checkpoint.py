@@ -75,6 +75,8 @@ def find_layout(directory: Path) -> Layout:
     """Which of the layouts a directory has."""
     if not directory.is_dir():
         raise BadCheckpoint("the checkpoint is not a directory")
+    if not is_utf8(directory):
+        raise BadCheckpoint("the path of the checkpoint is not UTF-8, as paths must be here; rename its directory")
     folders = ("transformer", "text_encoder")
     if (directory / "model_index.json").is_file() or any((directory / folder).is_dir() for folder in folders):
         return "diffusers"
@@ -97,9 +99,22 @@ def find_component(
         files, naming = FINDERS[layout](directory, name, components, suits)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{error} (the checkpoint looks like {DESCRIPTIONS[layout]})") from error
+    for file in files:
+        if not is_utf8(file):
+            raise BadCheckpoint(f"{name}: the file name {file.name!r} is not UTF-8, as names must be here; rename it")
     component = Component(name=name, files=[str(file) for file in files], naming=naming)
     check_files(component)
     return component
+
+
+def is_utf8(path: Path) -> bool:
+    """It can be sent to a stage. Linux takes any bytes for a name, and Python has those that are no text as surrogates,
+    which no message carries."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def find_tokenizer(directory: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from hotreload.checkpoint import is_utf8
 from hotreload.comfyui import expert_of
 from hotreload.lora import experts_in, read_lora
 from hotreload.safetensors_file import TensorEntry, read_header
@@ -67,12 +68,22 @@ def attach_loras(components: Mapping[str, Component], options: Iterable[str]) ->
         name: {n: e.shape for n, e in component_table(components[name]).items()} for name in experts if parsed
     }  # fmt: skip
     for option in parsed:
+        check_paths(option)
         for name, given in zip(experts, _for_each_expert(option.files, experts), strict=True):
             file = Path(given).expanduser().absolute()
             read_lora(file, name, shapes[name], f"LoRA {given}")
             lora = Lora(file=str(file), strength=option.strength)
             attached[name] = msgspec.structs.replace(attached[name], loras=[*attached[name].loras, lora])
     return attached
+
+
+def check_paths(option: LoraOption) -> None:
+    """`BadConfig` for a path that cannot be sent to a stage."""
+    for file in option.files:
+        if not is_utf8(Path(file).absolute()):
+            raise BadConfig(
+                f"LoRA {file!r}: its path is not UTF-8, as paths must be here; rename the file or directory"
+            )
 
 
 def _for_each_expert(files: tuple[str, ...], experts: list[str]) -> tuple[str, ...]:

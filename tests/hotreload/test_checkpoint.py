@@ -352,3 +352,15 @@ def test_an_index_may_name_each_shard_once(tmp_path: Path, content: dict[str, Te
     assert set(json.loads((tmp_path / f"{DIT}.safetensors.index.json").read_text())["weight_map"].values()) == {
         Path(file).name for file in files
     }
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """A directory, and a file in a good one, whose name is the byte FF: refused, because no stage could be told."""
+    directory = write_comfyui(tmp_path / "\udcff", some(content, ONE))
+    assert refusal(directory, ONE) == (
+        "the path of the checkpoint is not UTF-8, as paths must be here; rename its directory"
+    )
+    directory = directory.rename(tmp_path / "good")
+    vae = directory / "vae" / "wan_2.1_vae.safetensors"
+    vae.rename(vae.with_name("\udcff.safetensors"))
+    assert r"vae: the file name '\udcff.safetensors' is not UTF-8" in refusal(directory, ONE)

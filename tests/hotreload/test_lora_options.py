@@ -129,3 +129,12 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, components: dict[st
     other = save(tmp_path / "o.safetensors", {"blocks.99.attn1.to_q.lora_A.weight": torch.ones(2, 24)})
     with pytest.raises(BadCheckpoint, match=r"LoRA .*o\.safetensors does not fit the model: .*blocks\.99"):
         attach_loras(single, [str(other)])
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, components: dict[str, Component]) -> None:
+    """The byte FF in a good file's name."""
+    (tmp_path / "\udcff").mkdir()
+    file = lora(tmp_path / "a.safetensors")
+    bad = Path(file).rename(tmp_path / "\udcff" / "a.safetensors")
+    with pytest.raises(BadConfig, match=r"udcff/a\.safetensors': its path is not UTF-8.*; rename"):
+        attach_loras(without_second(components), [str(bad)])
