@@ -20,7 +20,7 @@ import msgspec
 from engine.checkpoint import file_bytes
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.params import ModelParams, SystemParams
-from engine.process import Body, StageProcess, resident_bytes
+from engine.process import Body, StageProcess, encode_start, resident_bytes
 from engine.weights import WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -181,6 +181,8 @@ class Crew:
 
     def _spawn(self, seats: tuple[Seat, ...]) -> None:
         self._epoch += 1
+        fds = self._fds(seats)
+        start = encode_start(self._start_message(seats), fds)
         try:
             body = self._take_spare() or Body()
         except OSError as error:
@@ -188,8 +190,7 @@ class Crew:
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False)
             return
-        start, fds = self._start_message(seats), self._fds(seats)
-        process = StageProcess(body, seats, start, fds, self._on_report, self._on_exit)
+        process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         for post in self._of(seats):
             post.process = process
             post.restarts += 1

@@ -75,16 +75,17 @@ class StageProcess:
         self,
         body: Body,
         seats: tuple[Seat, ...],
-        start: Start,
+        epoch: int,
+        start: bytes,
         fds: Sequence[int],
         on_report: Callable[[StageProcess, AnyStageReport, list[int]], None],
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
-        """Take over a process, new or spare, and send `Start`. `fds` are the descriptors of the queues, the state slots
-        and the placed weights, in order."""
+        """Take over a process, new or spare, and send `start`, the packet that `encode_start` has made. `fds` are the
+        descriptors of the queues, the state slots and the placed weights, in order."""
         self.seats = seats
-        """Of its stages, in the same order as in `start`."""
-        self.epoch = start.epoch
+        """Of its stages, in the same order as in `Start`."""
+        self.epoch = epoch
         self.ready = False
         self.outstanding = 0
         """Runs granted and not answered; a process with none may be silent for as long as it likes."""
@@ -103,7 +104,7 @@ class StageProcess:
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())
         with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
-            self._channel.try_send(start, [self.counter.fd, *fds])
+            self._channel.try_send_packet(start, [self.counter.fd, *fds])
         self._loop.add_reader(self._channel.fileno(), self._readable)
         self._loop.add_reader(self._pidfd, self._died)
 
@@ -201,6 +202,12 @@ class StageProcess:
         self._pidfd = -1
         self._channel.close()
         self.counter.close()
+
+
+def encode_start(start: Start, fds: Sequence[int]) -> bytes:
+    """The packet of `start`, with room for the progress counter's descriptor before `fds`. ValueError if it cannot be
+    sent: found out before there is a process."""
+    return Channel.encode(start, 1 + len(fds))
 
 
 def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:

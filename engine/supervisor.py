@@ -139,30 +139,39 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
         entries = await self._journal.open() if self._journal is not None else []
-        try:
-            with contextlib.ExitStack() as undo:
-                device_memory = await self._device_memory()
-                self._memory = EngineMemory(self.model, dits=len(self.dit_devices), device=device_memory)
-                undo.callback(self._memory.close)
-                self._crew = Crew(
-                    self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
-                )
-                undo.pop_all()
-        except BaseException as error:
+        async with contextlib.AsyncExitStack() as undo:
             if self._journal is not None:
-                await self._journal.close()
-            if isinstance(error, OSError):
-                raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
-            raise
-        self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
-        self._phase = "open"
-        for seats in self._crew.groups:
-            self._crew.start(seats)
+                undo.push_async_callback(self._journal.close)
+            self._memory = await self._make_memory()
+            undo.callback(self._memory.close)
+            self._crew = Crew(
+                self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
+            )
+            undo.push_async_callback(self._crew.stop)
+            self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
+            undo.callback(self._give_up)
+            self._phase = "open"
+            for seats in self._crew.groups:
+                self._crew.start(seats)
+            undo.pop_all()
         for entry in entries:
             if entry.model == self.model.name:
                 self._take_up(entry)
             else:
                 log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
+
+    async def _make_memory(self) -> EngineMemory:
+        try:
+            return EngineMemory(self.model, dits=len(self.dit_devices), device=await self._device_memory())
+        except OSError as error:
+            raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
+
+    def _give_up(self) -> None:
+        """A start that failed: nothing is accepted, nor done about what the stages still report."""
+        self._phase = "closed"
+        self._closed.set()
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def _device_memory(self) -> Mapping[str, DeviceFd] | None:
         """GPU memory for the queues and the states, where there is a GPU and its driver has such memory. With dits on

@@ -70,7 +70,6 @@ class Channel(Generic[T]):
         """Take over `sock`, one end of `Channel.pair()`. `incoming_type` is a tagged struct or a union of them."""
         sock.setblocking(False)
         self._sock = sock
-        self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(incoming_type)
 
     @staticmethod
@@ -93,13 +92,15 @@ class Channel(Generic[T]):
         """Send without waiting; False, and nothing sent, when the peer's buffer is full."""
         return self._send(self.encode(message, len(fds)), fds)
 
-    def try_send_packet(self, packet: bytes) -> bool:
-        """`try_send` of what `encode` made of a message without descriptors."""
-        return self._send(packet, ())
+    def try_send_packet(self, packet: bytes, fds: Sequence[int] = ()) -> bool:
+        """`try_send` of what `encode` made of a message that travels with as many descriptors."""
+        return self._send(packet, fds)
 
-    def encode(self, message: msgspec.Struct, fds: int = 0) -> bytes:
-        """The packet of a message that travels with this many descriptors. ValueError if it is too large to send."""
-        payload = self._encoder.encode(message)
+    @staticmethod
+    def encode(message: msgspec.Struct, fds: int = 0) -> bytes:
+        """The packet of a message that travels with this many descriptors. ValueError if it cannot be sent: it is too
+        large, or has text that is not UTF-8."""
+        payload = msgspec.msgpack.encode(message)
         if len(payload) > MAX_MESSAGE_BYTES:
             kind = type(message).__name__
             raise ValueError(f"{kind}: got {len(payload)} bytes, expected at most {MAX_MESSAGE_BYTES}")

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import psutil
 import pytest
 
 from engine import Supervisor, SystemParams, UserParams
@@ -330,3 +332,24 @@ async def test_a_stage_that_cannot_start_keeps_the_journal(tmp_path: Path) -> No
     async with Supervisor(SystemParams(state_dir=state)) as supervisor:
         await supervisor.result(identity)
     assert (tmp_path / "v.mp4").is_file()
+
+
+async def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """The stages cannot be told of all their files: the error is raised, no descriptor or process is left, and another
+    engine starts over the same journal."""
+    params = SystemParams(state_dir=str(tmp_path))
+
+    def left() -> tuple[set[str], set[psutil.Process]]:
+        return set(os.listdir("/proc/self/fd")), set(psutil.Process().children())
+
+    supervisor = Supervisor(params)
+    before = left()
+    shipped = supervisor.checkpoint
+    vae = msgspec.structs.replace(shipped.components["vae"], files=shipped.components["vae"].files * 4000)
+    supervisor.checkpoint = shipped._replace(components={**shipped.components, "vae": vae})
+    with pytest.raises(ValueError, match=r"Start: got .* bytes"):
+        await supervisor.start()
+    assert left() == before
+    await supervisor.stop()
+    async with Supervisor(params) as other:
+        await other.generate(ask(tmp_path / "v.mp4", steps=1))
