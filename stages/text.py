@@ -9,6 +9,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
@@ -16,7 +17,7 @@ from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
 from ipc.tensors import dtype_of, put_tensor
 from stages.models.text_encoder import ALIASES, build, encode
-from stages.prompt import load_tokenizer, prompt_ids
+from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
 from stages.stage import QUEUE_TIMEOUT, Links, StageState
 from stages.weights import load
@@ -31,10 +32,12 @@ class TextStage:
     Error handling: `BadRequest` for a prompt of too many tokens; `NumericalError` for values that are not finite.
     """
 
-    def __init__(self, start: Start, links: Links, encoder: UMT5EncoderModel, weights: str) -> None:
+    def __init__(
+        self, start: Start, links: Links, tokenizer: Tokenizer, encoder: UMT5EncoderModel, weights: str
+    ) -> None:
         self._links = links
         self._length = start.transformer.text_len
-        self._tokenizer = load_tokenizer(start.tokenizer)
+        self._tokenizer = tokenizer
         self._encoder = encoder
         self._weights = {"text_encoder": weights}
         self._jobs: dict[str, Job] = {}
@@ -42,7 +45,10 @@ class TextStage:
 
     @classmethod
     def load(cls, start: Start, links: Links) -> TextStage:
-        """Read the tokenizer, build and bind the encoder. Raises `BadCheckpoint`."""
+        """Read the tokenizer, build and bind the encoder. Raises `BadCheckpoint`, for the tokenizer before the weights
+        are read."""
+        tokenizer = load_tokenizer(start.tokenizer)
+        check_vocabulary(tokenizer, start.text_encoder.vocab_size)
         with torch.device("meta"):
             encoder = build(start.text_encoder)
         weights = load(
@@ -54,7 +60,7 @@ class TextStage:
             dtype=lambda key: dtype_of(start.dtype),
             aliases=ALIASES,
         )
-        return cls(start, links, encoder, weights)
+        return cls(start, links, tokenizer, encoder, weights)
 
     @property
     def weights(self) -> Mapping[str, str]:

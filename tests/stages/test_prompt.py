@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from hypothesis import given, strategies as st
 
-from ipc.errors import BadCheckpoint, BadRequest
+from ipc.errors import BadCheckpoint, BadRequest, EngineError
 from stages.prompt import clean, load_tokenizer, prompt_ids, token_ids
 from tests.stages.process import ROOT
 
@@ -94,3 +95,25 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadCheckpoint, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tokenizer_json: Path, tmp_path: Path) -> None:
+    """Its normalizer is cut short, at which tokenizers panics: a `BadCheckpoint` that says what to do."""
+    described = json.loads(tokenizer_json.read_text())
+    described["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(described))
+    with pytest.raises(BadCheckpoint, match=r"cannot be read: Precompiled: .*; download https://"):
+        load_tokenizer(str(file))
+
+
+def test_a_tokenizer_that_fails_at_a_text(tokenizer_json: Path, tmp_path: Path) -> None:
+    """It names no piece for unknown words, which shows with the first of them: an `EngineError`; known words pass."""
+    described = json.loads(tokenizer_json.read_text())
+    described["model"]["unk_token"] = "<nothing>"
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(described))
+    tokenizer = load_tokenizer(str(file))
+    assert token_ids(tokenizer, "a red") == [3, 4, 1]
+    with pytest.raises(EngineError, match=r"the tokenizer failed at this prompt: .*; use other words"):
+        token_ids(tokenizer, "a red whale")

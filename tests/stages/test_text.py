@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from engine.models import load_model
 from ipc.architecture import TextEncoderConfig
-from ipc.errors import BadRequest, NumericalError
+from ipc.errors import BadCheckpoint, BadRequest, NumericalError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages.models.text_encoder import build
+from stages.prompt import load_tokenizer
 from stages.stage import Stage
 from stages.text import KEPT_PROMPTS, TextStage
 from tests.stages.reference import make_tokenizer
@@ -66,7 +67,7 @@ def parity(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = msgspec.structs.replace(MODEL, transformer=transformer, text_encoder=config)
     with Rig(checkpoint, model) as rig:
         start = rig.start(("text",), tokenizer=str(file))
-        yield Parity(rig, TextStage(start, rig.links(start), encoder, "random"), reference)
+        yield Parity(rig, TextStage(start, rig.links(start), load_tokenizer(str(file)), encoder, "random"), reference)
 
 
 def embed(rig: Rig, stage: Stage, job: Job) -> list[torch.Tensor]:
@@ -180,3 +181,11 @@ def test_values_that_are_not_finite_fail_the_request(rig: Rig) -> None:
     stage._encoder.encoder.final_layer_norm.weight[0] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
         embed(rig, stage, make_job())
+
+
+def test_the_tokenizer_of_another_model_is_refused_before_the_weights_are_read(rig: Rig, tmp_path: Path) -> None:
+    """264 pieces for an encoder that has 16: refused, with both numbers, and no component has begun to load."""
+    file = make_byte_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(BadCheckpoint, match=r"has ids up to 263, expected at most 15.*; download https://"):
+        rig.load("text", tokenizer=str(file))
+    assert not rig.loaded
