@@ -46,6 +46,8 @@ class WriterStage:
         self._frames = links.inputs["frames"]
         self._jobs: dict[str, Job] = {}
         self._videos: dict[str, Video] = {}
+        self._refused: dict[str, str] = {}
+        """Tasks whose file the file system refused, and how, until they are dropped or begun again."""
 
     @classmethod
     def load(cls, start: Start, links: Links) -> WriterStage:
@@ -63,16 +65,21 @@ class WriterStage:
         self._jobs[job.id] = job
 
     def step(self, run: Run) -> dict[str, Any] | None:
-        """Write chunk `run.index`. Chunk 0 always starts a fresh file; the last one completes it."""
+        """Write chunk `run.index`. Chunk 0 always starts a fresh file; the last one completes it. A chunk that was
+        granted ahead of one that was refused is refused too."""
         job = self._jobs[run.id]
+        if run.index == 0:
+            self._forget(run.id)
+        elif run.id in self._refused:
+            raise OutputError(self._refused[run.id])
         try:
             if run.index == 0:
-                self._forget(run.id)
                 self._videos[run.id] = Video(job)
             return self._write(self._videos[run.id], job, run)
         except (OSError, av.FFmpegError) as error:
             self._forget(run.id)
-            raise refused(first_error(error), job.output) from error
+            self._refused[run.id] = message = refused(first_error(error), job.output)
+            raise OutputError(message) from error
 
     def _write(self, video: Video, job: Job, run: Run) -> dict[str, Any] | None:
         assert video.chunks == run.index, f"got chunk {run.index} after {video.chunks} chunks"
@@ -100,6 +107,7 @@ class WriterStage:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))
 
     def _forget(self, identity: str) -> None:
+        self._refused.pop(identity, None)
         if (video := self._videos.pop(identity, None)) is not None:
             video.close()
 
@@ -239,7 +247,7 @@ def first_error(error: OSError | av.FFmpegError) -> OSError | av.FFmpegError:
     return error
 
 
-def refused(error: OSError | av.FFmpegError, output: str) -> OutputError:
+def refused(error: OSError | av.FFmpegError, output: str) -> str:
     """What the user reads when the file system refuses."""
     advice = {
         errno.ENOSPC: "free some space",
@@ -249,4 +257,4 @@ def refused(error: OSError | av.FFmpegError, output: str) -> OutputError:
         errno.ENOENT: "make its directory again",
         errno.ENOTDIR: "its directory was replaced since the request was accepted: submit it again",
     }.get(error.errno or 0, "try again")
-    return OutputError(f"{os.path.basename(output)} could not be written: {error.strerror}; {advice}")
+    return f"{os.path.basename(output)} could not be written: {error.strerror}; {advice}"

@@ -172,6 +172,29 @@ def test_a_file_system_that_fails_for_good_leaves_the_writer_alive(
     assert nth > 15
 
 
+def test_a_chunk_granted_ahead_of_a_refused_one_is_refused_too(
+    writer: Stage, frames: TensorQueue, rig: Rig, tmp_path: Path
+) -> None:
+    """The disk refuses chunk 0 while chunk 1 is on its way: the same `OutputError` for both. Dropped, and begun again,
+    the video is done."""
+    job = make_job(tmp_path / "v.mp4")
+    writer.begin(job)
+    told = []
+    with Faults(1, errno.ENOSPC)():
+        for index, chunk in enumerate(CHUNKS):
+            put(frames, job, index, chunk)
+            with pytest.raises(
+                OutputError, match=r"v\.mp4 could not be written: No space left.*; free some"
+            ) as refused:
+                writer.step(Run(id=job.id, phase="write", index=index))
+            told.append(str(refused.value))
+    assert told[0] == told[1]
+    writer.drop(job.id)
+    assert is_empty(rig)
+    write(writer, frames, job)
+    assert set(contents(tmp_path)) == {"v.mp4"}
+
+
 REAL_DISK = """
 import errno, os
 import av
