@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from hotreload.files import regular_file
 from hotreload.names import original_name, our_name
 from hotreload.safetensors_file import FLOATING, Header, TensorEntry, read_header
 from hotreload.tables import describe
@@ -185,7 +186,7 @@ def _scale(alpha: TensorEntry | None, rank: int, adapter: _Adapter, label: str) 
 
 def _read_scalar(entry: TensorEntry, label: str) -> float:
     try:
-        with entry.file.open("rb") as file:
+        with regular_file(entry.file) as file:
             file.seek(entry.offset)
             raw = file.read(entry.size)
     except OSError as error:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hotreload.dtypes import TORCH_DTYPES
+from hotreload.files import regular_file
 from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import ARCHIVE_ERRORS, check_archive
 from ipc.errors import BadCheckpoint
@@ -45,7 +46,7 @@ def read_pth(path: Path, label: str) -> list[TensorEntry]:
 
 def _records(path: Path) -> dict[int, int]:
     """Where the archive's members begin, and where each of them ends."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with regular_file(path) as file, zipfile.ZipFile(file) as archive:
         found = {}
         for member in archive.infolist():
             file.seek(member.header_offset + LOCAL_LENGTHS)

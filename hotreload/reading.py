@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hotreload.content import CHUNK, chunk_digest
+from hotreload.files import open_regular
 from hotreload.safetensors_file import TensorEntry
 from ipc.errors import BadCheckpoint
 
@@ -112,7 +113,7 @@ class Files:
         """The fd of a file. The first time, not from several threads at once."""
         if path not in self._fds:
             try:
-                self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fds[path] = open_regular(path)
             except OSError as error:
                 raise self._unreadable(path, error) from error
             self._stack.callback(os.close, self._fds[path])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from hotreload.files import regular_file
 from ipc.errors import BadCheckpoint
 
 ITEM_SIZES = {
@@ -53,7 +54,7 @@ class _HeaderEntry(msgspec.Struct):
 def read_header(path: Path, label: str) -> Header:
     """The tensors of one file, which must fill it exactly, in the order of their bytes."""
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hotreload.files import regular_file
 from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
 from ipc.errors import BadCheckpoint
@@ -90,7 +91,7 @@ def refuse_fp8(component: Component, entries: list[TensorEntry]) -> None:
 def check_archive(path: Path, label: str) -> None:
     """Check that a `.pth` file is an archive that torch can have written, and that its end is there."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with regular_file(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
