@@ -22,10 +22,13 @@ from ipc.messages import Component, Naming
 
 PthReader = Callable[[Path, str], list[TensorEntry]]
 """(file, its name for errors) -> its tensors, under the names they have there: `hotreload.pth.read_pth`."""
-ARCHIVE_ERRORS = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error)
+ARCHIVE_ERRORS = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error, OverflowError)
 """What zipfile raises for a damaged archive."""
 NAMED = 10
 """Tensors of a kind that an error names; it counts the others."""
+MAX_PICKLE = 64 << 20
+"""Bytes of what torch reads whole of a `.pth` file: all but the storages. Wan's largest has less than 0.1 MB."""
+_STORAGE = re.compile(r"[^/]+/data/[0-9]+")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -102,9 +105,16 @@ def check_archive(path: Path, label: str) -> None:
         ) from error
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise BadCheckpoint(f"{label} is a zip archive, but not one that torch.save wrote: it has no data.pkl")
-    data = [member for member in members if re.fullmatch(r"[^/]+/data/\d+", member.filename)]
-    if packed := [member.filename for member in data if member.compress_type != zipfile.ZIP_STORED]:
-        raise BadCheckpoint(f"{label} is compressed ({packed[0]}), as torch.save never does; save it again with torch")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise BadCheckpoint(
+                f"{label} is compressed ({member.filename}), as torch.save never does; save it again with torch"
+            )
+        if member.file_size > MAX_PICKLE and not _STORAGE.fullmatch(member.filename):
+            raise BadCheckpoint(
+                f"{label}: {member.filename} has {member.file_size} bytes, expected at most {MAX_PICKLE}; "
+                "save only the tensors, with torch"
+            )
 
 
 def transformer_traits(table: Mapping[str, TensorEntry], naming: Naming = "diffusers") -> TransformerTraits:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hotreload.pth import read_pth
-from hotreload.tables import check_archive
+from hotreload.tables import MAX_PICKLE, check_archive
 from ipc.errors import BadCheckpoint
 
 TENSORS = {
@@ -128,6 +128,29 @@ def test_what_is_no_plain_state_dict_is_refused(tmp_path: Path, content: object,
     """A list, nested dictionaries, numbers, transposed or complex tensors."""
     with pytest.raises(BadCheckpoint, match=problem):
         read_pth(save(tmp_path / "x.pth", content), "vae: x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "compression", "problem"),
+    [
+        ("data.pkl", bytes(1 << 20), zipfile.ZIP_DEFLATED, r"is compressed \(x/data\.pkl\)"),
+        ("byteorder", bytes(1 << 20), zipfile.ZIP_DEFLATED, r"is compressed \(x/byteorder\)"),
+        ("data.pkl", bytes(MAX_PICKLE + 1), zipfile.ZIP_STORED, r"x/data\.pkl has 67108865 bytes, expected at most"),
+    ],
+)
+def test_what_torch_reads_whole_is_limited(
+    tmp_path: Path, name: str, content: bytes, compression: int, problem: str
+) -> None:
+    """A pickle, or another record, that unpacks to a thousand times its size; one of more than 64 MiB."""
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(save(tmp_path / "plain.pth", TENSORS)) as plain, zipfile.ZipFile(path, "w") as bomb:
+        for member in plain.namelist():
+            if not member.endswith(f"/{name}"):
+                bomb.writestr(member.replace("plain/", "x/"), plain.read(member))
+        bomb.writestr(f"x/{name}", content, compression)
+    for read in (check_archive, read_pth):
+        with pytest.raises(BadCheckpoint, match=rf"^vae: x\.pth.*{problem}"):
+            read(path, "vae: x.pth")
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
