@@ -77,6 +77,10 @@ def _entry(name: object, value: object, path: Path, records: Mapping[int, int], 
         raise BadCheckpoint(f"{label}: {name!r} is not contiguous; save it again after .contiguous()")
     if value.dtype not in NAMES:
         raise BadCheckpoint(f"{label}: {name!r} has the dtype {value.dtype}, which is not supported")
+    if value.is_neg():
+        raise BadCheckpoint(
+            f"{label}: {name!r} is stored as the negative of its bytes; save it again after .resolve_neg()"
+        )
     start = value.untyped_storage()._checkpoint_offset
     if start is None:
         raise BadCheckpoint(f"{label}: torch does not say where the bytes of {name!r} are; convert it to safetensors")

@@ -121,11 +121,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         ({"step": 7, "a": torch.ones(2)}, "'step' is a int"),
         ({3: torch.ones(2)}, "has the key 3; expected nothing but named tensors"),
         ({"a": torch.ones(2, 3).t()}, "'a' is not contiguous"),
+        ({"a": torch._neg_view(torch.ones(2))}, r"'a' is stored as the negative of its bytes; .*resolve_neg"),
+        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, r"'a' has the dtype torch\.complex64"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, r"'a' has the dtype torch\.complex64"),
     ],
 )
 def test_what_is_no_plain_state_dict_is_refused(tmp_path: Path, content: object, problem: str) -> None:
-    """A list, nested dictionaries, numbers, transposed or complex tensors."""
+    """A list, nested dictionaries, numbers, transposed, negated, complex or conjugate tensors."""
     with pytest.raises(BadCheckpoint, match=problem):
         read_pth(save(tmp_path / "x.pth", content), "vae: x.pth")
 
