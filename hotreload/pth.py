@@ -70,7 +70,7 @@ def _load(path: Path, label: str) -> dict[object, object]:
 
 def _entry(name: object, value: object, path: Path, records: Mapping[int, int], label: str) -> TensorEntry:
     if not isinstance(name, str):
-        raise BadCheckpoint(f"{label} has the key {str(name)[:100]}; expected nothing but named tensors")
+        raise BadCheckpoint(f"{label} has a key that is a {type(name).__name__}; expected nothing but named tensors")
     if not isinstance(value, Tensor):
         raise BadCheckpoint(f"{label}: {name!r} is a {type(value).__name__}; expected nothing but named tensors")
     if value.layout != torch.strided or not value.is_contiguous():

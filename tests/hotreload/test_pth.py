@@ -119,7 +119,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         ([torch.ones(2)], "holds a list, expected a dictionary"),
         ({"state_dict": {"a": torch.ones(2)}}, "'state_dict' is a dict; expected nothing but named tensors"),
         ({"step": 7, "a": torch.ones(2)}, "'step' is a int"),
-        ({3: torch.ones(2)}, "has the key 3; expected nothing but named tensors"),
+        ({3: torch.ones(2)}, "has a key that is a int; expected nothing but named tensors"),
         ({"a": torch.ones(2, 3).t()}, "'a' is not contiguous"),
         ({"a": torch._neg_view(torch.ones(2))}, r"'a' is stored as the negative of its bytes; .*resolve_neg"),
         ({"a": torch.ones(2, dtype=torch.complex64).conj()}, r"'a' has the dtype torch\.complex64"),
@@ -153,6 +153,19 @@ def test_what_torch_reads_whole_is_limited(
     for read in (check_archive, read_pth):
         with pytest.raises(BadCheckpoint, match=rf"^vae: x\.pth.*{problem}"):
             read(path, "vae: x.pth")
+
+
+def test_a_key_of_ten_thousand_nested_tuples_is_refused(tmp_path: Path) -> None:
+    """Its text cannot be made within the stack: nothing but its type is named."""
+    pickle = b"\x80\x02})" + b"\x85" * 10_000 + b"K\x01s."
+    with (
+        zipfile.ZipFile(save(tmp_path / "plain.pth", TENSORS)) as plain,
+        zipfile.ZipFile(tmp_path / "deep.pth", "w") as deep,
+    ):
+        for name in plain.namelist():
+            deep.writestr(name, pickle if name.endswith("data.pkl") else plain.read(name))
+    with pytest.raises(BadCheckpoint, match=r"^x has a key that is a tuple; expected nothing but named tensors$"):
+        read_pth(tmp_path / "deep.pth", "x")
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
