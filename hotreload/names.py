@@ -88,7 +88,7 @@ _CLIP_QKV = re.compile(r"visual\.transformer\.(\d+)\.attn\.to_qkv\.(weight|bias)
 _CLIP_Q_K_V = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _CLIP_BARE = re.compile(r"(embeddings|pre_layrnorm|encoder|post_layernorm)\.")
 """How transformers >= 5 saves what it saved below `vision_model.` before."""
-_CLIP_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+_CLIP_LAYER = re.compile(r"vision_model\.encoder\.layers\.([0-9]{1,4})\.")
 _CLIP_LEADING_ONES = {
     "vision_model.embeddings.class_embedding": 2,
     "vision_model.embeddings.position_embedding.weight": 1,

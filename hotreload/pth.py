@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hotreload.dtypes import TORCH_DTYPES
 from hotreload.files import regular_file
-from hotreload.safetensors_file import TensorEntry
+from hotreload.safetensors_file import TensorEntry, check_names
 from hotreload.tables import ARCHIVE_ERRORS, check_archive
 from ipc.errors import BadCheckpoint
 
@@ -41,6 +41,7 @@ def read_pth(path: Path, label: str) -> list[TensorEntry]:
         records = _records(path)
     except (OSError, *ARCHIVE_ERRORS) as error:
         raise BadCheckpoint(f"{label} cannot be read: {error}") from error
+    check_names(content.keys(), label)
     return [_entry(name, value, path, records, label) for name, value in content.items()]
 
 

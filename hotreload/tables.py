@@ -29,7 +29,7 @@ NAMED = 10
 MAX_PICKLE = 64 << 20
 """Bytes of what torch reads whole of a `.pth` file: all but the storages. Wan's largest has less than 0.1 MB."""
 _STORAGE = re.compile(r"[^/]+/data/[0-9]+")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.")
 
 
 class TransformerTraits(NamedTuple):
