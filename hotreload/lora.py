@@ -46,6 +46,8 @@ _OTHER_METHODS = re.compile(
     r"\.(?P<DoRA>dora_scale|lora_magnitude_vector)|\.(?P<LoHa>hada_)|\.(?P<LoKr>lokr_)|\.(?P<GLoRA>[ab][12]\.weight$)|"
     r"\.(?P<OFT>oft_)|\.(?P<LoCon>lora_mid\.)|\.(?P<replaced>(set|reshape)_weight$|[wb]_norm$)"
 )
+MAX_SCALE = 1e6
+"""Of alpha / rank, which is about 1 in every file that means something."""
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 
@@ -169,6 +171,8 @@ def _misfit(down: TensorEntry, up: TensorEntry, shape: tuple[int, ...]) -> str |
     wanted_down = f"{down.name} (got {list(down.shape)}, expected [rank, {', '.join(map(str, shape[1:]))}])"
     if len(shape) < 2:
         return f"{down.name} (a pair for a tensor of shape {list(shape)})"
+    if rank > max(shape[0], math.prod(shape[1:])):
+        return f"{down.name} (rank {rank}, more than the rows or columns of {list(shape)})"
     if rank == 0 or math.prod(down.shape[1:]) != math.prod(shape[1:]):
         return wanted_down
     if up.shape[:2] != (shape[0], rank) or math.prod(up.shape) != shape[0] * rank:
@@ -177,22 +181,29 @@ def _misfit(down: TensorEntry, up: TensorEntry, shape: tuple[int, ...]) -> str |
 
 
 def _scale(alpha: TensorEntry | None, rank: int, adapter: _Adapter, label: str) -> float:
+    """alpha / rank. Its product with any strength is a float32, as which torch must take it."""
+    scale = 1.0
     if alpha is not None:
-        return _read_scalar(alpha, label) / rank
-    if adapter.lora_alpha is not None:
-        return adapter.lora_alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
-    return 1.0
+        scale = _read_scalar(alpha, label) / rank
+    elif adapter.lora_alpha is not None:
+        scale = adapter.lora_alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
+    if not abs(scale) <= MAX_SCALE:
+        name = METADATA_KEY if alpha is None else alpha.name
+        raise BadCheckpoint(f"{label}: {name} scales by {scale:g}, expected at most {MAX_SCALE:g}: it is damaged")
+    return scale
 
 
 def _read_scalar(entry: TensorEntry, label: str) -> float:
+    if math.prod(entry.shape) != 1 or entry.dtype not in (*_SCALARS, "BF16"):
+        raise BadCheckpoint(f"{label}: {entry.name} must be one number, got {entry.dtype} {list(entry.shape)}")
     try:
         with regular_file(entry.file) as file:
             file.seek(entry.offset)
             raw = file.read(entry.size)
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
-    if math.prod(entry.shape) != 1 or len(raw) != entry.size or entry.dtype not in (*_SCALARS, "BF16"):
-        raise BadCheckpoint(f"{label}: {entry.name} must be one number, got {entry.dtype} {list(entry.shape)}")
+    if len(raw) != entry.size:
+        raise BadCheckpoint(f"{label} was cut short while it was read; load it again")
     (value,) = struct.unpack(*(("<f", b"\0\0" + raw) if entry.dtype == "BF16" else (_SCALARS[entry.dtype], raw)))
     if not math.isfinite(value):
         raise BadCheckpoint(f"{label}: {entry.name} is {value}")
@@ -206,7 +217,7 @@ def _adapter(header: Header, prefix: str, label: str) -> _Adapter:
         fields = {key.removeprefix(f"{prefix}."): value for key, value in packed.items()}
         known = {name: fields[name] for name in _Adapter.__struct_fields__ if name in fields}
         adapter = msgspec.json.decode(msgspec.json.encode(known), type=_Adapter)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{label} has a broken {METADATA_KEY}: {error}") from error
     if adapter.use_dora or adapter.alpha_pattern:
         what = "use_dora" if adapter.use_dora else "alpha_pattern"
