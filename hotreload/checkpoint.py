@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from hotreload import comfyui
 from hotreload.comfyui import Suits
 from hotreload.shards import weight_files
+from hotreload.shown import listed, shown
 from hotreload.tables import check_archive, component_table, label_of, safetensors_only
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component, Naming
@@ -66,7 +67,7 @@ def open_checkpoint(directory: Path, components: tuple[str, ...], suits: Suits |
         opened = {name: find_component(directory, layout, name, components, suits) for name in components}
         tokenizer = find_tokenizer(directory)
     except OSError as error:
-        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        name = shown(Path(error.filename).name) if isinstance(error.filename, str) else "a file"
         raise BadCheckpoint(f"the checkpoint cannot be read: {name}: {error.strerror}") from error
     return Checkpoint(layout, tokenizer, opened)
 
@@ -143,7 +144,7 @@ def _original_files(directory: Path, name: str, components: tuple[str, ...]) -> 
         if not files:
             raise BadCheckpoint(f"the checkpoint lacks {wanted}, the {name}")
         if len(files) > 1:
-            raise BadCheckpoint(f"several files could be the {name}: {', '.join(f.name for f in files)}; leave one")
+            raise BadCheckpoint(f"several files could be the {name}: {listed(shown(f.name) for f in files)}; leave one")
         return files
     experts = [folder for folder in EXPERTS.values() if (directory / folder).is_dir()]
     if "transformer_2" in components:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hotreload.safetensors_file import TensorEntry
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 from ipc.messages import Naming
 
@@ -226,7 +227,10 @@ def to_ours(component: str, naming: Naming, entries: Iterable[TensorEntry]) -> d
             if unused is not None and unused.fullmatch(ours.name):
                 continue
             if (other := table.get(ours.name)) is not None:
-                raise BadCheckpoint(f"{component}: {entry.name!r} is in both {other.file.name} and {entry.file.name}")
+                raise BadCheckpoint(
+                    f"{component}: '{shown(entry.name)}' is in both {shown(other.file.name)} and "
+                    f"{shown(entry.file.name)}"
+                )
             table[ours.name] = ours
     return _without_last_block(table) if component == "image_encoder" else table
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hotreload.dtypes import TORCH_DTYPES
 from hotreload.files import regular_file
 from hotreload.safetensors_file import TensorEntry, check_names
+from hotreload.shown import shown
 from hotreload.tables import ARCHIVE_ERRORS, check_archive
 from ipc.errors import BadCheckpoint
 
@@ -62,7 +63,7 @@ def _load(path: Path, label: str) -> dict[object, object]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle or archive fails in any way; none of them is a fault of ours
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {code[1]}, which is code" if code else f"it is damaged ({type(error).__name__})"
+        reason = f"it names {shown(code[1])}, which is code" if code else f"it is damaged ({type(error).__name__})"
         raise BadCheckpoint(f"{label} cannot be read as plain tensors: {reason}") from error
     if not isinstance(content, dict):
         raise BadCheckpoint(f"{label} holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -73,22 +74,24 @@ def _entry(name: object, value: object, path: Path, records: Mapping[int, int], 
     if not isinstance(name, str):
         raise BadCheckpoint(f"{label} has a key that is a {type(name).__name__}; expected nothing but named tensors")
     if not isinstance(value, Tensor):
-        raise BadCheckpoint(f"{label}: {name!r} is a {type(value).__name__}; expected nothing but named tensors")
+        raise BadCheckpoint(f"{label}: '{shown(name)}' is a {type(value).__name__}; expected nothing but named tensors")
     if value.layout != torch.strided or not value.is_contiguous():
-        raise BadCheckpoint(f"{label}: {name!r} is not contiguous; save it again after .contiguous()")
+        raise BadCheckpoint(f"{label}: '{shown(name)}' is not contiguous; save it again after .contiguous()")
     if value.dtype not in NAMES:
-        raise BadCheckpoint(f"{label}: {name!r} has the dtype {value.dtype}, which is not supported")
+        raise BadCheckpoint(f"{label}: '{shown(name)}' has the dtype {value.dtype}, which is not supported")
     if value.is_neg():
         raise BadCheckpoint(
-            f"{label}: {name!r} is stored as the negative of its bytes; save it again after .resolve_neg()"
+            f"{label}: '{shown(name)}' is stored as the negative of its bytes; save it again after .resolve_neg()"
         )
     start = value.untyped_storage()._checkpoint_offset
     if start is None:
-        raise BadCheckpoint(f"{label}: torch does not say where the bytes of {name!r} are; convert it to safetensors")
+        raise BadCheckpoint(
+            f"{label}: torch does not say where the bytes of '{shown(name)}' are; convert it to safetensors"
+        )
     offset = start + int(value.storage_offset()) * value.element_size()
     size = value.numel() * value.element_size()
     if offset + size > records.get(start, 0):
         raise BadCheckpoint(
-            f"{label}: the bytes of {name!r} are not where torch.save puts them; save it again with torch"
+            f"{label}: the bytes of '{shown(name)}' are not where torch.save puts them; save it again with torch"
         )
     return TensorEntry(name, NAMES[value.dtype], tuple(value.shape), path, offset, size)

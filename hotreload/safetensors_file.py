@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from hotreload.files import regular_file
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 
 ITEM_SIZES = {
@@ -94,7 +95,7 @@ def check_names(names: Collection[object], label: str) -> None:
         if isinstance(name, str) and len(name) > MAX_NAME:
             raise BadCheckpoint(
                 f"{label} has a tensor whose name has {len(name)} characters, expected at most {MAX_NAME}: "
-                f"{name[:50]!r}..."
+                f"'{shown(name)}'"
             )
 
 
@@ -105,11 +106,13 @@ def _entries(parsed: Mapping[str, _HeaderEntry], path: Path, label: str, start: 
     for name, entry in sorted(parsed.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
         if entry.dtype not in ITEM_SIZES:
-            raise BadCheckpoint(f"{label}: {name!r} has the dtype {entry.dtype}, which is not supported")
+            raise BadCheckpoint(f"{label}: '{shown(name)}' has the dtype {shown(entry.dtype)}, which is not supported")
         if stop - begin != math.prod(entry.shape) * ITEM_SIZES[entry.dtype]:
-            raise BadCheckpoint(f"{label}: {name!r} has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}")
+            raise BadCheckpoint(
+                f"{label}: '{shown(name)}' has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}"
+            )
         if start + begin != position:
-            raise BadCheckpoint(f"{label}: {name!r} overlaps another tensor or leaves a gap before it")
+            raise BadCheckpoint(f"{label}: '{shown(name)}' overlaps another tensor or leaves a gap before it")
         entries.append(TensorEntry(name, entry.dtype, tuple(entry.shape), path, position, stop - begin))
         position += stop - begin
     if position != end:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>[^/]*)\.safetensors")
@@ -34,7 +35,7 @@ def weight_files(root: Path, folder: str, stem: str) -> list[Path]:
     if not chosen:
         raise BadCheckpoint(f"the checkpoint lacks {label}{single} (or {index} and its shards)")
     if len(chosen) > 1:
-        names = ", ".join(f"{label}{name}" for name in chosen)
+        names = listed(f"{label}{shown(name)}" for name in chosen)
         raise BadCheckpoint(f"several files could be the weights: {names}; leave one of them")
     if chosen[0].endswith(".json"):
         return _indexed(directory, chosen[0], label)
@@ -61,25 +62,29 @@ def _candidates(directory: Path, stem: str) -> dict[str, list[Path]]:
 def _check_complete(shards: list[str], count: int) -> None:
     numbers = {int(name.rsplit("-of-", 1)[0][-5:]) for name in shards}
     if missing := sorted(set(range(1, count + 1)) - numbers):
-        raise BadCheckpoint(f"the checkpoint lacks shards {', '.join(map(str, missing))} of {count} beside {shards[0]}")
+        raise BadCheckpoint(
+            f"the checkpoint lacks shards {listed(map(str, missing))} of {count} beside {shown(shards[0])}"
+        )
 
 
 def _indexed(directory: Path, index: str, label: str) -> list[Path]:
     try:
         names = sorted(set(msgspec.json.decode((directory / index).read_bytes(), type=_Index).weight_map.values()))
     except OSError as error:
-        raise BadCheckpoint(f"{label}{index} cannot be read: {error.strerror}") from error
+        raise BadCheckpoint(f"{label}{shown(index)} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadCheckpoint(f"{label}{index} is not an index: {error}") from error
+        raise BadCheckpoint(f"{label}{shown(index)} is not an index: {error}") from error
     if not names:
-        raise BadCheckpoint(f"{label}{index} names no shards")
+        raise BadCheckpoint(f"{label}{shown(index)} names no shards")
     return [_shard(directory, index, name, label) for name in names]
 
 
 def _shard(directory: Path, index: str, name: str, label: str) -> Path:
     """The shard that an index names, or the same with a suffix: re-uploads in bf16 keep the index of the original."""
     if os.path.basename(name) != name or not name.endswith(".safetensors"):
-        raise BadCheckpoint(f"{label}{index} names the shard {name!r}; it must be a .safetensors file beside it")
+        raise BadCheckpoint(
+            f"{label}{shown(index)} names the shard '{shown(name)}'; it must be a .safetensors file beside it"
+        )
     if (directory / name).is_file():
         return directory / name
     stem = name.removesuffix(".safetensors")
@@ -88,4 +93,4 @@ def _shard(directory: Path, index: str, name: str, label: str) -> Path:
     ]
     if len(suffixed) == 1:
         return suffixed[0]
-    raise BadCheckpoint(f"the checkpoint lacks {label}{name}, which {index} names")
+    raise BadCheckpoint(f"the checkpoint lacks {label}{shown(name)}, which {shown(index)} names")

@@ -83,7 +83,7 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
         ({"a": entry(0, 2**70, [2])}, "broken header: Expected `int`"),
         ({"a": entry(0, 8, [2**63])}, "broken header: Expected `int`"),
         ({"a": entry(0, 8, [2] + [1] * 8)}, "broken header: Expected `array` of length <= 8"),
-        ({"a" * 301: entry(0, 8, [2])}, "whose name has 301 characters, expected at most 300: 'a{50}'"),
+        ({"a" * 301: entry(0, 8, [2])}, r"whose name has 301 characters, expected at most 300: 'a{97}\.\.\.'"),
         ({f"{i}": 0 for i in range(100_001)}, "has 100001 tensors, expected at most 100000"),
         (b"{" + b'"a":0,' * 1_000_000 + b'"a":0}', "expected at most 100000 tensors, got more"),
         ({"__metadata__": {"a": 1}}, "broken header"),
