@@ -14,10 +14,17 @@ from pathlib import Path
 
 import msgspec
 
+from hotreload.files import regular_file
 from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>[^/]*)\.safetensors")
+
+
+MAX_INDEX = 64 << 20
+"""Bytes. Wan's largest has 0.1 MB."""
+MAX_SHARDS = 1000
+"""Wan's largest model has 12, and each is compared with the files beside it."""
 
 
 class _Index(msgspec.Struct):
@@ -69,28 +76,34 @@ def _check_complete(shards: list[str], count: int) -> None:
 
 def _indexed(directory: Path, index: str, label: str) -> list[Path]:
     try:
-        names = sorted(set(msgspec.json.decode((directory / index).read_bytes(), type=_Index).weight_map.values()))
+        with regular_file(directory / index) as file:
+            content = file.read(MAX_INDEX + 1)
+        if len(content) > MAX_INDEX:
+            raise BadCheckpoint(f"{label}{shown(index)} has more than {MAX_INDEX} bytes: it is not an index")
+        names = sorted(set(msgspec.json.decode(content, type=_Index).weight_map.values()))
     except OSError as error:
         raise BadCheckpoint(f"{label}{shown(index)} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{label}{shown(index)} is not an index: {error}") from error
     if not names:
         raise BadCheckpoint(f"{label}{shown(index)} names no shards")
-    return [_shard(directory, index, name, label) for name in names]
+    if len(names) > MAX_SHARDS:
+        raise BadCheckpoint(f"{label}{shown(index)} names {len(names)} shards, expected at most {MAX_SHARDS}")
+    beside = sorted(path for path in directory.iterdir() if path.suffix == ".safetensors" and path.is_file())
+    return [_shard(beside, index, name, label) for name in names]
 
 
-def _shard(directory: Path, index: str, name: str, label: str) -> Path:
+def _shard(beside: list[Path], index: str, name: str, label: str) -> Path:
     """The shard that an index names, or the same with a suffix: re-uploads in bf16 keep the index of the original."""
     if os.path.basename(name) != name or not name.endswith(".safetensors"):
         raise BadCheckpoint(
             f"{label}{shown(index)} names the shard '{shown(name)}'; it must be a .safetensors file beside it"
         )
-    if (directory / name).is_file():
-        return directory / name
     stem = name.removesuffix(".safetensors")
-    suffixed = [
-        path for path in directory.iterdir() if path.name.startswith(f"{stem}-") and path.suffix == ".safetensors"
-    ]
-    if len(suffixed) == 1:
-        return suffixed[0]
+    for found in (
+        [path for path in beside if path.name == name],
+        [path for path in beside if path.name.startswith(f"{stem}-")],
+    ):
+        if len(found) == 1:
+            return found[0]
     raise BadCheckpoint(f"the checkpoint lacks {label}{shown(name)}, which {shown(index)} names")
