@@ -10,7 +10,8 @@ Every error is a `BadCheckpoint` that names files relative to the directory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -62,16 +63,22 @@ def open_checkpoint(directory: Path, components: tuple[str, ...], suits: Suits |
     `suits` tells, of several single files that could be a component, which is of the model.
     """
     directory = directory.absolute()
+    layout = find_layout(directory)
+    opened = {name: find_component(directory, layout, name, components, suits) for name in components}
+    return Checkpoint(layout, find_tokenizer(directory), opened)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Files and directories that cannot be read are `BadCheckpoint`."""
     try:
-        layout = find_layout(directory)
-        opened = {name: find_component(directory, layout, name, components, suits) for name in components}
-        tokenizer = find_tokenizer(directory)
+        yield
     except OSError as error:
         name = shown(Path(error.filename).name) if isinstance(error.filename, str) else "a file"
         raise BadCheckpoint(f"the checkpoint cannot be read: {name}: {error.strerror}") from error
-    return Checkpoint(layout, tokenizer, opened)
 
 
+@reading()
 def find_layout(directory: Path) -> Layout:
     """Which of the layouts a directory has."""
     if not directory.is_dir():
@@ -90,6 +97,7 @@ def find_layout(directory: Path) -> Layout:
     )
 
 
+@reading()
 def find_component(
     directory: Path, layout: Layout, name: str, components: tuple[str, ...], suits: Suits | None = None
 ) -> Component:
@@ -103,6 +111,7 @@ def find_component(
     return component
 
 
+@reading()
 def find_tokenizer(directory: Path) -> Path:
     """tokenizer.json of UMT5, wherever one of the layouts has it."""
     for name in TOKENIZERS:

@@ -129,3 +129,11 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, components: dict[st
     other = save(tmp_path / "o.safetensors", {"blocks.99.attn1.to_q.lora_A.weight": torch.ones(2, 24)})
     with pytest.raises(BadCheckpoint, match=r"LoRA .*o\.safetensors does not fit the model: .*blocks\.99"):
         attach_loras(single, [str(other)])
+
+
+@pytest.mark.parametrize("given", ["~nosuchuser/x.safetensors", "a\0b.safetensors"])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path, given: str) -> None:
+    """The home of a user who is not there, a NUL: the option is named."""
+    base = save(tmp_path / "diffusion_pytorch_model.safetensors", random_tensors(build("transformer")))
+    with pytest.raises(BadConfig, match=r"^LoRA '"):
+        attach_loras({"transformer": a_component("transformer", base)}, [given])
