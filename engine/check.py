@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from engine.models import existing_directory, load_model
 from engine.params import ModelParams
 from hotreload.checkpoint import Layout, find_component, find_layout, find_tokenizer
 from hotreload.comfyui import Suits
+from hotreload.described import check_config
 from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import component_table, safetensors_only, transformer_traits
 from ipc.errors import BadCheckpoint
@@ -94,6 +96,10 @@ def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
     problems, found, missing = _find(root, layout, params.components, functools.partial(suits, params))
     if params.name not in fits and fits:
         problems.insert(0, f"the transformer is that of {' or '.join(fits)}, not of {params.name}")
+    for name in EXPERTS:
+        if name in found:
+            with _reported(name, missing):
+                check_config(found[name], params.transformer)
     checked = _examine(params, found)
     return CheckReport(
         directory=str(root), layout=layout, model=params.name, fits=fits,
@@ -154,11 +160,18 @@ def _find(
     except BadCheckpoint as error:
         problems.append(str(error))
     for name in wanted:
-        try:
+        with _reported(name, missing):
             found[name] = find_component(root, layout, name, wanted, suits)
-        except BadCheckpoint as error:
-            missing[name] = str(error)
     return problems, found, missing
+
+
+@contextlib.contextmanager
+def _reported(name: str, missing: dict[str, str]) -> Iterator[None]:
+    """What is wrong with a component as a whole goes into its report."""
+    try:
+        yield
+    except BadCheckpoint as error:
+        missing[name] = str(error)
 
 
 def _examine(model: ModelParams, found: dict[str, Component]) -> list[ComponentChecked]:
