@@ -7,11 +7,13 @@ a file that is cut under a mapping kills the process.
 
 from __future__ import annotations
 
+import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ LOCAL_HEADER = 30
 """Bytes of a zip member's own header, before its name and extra field."""
 LOCAL_LENGTHS = 26
 """Where in it their lengths are."""
+MAX_TUPLES = 20_000
+"""A tensor takes four. Hashing a tuple takes about 100 bytes of stack for each level."""
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -37,11 +41,12 @@ def read_pth(path: Path, label: str) -> list[TensorEntry]:
     The first call in a process takes seconds: FakeTensorMode imports torch's compiler.
     """
     check_archive(path, label)
-    content = _load(path, label)
     try:
         records = _records(path)
+        _check_nesting(path, label)
     except (OSError, *ARCHIVE_ERRORS) as error:
-        raise BadCheckpoint(f"{label} cannot be read: {error}") from error
+        raise BadCheckpoint(f"{label} cannot be read: {shown(error)}") from error
+    content = _load(path, label)
     check_names(content.keys(), label)
     return [_entry(name, value, path, records, label) for name, value in content.items()]
 
@@ -51,10 +56,30 @@ def _records(path: Path) -> dict[int, int]:
     with regular_file(path) as file, zipfile.ZipFile(file) as archive:
         found = {}
         for member in archive.infolist():
-            file.seek(member.header_offset + LOCAL_LENGTHS)
-            start = member.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", file.read(4)))
+            start = _start(file, member)
             found[start] = start + member.file_size
     return found
+
+
+def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin. (Its checksum is not looked at: torch can be told to write none.)"""
+    file.seek(member.header_offset + LOCAL_LENGTHS)
+    name, extra = struct.unpack("<HH", file.read(4))
+    return member.header_offset + LOCAL_HEADER + int(name) + int(extra)
+
+
+def _check_nesting(path: Path, label: str) -> None:
+    """Refuse a pickle that could nest tuples so deep that hashing them overflows the stack, which ends the process."""
+    tuples = 0
+    with regular_file(path) as file, zipfile.ZipFile(file) as archive:
+        pickle = next(member for member in archive.infolist() if member.filename.endswith("/data.pkl"))
+        file.seek(_start(file, pickle))
+        for code, _, _ in pickletools.genops(file.read(pickle.file_size)):
+            tuples += code.name.startswith("TUPLE")
+            if tuples > MAX_TUPLES:
+                raise BadCheckpoint(
+                    f"{label} has more than {MAX_TUPLES} tuples in its pickle, as no model has: save only the tensors"
+                )
 
 
 def _load(path: Path, label: str) -> dict[object, object]:
