@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import math
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,13 +16,14 @@ import msgspec
 from engine.checkpoint import EXPERTS, file_bytes, find_components, identify, possible, suits
 from engine.child import run_module
 from engine.memory import slot_sizes
-from engine.models import load_model
+from engine.models import existing_directory, load_model
 from engine.params import ModelParams
 from hotreload.checkpoint import Layout, find_component, find_layout, find_tokenizer
 from hotreload.comfyui import Suits
+from hotreload.described import check_config
 from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import component_table, safetensors_only, transformer_traits
-from ipc.errors import BadCheckpoint, BadConfig
+from ipc.errors import BadCheckpoint
 from ipc.messages import CheckAsked, Component, ComponentChecked
 
 CHECK_TIMEOUT = 300.0
@@ -82,11 +85,10 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
     """Examine a directory. Without a `model`, the one that its transformer is of; without that, what can be seen.
 
-    Raises `BadCheckpoint` if there is nothing to examine; what is wrong with a component is in the report.
+    Raises `BadConfig` for what is no directory, `BadCheckpoint` if there is nothing in it to examine; what is wrong
+    with a component is in the report.
     """
-    root = directory.expanduser().resolve()
-    if not root.is_dir():
-        raise BadConfig(f"the checkpoint {str(directory)!r} is not a directory")
+    root = existing_directory(directory)
     layout, fits = find_layout(root), identify(root)
     if model is None and not fits:
         return _without_model(root, layout)
@@ -94,6 +96,10 @@ def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
     problems, found, missing = _find(root, layout, params.components, functools.partial(suits, params))
     if params.name not in fits and fits:
         problems.insert(0, f"the transformer is that of {' or '.join(fits)}, not of {params.name}")
+    for name in EXPERTS:
+        if name in found:
+            with _reported(name, missing):
+                check_config(found[name], params.transformer)
     checked = _examine(params, found)
     return CheckReport(
         directory=str(root), layout=layout, model=params.name, fits=fits,
@@ -112,7 +118,9 @@ def _without_model(root: Path, layout: Layout) -> CheckReport:
     if "image_encoder" in find_components(root, ("image_encoder",)):
         wanted = (*wanted, "image_encoder")
     problems, found, missing = _find(root, layout, wanted)
-    fits = possible(root)
+    fits: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that cannot be read; its component says so
+        fits = possible(root)
     why = f"its files could be of {' or '.join(fits)}" if fits else "it has no transformer of a known model"
     problems.insert(0, f"which model this is does not show: {why}; name one with --model (`engine models` lists them)")
     return CheckReport(
@@ -152,13 +160,18 @@ def _find(
     except BadCheckpoint as error:
         problems.append(str(error))
     for name in wanted:
-        try:
+        with _reported(name, missing):
             found[name] = find_component(root, layout, name, wanted, suits)
-        except BadCheckpoint as error:
-            missing[name] = str(error)
-        except OSError as error:
-            missing[name] = f"its files cannot be read: {error.strerror}"
     return problems, found, missing
+
+
+@contextlib.contextmanager
+def _reported(name: str, missing: dict[str, str]) -> Iterator[None]:
+    """What is wrong with a component as a whole goes into its report."""
+    try:
+        yield
+    except BadCheckpoint as error:
+        missing[name] = str(error)
 
 
 def _examine(model: ModelParams, found: dict[str, Component]) -> list[ComponentChecked]:

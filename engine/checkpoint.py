@@ -14,6 +14,7 @@ from engine.models import checkpoint_directory, known_models
 from engine.params import ModelParams, SystemParams
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
 from hotreload.comfyui import transformers
+from hotreload.described import check_config
 from hotreload.lora_options import attach_loras
 from hotreload.tables import (
     TransformerTraits,
@@ -51,6 +52,7 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
     for name in EXPERTS:
         if name in checkpoint.components:
             check_transformer(checkpoint.components[name], model, directory)
+            check_config(checkpoint.components[name], model.transformer)
     check_vae(checkpoint.components["vae"], model)
     checkpoint = checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
     check_paths(checkpoint)

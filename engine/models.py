@@ -10,6 +10,7 @@ import yaml
 
 from engine.decode import decode_strictly
 from engine.params import ModelParams
+from hotreload.shown import shown
 from ipc.errors import BadConfig
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -60,11 +61,23 @@ def known_models() -> tuple[list[ModelParams], list[str]]:
 def checkpoint_directory(model: ModelParams, chosen: str | None) -> Path:
     """Where the weights are: the operator's choice, else what ships with the model."""
     if chosen is not None:
+        return existing_directory(chosen)
+    if model.checkpoint is not None:
+        return existing_directory(CONFIGS / model.checkpoint)
+    raise BadConfig(f"{model.name} does not ship with its weights; say where they are with --checkpoint DIR")
+
+
+def existing_directory(chosen: str | Path) -> Path:
+    """The operator's directory, absolute, without links. `BadConfig` for all that is none: a loop of links, a user who
+    is not there, a name too long, a directory that may not be entered."""
+    name = shown(chosen)
+    try:
         directory = Path(chosen).expanduser().resolve()
-    elif model.checkpoint is not None:
-        directory = CONFIGS / model.checkpoint
-    else:
-        raise BadConfig(f"{model.name} does not ship with its weights; say where they are with --checkpoint DIR")
-    if not directory.is_dir():
-        raise BadConfig(f"the checkpoint {chosen or model.checkpoint!r} is not a directory")
+        found = directory.is_dir()
+    except OSError as error:
+        raise BadConfig(f"the checkpoint '{name}' cannot be read: {error.strerror}; name another directory") from error
+    except (RuntimeError, ValueError) as error:
+        raise BadConfig(f"the checkpoint '{name}' is not a directory: {error}; name another one") from error
+    if not found:
+        raise BadConfig(f"the checkpoint '{name}' is not a directory")
     return directory

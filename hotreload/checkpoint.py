@@ -10,13 +10,15 @@ Every error is a `BadCheckpoint` that names files relative to the directory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hotreload import comfyui
 from hotreload.comfyui import Suits
 from hotreload.shards import weight_files
+from hotreload.shown import listed, shown
 from hotreload.tables import check_archive, component_table, label_of, safetensors_only
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component, Naming
@@ -61,16 +63,22 @@ def open_checkpoint(directory: Path, components: tuple[str, ...], suits: Suits |
     `suits` tells, of several single files that could be a component, which is of the model.
     """
     directory = directory.absolute()
+    layout = find_layout(directory)
+    opened = {name: find_component(directory, layout, name, components, suits) for name in components}
+    return Checkpoint(layout, find_tokenizer(directory), opened)
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Files and directories that cannot be read are `BadCheckpoint`."""
     try:
-        layout = find_layout(directory)
-        opened = {name: find_component(directory, layout, name, components, suits) for name in components}
-        tokenizer = find_tokenizer(directory)
+        yield
     except OSError as error:
-        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        name = shown(Path(error.filename).name) if isinstance(error.filename, str) else "a file"
         raise BadCheckpoint(f"the checkpoint cannot be read: {name}: {error.strerror}") from error
-    return Checkpoint(layout, tokenizer, opened)
 
 
+@reading()
 def find_layout(directory: Path) -> Layout:
     """Which of the layouts a directory has."""
     if not directory.is_dir():
@@ -91,6 +99,7 @@ def find_layout(directory: Path) -> Layout:
     )
 
 
+@reading()
 def find_component(
     directory: Path, layout: Layout, name: str, components: tuple[str, ...], suits: Suits | None = None
 ) -> Component:
@@ -117,6 +126,7 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
+@reading()
 def find_tokenizer(directory: Path) -> Path:
     """tokenizer.json of UMT5, wherever one of the layouts has it."""
     for name in TOKENIZERS:
@@ -158,7 +168,7 @@ def _original_files(directory: Path, name: str, components: tuple[str, ...]) -> 
         if not files:
             raise BadCheckpoint(f"the checkpoint lacks {wanted}, the {name}")
         if len(files) > 1:
-            raise BadCheckpoint(f"several files could be the {name}: {', '.join(f.name for f in files)}; leave one")
+            raise BadCheckpoint(f"several files could be the {name}: {listed(shown(f.name) for f in files)}; leave one")
         return files
     experts = [folder for folder in EXPERTS.values() if (directory / folder).is_dir()]
     if "transformer_2" in components:

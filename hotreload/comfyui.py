@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from hotreload.names import without_prefix
 from hotreload.safetensors_file import read_header
+from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component, Naming
 
@@ -61,7 +62,7 @@ def find(
 ) -> tuple[list[Path], Naming]:
     """The file of one of the `components` of a model, of several the one that `suits`. Raises `BadCheckpoint` if there
     is none, or more than one."""
-    files = [classify(file, str(file.relative_to(directory))) for file in list_files(directory)]
+    files = [classify(file, shown(file.relative_to(directory))) for file in list_files(directory)]
     two_experts = "transformer_2" in components
     kind = "transformer" if name == "transformer_2" else name
     candidates = [file for file in files if file.component == kind and file.problem is None]
@@ -81,7 +82,7 @@ def find(
 
 def transformers(directory: Path) -> list[Component]:
     """Every file that could be a transformer, one component each."""
-    files = [classify(file, str(file.relative_to(directory))) for file in list_files(directory)]
+    files = [classify(file, shown(file.relative_to(directory))) for file in list_files(directory)]
     return [
         Component(name="transformer", files=[str(file.file)], naming=file.naming)
         for file in files
@@ -115,7 +116,7 @@ def expert_of(name: str) -> Literal["high", "low"] | None:
 def _of_expert(candidates: list[Classified], name: str, two_experts: bool) -> list[Classified]:
     if not two_experts:
         if candidates and all(expert_of(file.file.name) for file in candidates):
-            names = ", ".join(file.file.name for file in candidates)
+            names = listed(shown(file.file.name) for file in candidates)
             raise BadCheckpoint(
                 f"by their names, these are experts of two: {names}; the model has one transformer; choose a "
                 "Wan2.2-A14B model with --model"
@@ -137,7 +138,7 @@ def _suiting(candidates: list[Classified], name: str, suits: Suits, directory: P
 
 
 def _names(candidates: list[Classified], directory: Path) -> str:
-    return ", ".join(str(file.file.relative_to(directory)) for file in candidates)
+    return listed(shown(file.file.relative_to(directory)) for file in candidates)
 
 
 def _missing(name: str, two_experts: bool, kind: str, files: list[Classified], directory: Path) -> str:
@@ -147,7 +148,9 @@ def _missing(name: str, two_experts: bool, kind: str, files: list[Classified], d
         wanted = f"the {expert}-noise expert ({name}), a file with {expert!r} in its name"
     problems = [file.problem for file in files if file.problem is not None and file.component in (None, kind)]
     seen = [
-        f"{file.file.relative_to(directory)} ({file.component or 'not of Wan'})" for file in files if not file.problem
+        f"{shown(file.file.relative_to(directory))} ({file.component or 'not of Wan'})"
+        for file in files
+        if not file.problem
     ]
-    text = f"the checkpoint lacks {wanted}; files found: {', '.join(seen) or 'none that can be used'}"
-    return f"{text}; {'; '.join(problems)}" if problems else text
+    text = f"the checkpoint lacks {wanted}; files found: {listed(seen) or 'none that can be used'}"
+    return f"{text}; {listed(problems, '; ')}" if problems else text

@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from hotreload.files import regular_file
 from hotreload.names import original_name, our_name
 from hotreload.safetensors_file import FLOATING, Header, TensorEntry, read_header
+from hotreload.shown import shown
 from hotreload.tables import describe
 from ipc.errors import BadCheckpoint
 
@@ -45,6 +47,8 @@ _OTHER_METHODS = re.compile(
     r"\.(?P<DoRA>dora_scale|lora_magnitude_vector)|\.(?P<LoHa>hada_)|\.(?P<LoKr>lokr_)|\.(?P<GLoRA>[ab][12]\.weight$)|"
     r"\.(?P<OFT>oft_)|\.(?P<LoCon>lora_mid\.)|\.(?P<replaced>(set|reshape)_weight$|[wb]_norm$)"
 )
+MAX_SCALE = 1e6
+"""Of alpha / rank, which is about 1 in every file that means something."""
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 
@@ -80,7 +84,7 @@ def read_lora(
     `component`: transformer or transformer_2; of a file with both experts, only the keys of this one are looked at.
     `label`: what errors call the file; None: without the directories it is in.
     """
-    label = label or f"LoRA {file.name}"
+    label = label or f"LoRA {shown(file.name)}"
     if file.suffix != ".safetensors":
         raise BadCheckpoint(f"{label} is not a .safetensors file; convert it")
     header = read_header(file, label)
@@ -115,11 +119,11 @@ def _parts(
     names = _Names(shapes)
     for entry in entries:
         if other := _OTHER_METHODS.search(entry.name):
-            unsupported.append(f"{entry.name} ({other.lastgroup})")
+            unsupported.append(f"{shown(entry.name)} ({other.lastgroup})")
         elif (key := names.resolve(entry.name)) is None:
-            unmatched.append(entry.name)
+            unmatched.append(shown(entry.name))
         elif key.role in parts.setdefault(key.target, {}):
-            twice.append(entry.name)
+            twice.append(shown(entry.name))
         else:
             parts[key.target][key.role] = entry
     problems = describe({
@@ -140,9 +144,9 @@ def _deltas(
     halves, misshaped, dtypes = [], [], []
     for target, roles in sorted(parts.items()):
         down, up, diff = roles.get("down"), roles.get("up"), roles.get("diff")
-        dtypes += [f"{e.name} ({e.dtype})" for r, e in roles.items() if r != "alpha" and e.dtype not in FLOATING]
+        dtypes += [f"{shown(e.name)} ({e.dtype})" for r, e in roles.items() if r != "alpha" and e.dtype not in FLOATING]
         if (down is None) != (up is None) or (down is None and diff is None):
-            halves += [entry.name for entry in roles.values()]
+            halves += [shown(entry.name) for entry in roles.values()]
             continue
         if down is not None and up is not None:
             if problem := _misfit(down, up, shapes[target]):
@@ -152,7 +156,7 @@ def _deltas(
             deltas.append(Delta(target, scale, down=down, up=up))
         if diff is not None:
             if diff.shape != shapes[target]:
-                misshaped.append(f"{diff.name} (got {list(diff.shape)}, expected {list(shapes[target])})")
+                misshaped.append(f"{shown(diff.name)} (got {list(diff.shape)}, expected {list(shapes[target])})")
             deltas.append(Delta(target, 1.0, diff=diff))
     problems = describe({
         "without the other half of the pair": halves, "of another shape": misshaped, "not floating-point": dtypes,
@@ -165,36 +169,45 @@ def _deltas(
 def _misfit(down: TensorEntry, up: TensorEntry, shape: tuple[int, ...]) -> str | None:
     """What is wrong with a pair for a weight of `shape` [out, in, ...]; None if nothing is."""
     rank = down.shape[0] if down.shape else 0
-    wanted_down = f"{down.name} (got {list(down.shape)}, expected [rank, {', '.join(map(str, shape[1:]))}])"
+    wanted_down = f"{shown(down.name)} (got {list(down.shape)}, expected [rank, {', '.join(map(str, shape[1:]))}])"
     if len(shape) < 2:
-        return f"{down.name} (a pair for a tensor of shape {list(shape)})"
+        return f"{shown(down.name)} (a pair for a tensor of shape {list(shape)})"
+    if rank > max(shape[0], math.prod(shape[1:])):
+        return f"{shown(down.name)} (rank {rank}, more than the rows or columns of {list(shape)})"
     if rank == 0 or math.prod(down.shape[1:]) != math.prod(shape[1:]):
         return wanted_down
     if up.shape[:2] != (shape[0], rank) or math.prod(up.shape) != shape[0] * rank:
-        return f"{up.name} (got {list(up.shape)}, expected [{shape[0]}, {rank}])"
+        return f"{shown(up.name)} (got {list(up.shape)}, expected [{shape[0]}, {rank}])"
     return None
 
 
 def _scale(alpha: TensorEntry | None, rank: int, adapter: _Adapter, label: str) -> float:
+    """alpha / rank. Its product with any strength is a float32, as which torch must take it."""
+    scale = 1.0
     if alpha is not None:
-        return _read_scalar(alpha, label) / rank
-    if adapter.lora_alpha is not None:
-        return adapter.lora_alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
-    return 1.0
+        scale = _read_scalar(alpha, label) / rank
+    elif adapter.lora_alpha is not None:
+        scale = adapter.lora_alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
+    if not abs(scale) <= MAX_SCALE:
+        name = METADATA_KEY if alpha is None else shown(alpha.name)
+        raise BadCheckpoint(f"{label}: {name} scales by {scale:g}, expected at most {MAX_SCALE:g}: it is damaged")
+    return scale
 
 
 def _read_scalar(entry: TensorEntry, label: str) -> float:
+    if math.prod(entry.shape) != 1 or entry.dtype not in (*_SCALARS, "BF16"):
+        raise BadCheckpoint(f"{label}: {shown(entry.name)} must be one number, got {entry.dtype} {list(entry.shape)}")
     try:
-        with entry.file.open("rb") as file:
+        with regular_file(entry.file) as file:
             file.seek(entry.offset)
             raw = file.read(entry.size)
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
-    if math.prod(entry.shape) != 1 or len(raw) != entry.size or entry.dtype not in (*_SCALARS, "BF16"):
-        raise BadCheckpoint(f"{label}: {entry.name} must be one number, got {entry.dtype} {list(entry.shape)}")
+    if len(raw) != entry.size:
+        raise BadCheckpoint(f"{label} was cut short while it was read; load it again")
     (value,) = struct.unpack(*(("<f", b"\0\0" + raw) if entry.dtype == "BF16" else (_SCALARS[entry.dtype], raw)))
     if not math.isfinite(value):
-        raise BadCheckpoint(f"{label}: {entry.name} is {value}")
+        raise BadCheckpoint(f"{label}: {shown(entry.name)} is {value}")
     return float(value)
 
 
@@ -205,7 +218,7 @@ def _adapter(header: Header, prefix: str, label: str) -> _Adapter:
         fields = {key.removeprefix(f"{prefix}."): value for key, value in packed.items()}
         known = {name: fields[name] for name in _Adapter.__struct_fields__ if name in fields}
         adapter = msgspec.json.decode(msgspec.json.encode(known), type=_Adapter)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{label} has a broken {METADATA_KEY}: {error}") from error
     if adapter.use_dora or adapter.alpha_pattern:
         what = "use_dora" if adapter.use_dora else "alpha_pattern"

@@ -70,7 +70,7 @@ def attach_loras(components: Mapping[str, Component], options: Iterable[str]) ->
     for option in parsed:
         check_paths(option)
         for name, given in zip(experts, _for_each_expert(option.files, experts), strict=True):
-            file = Path(given).expanduser().absolute()
+            file = _path(given)
             read_lora(file, name, shapes[name], f"LoRA {given}")
             lora = Lora(file=str(file), strength=option.strength)
             attached[name] = msgspec.structs.replace(attached[name], loras=[*attached[name].loras, lora])
@@ -108,4 +108,13 @@ def _for_each_expert(files: tuple[str, ...], experts: list[str]) -> tuple[str, .
 
 
 def _header_entries(file: str) -> list[TensorEntry]:
-    return read_header(Path(file).expanduser(), f"LoRA {file}").entries
+    return read_header(_path(file), f"LoRA {file}").entries
+
+
+def _path(given: str) -> Path:
+    if "\0" in given:
+        raise BadConfig(f"LoRA {given!r}: a path has no NUL character")
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:
+        raise BadConfig(f"LoRA {given!r}: {error}; give the whole path") from error

@@ -14,6 +14,7 @@ from hotreload.dtypes import TORCH_DTYPES
 from hotreload.lora import Delta, read_lora
 from hotreload.reading import Files
 from hotreload.safetensors_file import ITEM_SIZES, TensorEntry
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component
 
@@ -83,6 +84,6 @@ class Merge:
         # One pass in float32, 5 GB/s on a core; isfinite of bfloat16 does 0.2 GB/s.
         if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
             raise BadCheckpoint(
-                f"LoRA {entry.file.name}: {entry.name} has values that are not finite (NaN or infinity)"
+                f"LoRA {shown(entry.file.name)}: {shown(entry.name)} has values that are not finite (NaN or infinity)"
             )
         return value

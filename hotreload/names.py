@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from hotreload.safetensors_file import TensorEntry
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 from ipc.messages import Naming
 
@@ -88,7 +89,7 @@ _CLIP_QKV = re.compile(r"visual\.transformer\.(\d+)\.attn\.to_qkv\.(weight|bias)
 _CLIP_Q_K_V = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _CLIP_BARE = re.compile(r"(embeddings|pre_layrnorm|encoder|post_layernorm)\.")
 """How transformers >= 5 saves what it saved below `vision_model.` before."""
-_CLIP_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
+_CLIP_LAYER = re.compile(r"vision_model\.encoder\.layers\.([0-9]{1,4})\.")
 _CLIP_LEADING_ONES = {
     "vision_model.embeddings.class_embedding": 2,
     "vision_model.embeddings.position_embedding.weight": 1,
@@ -226,7 +227,10 @@ def to_ours(component: str, naming: Naming, entries: Iterable[TensorEntry]) -> d
             if unused is not None and unused.fullmatch(ours.name):
                 continue
             if (other := table.get(ours.name)) is not None:
-                raise BadCheckpoint(f"{component}: {entry.name!r} is in both {other.file.name} and {entry.file.name}")
+                raise BadCheckpoint(
+                    f"{component}: '{shown(entry.name)}' is in both {shown(other.file.name)} and "
+                    f"{shown(entry.file.name)}"
+                )
             table[ours.name] = ours
     return _without_last_block(table) if component == "image_encoder" else table
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from hotreload.content import CHUNK, chunk_digest
+from hotreload.files import open_regular
 from hotreload.safetensors_file import TensorEntry
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -105,14 +107,14 @@ class Files:
             except OSError as error:
                 raise self._unreadable(path, error) from error
             if not count:
-                raise BadCheckpoint(f"{self._label}: {path.name} was cut short while it was read; load it again")
+                raise BadCheckpoint(f"{self._label}: {shown(path.name)} was cut short while it was read; load it again")
             done += count
 
     def open(self, path: Path) -> int:
         """The fd of a file. The first time, not from several threads at once."""
         if path not in self._fds:
             try:
-                self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fds[path] = open_regular(path)
             except OSError as error:
                 raise self._unreadable(path, error) from error
             self._stack.callback(os.close, self._fds[path])
@@ -130,7 +132,7 @@ class Files:
         return data.view(dtype)
 
     def _unreadable(self, path: Path, error: OSError) -> BadCheckpoint:
-        return BadCheckpoint(f"{self._label}: {path.name} cannot be read: {error.strerror}")
+        return BadCheckpoint(f"{self._label}: {shown(path.name)} cannot be read: {error.strerror}")
 
 
 def pieces_of(entries: Iterable[TensorEntry]) -> list[Piece]:

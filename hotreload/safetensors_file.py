@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
+from hotreload.files import regular_file
+from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
 
 ITEM_SIZES = {
@@ -24,6 +26,10 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights may have."""
 MAX_HEADER = 100_000_000
 """Bytes; safetensors' own limit."""
+MAX_TENSORS = 100_000
+"""Wan's largest files have about 2,000."""
+MAX_NAME = 300
+"""Characters of a tensor's name; Wan's and LoRA files' have less than 150."""
 
 
 class TensorEntry(NamedTuple):
@@ -44,16 +50,19 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 class _HeaderEntry(msgspec.Struct):
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    shape: Annotated[list[_Number], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[_Number, _Number]
 
 
 def read_header(path: Path, label: str) -> Header:
     """The tensors of one file, which must fill it exactly, in the order of their bytes."""
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8:
@@ -63,14 +72,31 @@ def read_header(path: Path, label: str) -> Header:
                     f"{label} is not a safetensors file or is cut short: it has {size} bytes, of which its header "
                     f"would be {length}"
                 )
-            raw = msgspec.json.decode(file.read(length), type=dict[str, msgspec.Raw])
+            content = file.read(length)
+        # A colon for each tensor at least, so that no header becomes gigabytes of objects before they are counted.
+        if content.count(b":") > 10 * MAX_TENSORS:
+            raise BadCheckpoint(f"{label} has a broken header: expected at most {MAX_TENSORS} tensors, got more")
+        raw = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str])
+        check_names(raw, label)
         parsed = {name: msgspec.json.decode(entry, type=_HeaderEntry) for name, entry in raw.items()}
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{label} has a broken header: {error}") from error
     return Header(_entries(parsed, path, label, start=8 + length, end=size), metadata)
+
+
+def check_names(names: Collection[object], label: str) -> None:
+    """Raise `BadCheckpoint` for more tensors than any model has, or names longer than any model's."""
+    if len(names) > MAX_TENSORS:
+        raise BadCheckpoint(f"{label} has {len(names)} tensors, expected at most {MAX_TENSORS}")
+    for name in names:
+        if isinstance(name, str) and len(name) > MAX_NAME:
+            raise BadCheckpoint(
+                f"{label} has a tensor whose name has {len(name)} characters, expected at most {MAX_NAME}: "
+                f"'{shown(name)}'"
+            )
 
 
 def _entries(parsed: Mapping[str, _HeaderEntry], path: Path, label: str, start: int, end: int) -> list[TensorEntry]:
@@ -80,11 +106,13 @@ def _entries(parsed: Mapping[str, _HeaderEntry], path: Path, label: str, start: 
     for name, entry in sorted(parsed.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
         if entry.dtype not in ITEM_SIZES:
-            raise BadCheckpoint(f"{label}: {name!r} has the dtype {entry.dtype}, which is not supported")
-        if min(entry.shape, default=0) < 0 or stop - begin != math.prod(entry.shape) * ITEM_SIZES[entry.dtype]:
-            raise BadCheckpoint(f"{label}: {name!r} has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}")
+            raise BadCheckpoint(f"{label}: '{shown(name)}' has the dtype {shown(entry.dtype)}, which is not supported")
+        if stop - begin != math.prod(entry.shape) * ITEM_SIZES[entry.dtype]:
+            raise BadCheckpoint(
+                f"{label}: '{shown(name)}' has {stop - begin} bytes, not those of {entry.dtype} {entry.shape}"
+            )
         if start + begin != position:
-            raise BadCheckpoint(f"{label}: {name!r} overlaps another tensor or leaves a gap before it")
+            raise BadCheckpoint(f"{label}: '{shown(name)}' overlaps another tensor or leaves a gap before it")
         entries.append(TensorEntry(name, entry.dtype, tuple(entry.shape), path, position, stop - begin))
         position += stop - begin
     if position != end:

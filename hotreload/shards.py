@@ -14,9 +14,17 @@ from pathlib import Path
 
 import msgspec
 
+from hotreload.files import regular_file
+from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>[^/]*)\.safetensors")
+
+
+MAX_INDEX = 64 << 20
+"""Bytes. Wan's largest has 0.1 MB."""
+MAX_SHARDS = 1000
+"""Wan's largest model has 12, and each is compared with the files beside it."""
 
 
 class _Index(msgspec.Struct):
@@ -34,7 +42,7 @@ def weight_files(root: Path, folder: str, stem: str) -> list[Path]:
     if not chosen:
         raise BadCheckpoint(f"the checkpoint lacks {label}{single} (or {index} and its shards)")
     if len(chosen) > 1:
-        names = ", ".join(f"{label}{name}" for name in chosen)
+        names = listed(f"{label}{shown(name)}" for name in chosen)
         raise BadCheckpoint(f"several files could be the weights: {names}; leave one of them")
     if chosen[0].endswith(".json"):
         return _indexed(directory, chosen[0], label)
@@ -61,31 +69,41 @@ def _candidates(directory: Path, stem: str) -> dict[str, list[Path]]:
 def _check_complete(shards: list[str], count: int) -> None:
     numbers = {int(name.rsplit("-of-", 1)[0][-5:]) for name in shards}
     if missing := sorted(set(range(1, count + 1)) - numbers):
-        raise BadCheckpoint(f"the checkpoint lacks shards {', '.join(map(str, missing))} of {count} beside {shards[0]}")
+        raise BadCheckpoint(
+            f"the checkpoint lacks shards {listed(map(str, missing))} of {count} beside {shown(shards[0])}"
+        )
 
 
 def _indexed(directory: Path, index: str, label: str) -> list[Path]:
     try:
-        names = sorted(set(msgspec.json.decode((directory / index).read_bytes(), type=_Index).weight_map.values()))
+        with regular_file(directory / index) as file:
+            content = file.read(MAX_INDEX + 1)
+        if len(content) > MAX_INDEX:
+            raise BadCheckpoint(f"{label}{shown(index)} has more than {MAX_INDEX} bytes: it is not an index")
+        names = sorted(set(msgspec.json.decode(content, type=_Index).weight_map.values()))
     except OSError as error:
-        raise BadCheckpoint(f"{label}{index} cannot be read: {error.strerror}") from error
+        raise BadCheckpoint(f"{label}{shown(index)} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadCheckpoint(f"{label}{index} is not an index: {error}") from error
+        raise BadCheckpoint(f"{label}{shown(index)} is not an index: {error}") from error
     if not names:
-        raise BadCheckpoint(f"{label}{index} names no shards")
-    return [_shard(directory, index, name, label) for name in names]
+        raise BadCheckpoint(f"{label}{shown(index)} names no shards")
+    if len(names) > MAX_SHARDS:
+        raise BadCheckpoint(f"{label}{shown(index)} names {len(names)} shards, expected at most {MAX_SHARDS}")
+    beside = sorted(path for path in directory.iterdir() if path.suffix == ".safetensors" and path.is_file())
+    return [_shard(beside, index, name, label) for name in names]
 
 
-def _shard(directory: Path, index: str, name: str, label: str) -> Path:
+def _shard(beside: list[Path], index: str, name: str, label: str) -> Path:
     """The shard that an index names, or the same with a suffix: re-uploads in bf16 keep the index of the original."""
     if os.path.basename(name) != name or not name.endswith(".safetensors"):
-        raise BadCheckpoint(f"{label}{index} names the shard {name!r}; it must be a .safetensors file beside it")
-    if (directory / name).is_file():
-        return directory / name
+        raise BadCheckpoint(
+            f"{label}{shown(index)} names the shard '{shown(name)}'; it must be a .safetensors file beside it"
+        )
     stem = name.removesuffix(".safetensors")
-    suffixed = [
-        path for path in directory.iterdir() if path.name.startswith(f"{stem}-") and path.suffix == ".safetensors"
-    ]
-    if len(suffixed) == 1:
-        return suffixed[0]
-    raise BadCheckpoint(f"the checkpoint lacks {label}{name}, which {index} names")
+    for found in (
+        [path for path in beside if path.name == name],
+        [path for path in beside if path.name.startswith(f"{stem}-")],
+    ):
+        if len(found) == 1:
+            return found[0]
+    raise BadCheckpoint(f"the checkpoint lacks {label}{shown(name)}, which {shown(index)} names")

@@ -14,18 +14,21 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hotreload.files import regular_file
 from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
+from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component, Naming
 
 PthReader = Callable[[Path, str], list[TensorEntry]]
 """(file, its name for errors) -> its tensors, under the names they have there: `hotreload.pth.read_pth`."""
-ARCHIVE_ERRORS = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error)
+ARCHIVE_ERRORS = (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error, OverflowError)
 """What zipfile raises for a damaged archive."""
-NAMED = 10
-"""Tensors of a kind that an error names; it counts the others."""
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+MAX_PICKLE = 64 << 20
+"""Bytes of what torch reads whole of a `.pth` file: all but the storages. Wan's largest has less than 0.1 MB."""
+_STORAGE = re.compile(r"[^/]+/data/[0-9]+")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.")
 
 
 class TransformerTraits(NamedTuple):
@@ -51,7 +54,7 @@ class VaeTraits(NamedTuple):
 
 def label_of(component: Component, file: Path) -> str:
     """How errors name a component's file: without the directories it is in."""
-    return f"{component.name}: {file.name}"
+    return f"{component.name}: {shown(file.name)}"
 
 
 def component_table(component: Component, read_pth: PthReader | None = None) -> dict[str, TensorEntry]:
@@ -90,7 +93,7 @@ def refuse_fp8(component: Component, entries: list[TensorEntry]) -> None:
 def check_archive(path: Path, label: str) -> None:
     """Check that a `.pth` file is an archive that torch can have written, and that its end is there."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with regular_file(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
@@ -101,9 +104,16 @@ def check_archive(path: Path, label: str) -> None:
         ) from error
     if not any(member.filename.endswith("/data.pkl") for member in members):
         raise BadCheckpoint(f"{label} is a zip archive, but not one that torch.save wrote: it has no data.pkl")
-    data = [member for member in members if re.fullmatch(r"[^/]+/data/\d+", member.filename)]
-    if packed := [member.filename for member in data if member.compress_type != zipfile.ZIP_STORED]:
-        raise BadCheckpoint(f"{label} is compressed ({packed[0]}), as torch.save never does; save it again with torch")
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise BadCheckpoint(
+                f"{label} is compressed ({shown(member.filename)}), as torch.save never does; save it again with torch"
+            )
+        if member.file_size > MAX_PICKLE and not _STORAGE.fullmatch(member.filename):
+            raise BadCheckpoint(
+                f"{label}: {shown(member.filename)} has {member.file_size} bytes, expected at most {MAX_PICKLE}; "
+                "save only the tensors, with torch"
+            )
 
 
 def transformer_traits(table: Mapping[str, TensorEntry], naming: Naming = "diffusers") -> TransformerTraits:
@@ -148,5 +158,4 @@ def describe(kinds: Mapping[str, list[str]]) -> str:
 
 
 def _named(names: list[str], what: str) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {', '.join(names[:NAMED])}{more}"
+    return f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {listed(names)}"

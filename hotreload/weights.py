@@ -23,6 +23,7 @@ from hotreload.names import stored_name
 from hotreload.pth import read_pth
 from hotreload.reading import Files, Piece, Read, pieces_of, read_ahead
 from hotreload.safetensors_file import FLOATING, ITEM_SIZES, TensorEntry
+from hotreload.shown import shown
 from hotreload.tables import component_table, describe, other_family, vae_family
 from ipc.errors import BadCheckpoint
 from ipc.messages import Component
@@ -79,16 +80,16 @@ def mismatches(
         for names in (expected, table)
     )
     missing, extra = sorted(expected.keys() - table.keys()), sorted(table.keys() - expected.keys())
-    both = {name: in_file(name) for name in sorted(expected.keys() & table.keys())}
+    both = {name: shown(in_file(name)) for name in sorted(expected.keys() & table.keys())}
     shapes = [
-        f"{shown} (got {list(table[name].shape)}, expected {list(expected[name].shape)})"
-        for name, shown in both.items()
+        f"{text} (got {list(table[name].shape)}, expected {list(expected[name].shape)})"
+        for name, text in both.items()
         if table[name].shape != tuple(expected[name].shape)
     ]
-    dtypes = [f"{shown} ({table[name].dtype})" for name, shown in both.items() if table[name].dtype not in FLOATING]
+    dtypes = [f"{text} ({table[name].dtype})" for name, text in both.items() if table[name].dtype not in FLOATING]
     return {
-        "missing": [in_model(name) for name in missing],
-        "not of this model": [in_file(name) for name in extra],
+        "missing": [shown(in_model(name)) for name in missing],
+        "not of this model": [shown(in_file(name)) for name in extra],
         "of another shape": shapes,
         "not floating-point": dtypes,
     }

@@ -5,9 +5,12 @@ Full-size models have real headers and no data.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 from engine import Supervisor, SystemParams
 from engine.check import check_checkpoint
 from engine.checkpoint import identify, open_model
-from engine.models import CONFIGS, list_models, load_model
+from engine.models import CONFIGS, checkpoint_directory, list_models, load_model
 from hotreload.checkpoint import Layout, find_component
 from hotreload.safetensors_file import read_header
 from ipc.errors import BadCheckpoint, BadConfig
@@ -234,6 +237,69 @@ def test_a_hostile_file_ends_only_the_process_that_looks(tmp_path: Path) -> None
     [found] = [c for c in report.components if c.name == "vae"]
     assert vae.name in found.problem
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that other users may enter: pytest's own may not be."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+@contextlib.contextmanager
+def not_root() -> Iterator[None]:
+    """Root may read all; in here, we are someone else."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("loop", "cannot be read: Too many|is not a directory: Symlink loop"), ("x" * 300, "File name too long"),
+        ("~nosuchuser/x", "Could not determine home"), ("a\0b", "null byte"), ("gone", "is not a directory"),
+        ("file", "is not a directory"), ("locked/x", "Permission denied"),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_no_directory_is_refused(
+    reachable: Path, monkeypatch: pytest.MonkeyPatch, given: str, problem: str
+) -> None:
+    """A loop of links, a name too long, a user who is not there, a NUL, no permission: the operator's name for it and
+    the reason, from `engine check` as from `engine serve`."""
+    monkeypatch.chdir(reachable)
+    (reachable / "loop").symlink_to("loop")
+    (reachable / "file").touch()
+    (reachable / "locked").mkdir(mode=0)
+    with not_root():
+        for look in (lambda: check_checkpoint(Path(given), None), lambda: checkpoint_directory(DEMO, given)):
+            with pytest.raises(BadConfig, match=rf"^the checkpoint '.*({problem})"):
+                look()
+
+
+def test_a_directory_without_permission_is_named(reachable: Path) -> None:
+    """The whole of it, the folder of a component, of ComfyUI's files, of the tokenizer: an error, or in the report."""
+    for folder in ("whole", "vae/vae", "files/diffusion_models", "words/tokenizer"):
+        (reachable / folder).mkdir(parents=True)
+    for name in ("vae", "words"):
+        (reachable / name / "transformer").mkdir()
+    for folder in ("whole", "vae/vae", "files/diffusion_models", "words/tokenizer"):
+        (reachable / folder).chmod(0)
+    with not_root():
+        for name in ("whole", "files"):
+            with pytest.raises(BadCheckpoint, match=r"cannot be read: .*: Permission denied"):
+                check_checkpoint(reachable / name, None)
+        [vae] = [c for c in check_checkpoint(reachable / "vae", None).components if c.name == "vae"]
+        assert "vae" in vae.problem
+        assert (
+            "cannot be read: tokenizer.json: Permission denied"
+            in check_checkpoint(reachable / "words", None).problems[-1]
+        )
 
 
 def refusal(model: str, directory: Path, **fields: object) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,3 +175,13 @@ async def test_a_stage_that_stops_while_it_loads_is_replaced() -> None:
         os.kill(pid, signal.SIGSTOP)
         await asyncio.wait_for(supervisor.ready(), 60)
         assert next(stage.pid for stage in supervisor.status().stages if stage.name == "writer") != pid
+
+
+def test_a_config_that_contradicts_the_model(tmp_path: Path) -> None:
+    """The demo's weights with another number of heads in config.json, which no shape shows: refused before the start."""
+    shutil.copytree(CONFIGS / "demo", tmp_path / "demo")
+    path = tmp_path / "demo" / "transformer" / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "num_attention_heads": 1, "attention_head_dim": 192}))
+    with pytest.raises(BadCheckpoint, match="num_attention_heads"):
+        Supervisor(SystemParams(checkpoint=str(tmp_path / "demo")))

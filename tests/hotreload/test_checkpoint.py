@@ -292,6 +292,18 @@ def test_a_variant_is_taken_if_it_is_the_only_one(tmp_path: Path, content: dict[
     assert open_checkpoint(directory, ONE).components["vae"].files == [str(variant)]
 
 
+def test_an_index_is_limited(tmp_path: Path, content: dict[str, Tensors]) -> None:
+    """A hole of 3 GB, and ten thousand shards: refused by size, and by number."""
+    directory = write_diffusers(tmp_path / "d", some(content, ONE))
+    (directory / "vae" / f"{DIT}.safetensors").unlink()
+    index = directory / "vae" / f"{DIT}.safetensors.index.json"
+    with index.open("wb") as hole:
+        hole.truncate(3 << 30)
+    assert f"vae/{index.name} has more than 67108864 bytes" in refusal(directory, ONE)
+    index.write_text(json.dumps({"weight_map": {f"{i}": f"{i}.safetensors" for i in range(10_000)}}))
+    assert "names 10000 shards, expected at most 1000" in refusal(directory, ONE)
+
+
 @pytest.mark.parametrize("index", ["not json", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../vae/x"}}',
                                    '{"weight_map": {}}', '{"weight_map": {"a": "config.json"}}'])  # fmt: skip
 def test_a_broken_index_is_refused(tmp_path: Path, content: dict[str, Tensors], index: str) -> None:

@@ -18,6 +18,7 @@ from hotreload.safetensors_file import TensorEntry
 from hotreload.weights import load_weights
 from ipc.errors import BadCheckpoint
 from ipc.messages import Lora
+from tests.engine.sparse import write_hole
 from tests.hotreload.tiny import Tensors, a_component, build, originals, random_tensors, save
 
 RANK = 3
@@ -274,6 +275,8 @@ def one(base: Tensors, **changes: Tensor | None) -> Tensors:
         ({"lora_down__weight": torch.ones(3, 24, dtype=torch.int8)}, r"not floating-point: .*lora_down\.weight \(I8\)"),
         ({"alpha": torch.ones(2)}, "alpha must be one number"),
         ({"alpha": torch.tensor(float("nan"))}, "alpha is nan"),
+        ({"alpha": torch.tensor(1e300, dtype=torch.float64)}, r"alpha scales by 3\.33333e\+299, expected at most"),
+        ({"lora_down__weight": torch.ones(25, 24), "lora_up__weight": torch.ones(24, 25)}, r"\(rank 25, more than the"),
         ({"diff_b": torch.ones(23)}, r"diff_b \(got \[23\], expected \[24\]\)"),
         ({"lora_A__weight": torch.ones(3, 24)}, r"given a second time: .*lora_down\.weight"),
         ({"dora_scale": torch.ones(24)}, r"of a method other than LoRA: .*\.dora_scale \(DoRA\)"),
@@ -364,7 +367,9 @@ def test_pefts_alpha_is_in_the_metadata(
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [('{"transformer.use_dora": true}', "uses use_dora"), ('{"alpha_pattern": {"to_q": 3}}', "uses alpha_pattern"),
-     ("[", "broken lora_adapter_metadata"), ('{"lora_alpha": "x"}', "broken lora_adapter_metadata")],
+     ("[", "broken lora_adapter_metadata"), ('{"a": ' + "[" * 100_000, "broken lora_adapter_metadata"),
+     ('{"lora_alpha": 1e300}', "lora_adapter_metadata scales by"),
+     ('{"lora_alpha": "x"}', "broken lora_adapter_metadata")],
 )  # fmt: skip
 def test_metadata_that_would_change_the_result_is_refused(
     tmp_path: Path, base: Tensors, metadata: str, problem: str
@@ -382,6 +387,18 @@ def test_alpha_may_have_any_dtype(tmp_path: Path, base: Tensors, dtype: torch.dt
         file = save(tmp_path / "x.safetensors", one(base, alpha=torch.full(shape, 6, dtype=dtype)))
         (delta,) = read_lora(file, "transformer", shapes(base))
         assert delta.scale == 2.0
+
+
+def test_an_alpha_of_a_terabyte_is_not_read(tmp_path: Path, base: Tensors) -> None:
+    """A file that is a hole: the shape is wrong, which its header says."""
+    stored = {"lora_down.weight": (3, 24), "lora_up.weight": (24, 3), "alpha": (1 << 38,)}
+    write_hole(
+        tmp_path / "x.safetensors",
+        {f"blocks.0.self_attn.q.{key}": shape for key, shape in stored.items()},
+        "F32",
+    )
+    with pytest.raises(BadCheckpoint, match=r"alpha must be one number, got F32 \[274877906944\]"):
+        read_lora(tmp_path / "x.safetensors", "transformer", shapes(base))
 
 
 def test_a_delta_names_the_bytes(tmp_path: Path, base: Tensors) -> None:

@@ -138,3 +138,11 @@ def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, components: dict[str
     bad = Path(file).rename(tmp_path / "\udcff" / "a.safetensors")
     with pytest.raises(BadConfig, match=r"udcff/a\.safetensors': its path is not UTF-8.*; rename"):
         attach_loras(without_second(components), [str(bad)])
+
+
+@pytest.mark.parametrize("given", ["~nosuchuser/x.safetensors", "a\0b.safetensors"])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path, given: str) -> None:
+    """The home of a user who is not there, a NUL: the option is named."""
+    base = save(tmp_path / "diffusion_pytorch_model.safetensors", random_tensors(build("transformer")))
+    with pytest.raises(BadConfig, match=r"^LoRA '"):
+        attach_loras({"transformer": a_component("transformer", base)}, [given])

@@ -11,6 +11,7 @@ import torch
 from engine.models import list_models, load_model
 from hotreload.names import original_name, our_name, to_original, to_ours
 from hotreload.safetensors_file import TensorEntry
+from hotreload.tables import transformer_traits
 from ipc.errors import BadCheckpoint
 from stages.models.transformer import WanTransformer
 from stages.models.vae import WanVae
@@ -166,3 +167,15 @@ def test_what_the_originals_lack_cannot_be_translated() -> None:
     """A tensor that no Wan repository has: a fault of whoever writes one."""
     with pytest.raises(ValueError, match=r"no tensor 'blocks\.0\.gate'"):
         to_original("transformer", {"blocks.0.gate": (1,)})
+
+
+def test_a_block_number_of_thousands_of_digits_is_no_block(tmp_path: Path) -> None:
+    """Nor one in the digits of another script: such tensors are not of the model, and nothing else fails."""
+    for number in ("9" * 250, "9" * 5000, "٣"):
+        names = (f"vision_model.encoder.layers.{number}.x", "vision_model.encoder.layers.1.x", "vision_model.y")
+        given = [TensorEntry(name, "F32", (1,), tmp_path, 0, 4) for name in names]
+        assert set(to_ours("image_encoder", "diffusers", given)) == {names[0], names[2]}
+        shapes = {"patch_embedding.weight": (8, 4, 1, 2, 2), "blocks.0.ffn.net.0.proj.weight": (9, 9),
+                  "proj_out.weight": (16, 8), f"blocks.{number}.x": (1,)}  # fmt: skip
+        table = {name: TensorEntry(name, "F32", shape, tmp_path, 0, 4) for name, shape in shapes.items()}
+        assert transformer_traits(table).layers == 1

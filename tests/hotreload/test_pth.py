@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hotreload.pth import read_pth
-from hotreload.tables import check_archive
+from hotreload.tables import MAX_PICKLE, check_archive
 from ipc.errors import BadCheckpoint
 
 TENSORS = {
@@ -119,15 +119,57 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         ([torch.ones(2)], "holds a list, expected a dictionary"),
         ({"state_dict": {"a": torch.ones(2)}}, "'state_dict' is a dict; expected nothing but named tensors"),
         ({"step": 7, "a": torch.ones(2)}, "'step' is a int"),
-        ({3: torch.ones(2)}, "has the key 3; expected nothing but named tensors"),
+        ({3: torch.ones(2)}, "has a key that is a int; expected nothing but named tensors"),
         ({"a": torch.ones(2, 3).t()}, "'a' is not contiguous"),
+        ({"a": torch._neg_view(torch.ones(2))}, r"'a' is stored as the negative of its bytes; .*resolve_neg"),
+        ({"a": torch.ones(2, dtype=torch.complex64).conj()}, r"'a' has the dtype torch\.complex64"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, r"'a' has the dtype torch\.complex64"),
     ],
 )
 def test_what_is_no_plain_state_dict_is_refused(tmp_path: Path, content: object, problem: str) -> None:
-    """A list, nested dictionaries, numbers, transposed or complex tensors."""
+    """A list, nested dictionaries, numbers, transposed, negated, complex or conjugate tensors."""
     with pytest.raises(BadCheckpoint, match=problem):
         read_pth(save(tmp_path / "x.pth", content), "vae: x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "compression", "problem"),
+    [
+        ("data.pkl", bytes(1 << 20), zipfile.ZIP_DEFLATED, r"is compressed \(x/data\.pkl\)"),
+        ("byteorder", bytes(1 << 20), zipfile.ZIP_DEFLATED, r"is compressed \(x/byteorder\)"),
+        ("data.pkl", bytes(MAX_PICKLE + 1), zipfile.ZIP_STORED, r"x/data\.pkl has 67108865 bytes, expected at most"),
+    ],
+)
+def test_what_torch_reads_whole_is_limited(
+    tmp_path: Path, name: str, content: bytes, compression: int, problem: str
+) -> None:
+    """A pickle, or another record, that unpacks to a thousand times its size; one of more than 64 MiB."""
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(save(tmp_path / "plain.pth", TENSORS)) as plain, zipfile.ZipFile(path, "w") as bomb:
+        for member in plain.namelist():
+            if not member.endswith(f"/{name}"):
+                bomb.writestr(member.replace("plain/", "x/"), plain.read(member))
+        bomb.writestr(f"x/{name}", content, compression)
+    for read in (check_archive, read_pth):
+        with pytest.raises(BadCheckpoint, match=rf"^vae: x\.pth.*{problem}"):
+            read(path, "vae: x.pth")
+
+
+@pytest.mark.parametrize(
+    ("depth", "problem"), [(10_000, "has a key that is a tuple; expected nothing"), (10**6, "more than 20000 tuples")]
+)
+def test_a_key_of_nested_tuples_is_refused(tmp_path: Path, depth: int, problem: str) -> None:
+    """The text of ten thousand cannot be made within the stack, so its type is named; the hash of a million ended the
+    process."""
+    pickle = b"\x80\x02})" + b"\x85" * depth + b"K\x01s."
+    with (
+        zipfile.ZipFile(save(tmp_path / "plain.pth", TENSORS)) as plain,
+        zipfile.ZipFile(tmp_path / "deep.pth", "w") as deep,
+    ):
+        for name in plain.namelist():
+            deep.writestr(name, pickle if name.endswith("data.pkl") else plain.read(name))
+    with pytest.raises(BadCheckpoint, match=problem):
+        read_pth(tmp_path / "deep.pth", "x")
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:

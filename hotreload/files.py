@@ -1,0 +1,35 @@
+"""Opens files that others may have put anything in place of: a FIFO, a device, a link to /dev/zero."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def open_regular(path: Path) -> int:
+    """The fd of a regular file, for reading; `OSError` for all else, at once.
+
+    O_NONBLOCK: a FIFO without a writer would block the open; it changes nothing about a regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if kind != stat.S_IFREG:
+            what = f"it is {_KINDS.get(kind, 'a special file')}; put a regular file there"
+            raise OSError(errno.EINVAL, what, str(path))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def regular_file(path: Path) -> BinaryIO:
+    """The same as a file object, which closes the fd."""
+    return os.fdopen(open_regular(path), "rb")
