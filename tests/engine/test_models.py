@@ -178,7 +178,7 @@ async def test_a_stage_that_stops_while_it_loads_is_replaced() -> None:
 
 
 def test_a_config_that_contradicts_the_model(tmp_path: Path) -> None:
-    """The demo's weights with another number of heads in config.json, which no shape shows: refused before the start."""
+    """The demo's weights with another number of heads in config.json, which no shape shows: refused at once."""
     shutil.copytree(CONFIGS / "demo", tmp_path / "demo")
     path = tmp_path / "demo" / "transformer" / "config.json"
     said = json.loads(path.read_text())
