@@ -12,7 +12,7 @@ import pytest
 from engine import SystemParams
 from tools import chaos
 
-SECONDS = 400
+SECONDS = 900
 
 
 @pytest.mark.timeout(SECONDS)
