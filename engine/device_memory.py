@@ -22,7 +22,7 @@ TIMEOUT = 60.0
 
 def make_device_memory(device: str, sizes: DeviceSizes) -> Mapping[str, DeviceFd] | None:
     """Memory of these sizes on a device such as "cuda:0", by what it is for. None where this driver, or this container,
-    has no memory that outlives the process which made it; the log says why. Blocks for about a second."""
+    has no memory that outlives the process which made it; the log says why. Blocks until both processes are through."""
     number = int(device.rpartition(":")[2])
     wanted = list(sizes.values())
     try:

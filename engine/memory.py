@@ -22,7 +22,8 @@ from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue
 
 DECODE_LATENTS = 1
-"""Latent frames per decode quantum. Two at a time take nearly twice the memory: at 1280x720 in float32, 36 GiB."""
+"""Latent frames per decode quantum. Two of 1280x720, in float32, do not fit beside a 14B model and its text encoder
+into 80 GB."""
 
 PROMPTS, INIT_LATENTS, STATES, LATENTS, FRAMES = 4, 2, 2, 3, 4
 """Bounds with one dit, in tasks (frames: in chunks). Text may run ahead of the dit by `PROMPTS` tasks."""

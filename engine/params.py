@@ -173,8 +173,7 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     start_deadline: Annotated[float, Meta(gt=0)] = 180.0
     """Seconds a stage process may go without progress while it loads."""
     warm_spare: bool = False
-    """Keep a process with its libraries loaded that takes the place of a stage that dies: on a GPU, about 1 GB of host
-    memory and 0.6 GB of the device's."""
+    """Keep a process with its libraries loaded, and a context on the GPU, that takes the place of a stage that dies."""
     stage_deadline: Annotated[float, Meta(gt=0)] = 300.0
     """Seconds a quantum may go without progress before its stage counts as hung."""
 

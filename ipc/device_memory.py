@@ -33,15 +33,11 @@ class DeviceView:
 
     c_contiguous = True
 
-    def __init__(self, owner: object, device: int, pointer: int, nbytes: int, whole: DeviceView | None = None) -> None:
+    def __init__(self, owner: object, device: int, pointer: int, nbytes: int) -> None:
         self.owner = owner
         self.device = device
         self.pointer = pointer
         self.nbytes = nbytes
-        self.whole = self if whole is None else whole
-        """What this is a slice of."""
-        self.tensor: Any = None
-        """Of a whole: for `ipc/tensors.py`, which makes a tensor of it once."""
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -53,7 +49,7 @@ class DeviceView:
     def __getitem__(self, part: slice) -> DeviceView:
         start, stop, step = part.indices(self.nbytes)
         assert step == 1, "bytes of a device are taken one after another"
-        return DeviceView(self.owner, self.device, self.pointer + start, max(0, stop - start), self.whole)
+        return DeviceView(self.owner, self.device, self.pointer + start, max(0, stop - start))
 
     def __setitem__(self, part: slice, source: memoryview | DeviceView) -> None:
         """Copy bytes in, after all work on the default stream, and wait for that."""
@@ -104,8 +100,8 @@ class DeviceMemory:
         mapped = _mapped_bytes(device, size)
         handle = _call(driver.cuMemCreate, mapped, _properties(device), 0)
         try:
-            fd = int(_call(driver.cuMemExportToShareableHandle, handle, _fd_type(), 0))
-            memory = cls(fd, device, size, _map(device, handle, mapped))
+            pointer = _map(device, handle, mapped)
+            memory = cls(int(_call(driver.cuMemExportToShareableHandle, handle, _fd_type(), 0)), device, size, pointer)
         finally:
             _call(driver.cuMemRelease, handle)  # the descriptor and the mapping keep the memory
         _call(driver.cuMemsetD8, memory.view.pointer, 0, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 from ipc.device_memory import DeviceMemory, DeviceView
 from ipc.memory import PAGE_BYTES, SharedMemory, round_up
@@ -30,58 +30,21 @@ class Payload(Protocol):
         """Give up the descriptors; memory that a view still refers to stays mapped until the view is gone."""
 
 
-class HostPayload:
-    """Slots in one memfd. The maker does not map it, so its resident memory does not grow."""
+class MappedPayload:
+    """Slots in one piece of memory, a memfd or on a GPU, that is mapped here. A memfd only from the first `view` on, so
+    the resident memory of a maker that never looks does not grow."""
 
-    def __init__(self, memory: SharedMemory, slot_bytes: int) -> None:
-        """Take over `memory`; use `create` or `attach`."""
+    def __init__(self, memory: SharedMemory | DeviceMemory, slot_bytes: int) -> None:
+        """Take over `memory`."""
         self._memory = memory
         self._slot_bytes = slot_bytes
         self._stride = round_up(slot_bytes, PAGE_BYTES)
-
-    @classmethod
-    def create(cls, name: str, slots: int, slot_bytes: int) -> Self:
-        return cls(SharedMemory.create(name, payload_bytes(slots, slot_bytes)), slot_bytes)
-
-    @classmethod
-    def attach(cls, slots: int, slot_bytes: int, fds: list[int]) -> Self:
-        """Map all of it now, so that no later access faults."""
-        (fd,) = fds
-        payload = cls(SharedMemory.attach(fd, payload_bytes(slots, slot_bytes)), slot_bytes)
-        payload.view(0)
-        return payload
 
     @property
     def fds(self) -> list[int]:
         return [self._memory.fd]
 
-    def view(self, slot: int) -> memoryview:
-        start = slot * self._stride
-        return self._memory.view[start : start + self._slot_bytes]
-
-    def close(self) -> None:
-        self._memory.close()
-
-
-class DevicePayload:
-    """Slots in one piece of GPU memory, mapped here."""
-
-    def __init__(self, memory: DeviceMemory, slot_bytes: int) -> None:
-        """Take over `memory`; use `attach`."""
-        self._memory = memory
-        self._slot_bytes = slot_bytes
-        self._stride = round_up(slot_bytes, PAGE_BYTES)
-
-    @classmethod
-    def attach(cls, slots: int, slot_bytes: int, fds: list[int], device: int) -> Self:
-        (fd,) = fds
-        return cls(DeviceMemory.attach(fd, device, payload_bytes(slots, slot_bytes)), slot_bytes)
-
-    @property
-    def fds(self) -> list[int]:
-        return [self._memory.fd]
-
-    def view(self, slot: int) -> DeviceView:
+    def view(self, slot: int) -> Room:
         start = slot * self._stride
         return self._memory.view[start : start + self._slot_bytes]
 
@@ -130,11 +93,17 @@ def payload_bytes(slots: int, slot_bytes: int) -> int:
 
 def make_payload(name: str, slots: int, slot_bytes: int, on: DeviceFd | None) -> Payload:
     """Room in host memory, or in memory of a GPU that somebody has made for it."""
-    return HostPayload.create(name, slots, slot_bytes) if on is None else HeldPayload(on.fd)
+    if on is not None:
+        return HeldPayload(on.fd)
+    return MappedPayload(SharedMemory.create(name, payload_bytes(slots, slot_bytes)), slot_bytes)
 
 
 def attach_payload(slots: int, slot_bytes: int, fds: list[int], device: int | None) -> Payload:
-    """The payload behind these descriptors: on this GPU, or in host memory."""
-    if device is None:
-        return HostPayload.attach(slots, slot_bytes, fds)
-    return DevicePayload.attach(slots, slot_bytes, fds, device)
+    """The payload behind these descriptors, on this GPU or in host memory; all of it is mapped now, so that no later
+    access faults."""
+    (fd,) = fds
+    size = payload_bytes(slots, slot_bytes)
+    memory = SharedMemory.attach(fd, size) if device is None else DeviceMemory.attach(fd, device, size)
+    payload = MappedPayload(memory, slot_bytes)
+    payload.view(0)
+    return payload

@@ -29,9 +29,6 @@ FDS_PER_QUEUE = 4
 """Header memfd, payload memfd (or GPU memory's descriptor), eventfd "ready" (producer to consumer), eventfd "free"
 (consumer to producer)."""
 
-SPIN = 0.0002
-"""Seconds to look again and again before sleeping, where the tensors are on a GPU: waking up costs a third of what
-handing over does, and there are cores to spare."""
 LOOK_AGAIN = 0.1
 """Seconds after which one who waits looks again unasked: a sibling, which waits for something else, may have heard the
 signal that was meant for it."""
@@ -303,12 +300,9 @@ class TensorQueue:
 
     def _await(self, eventfd: int, look: Callable[[], int | None], timeout: float, what: str) -> int:
         """What `look` finds, looking again each time the other side signals `eventfd`."""
-        began = time.monotonic()
-        deadline = began + timeout
+        deadline = time.monotonic() + timeout
         poller = None
         while (found := look()) is None:
-            if self._spec.device is not None and time.monotonic() - began < SPIN:
-                continue
             left = deadline - time.monotonic()
             if left <= 0:
                 depth = f"depth {self._table.depth()} of {self._spec.slots} slots"

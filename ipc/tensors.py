@@ -34,20 +34,8 @@ def view_tensor(dtype: str, shape: tuple[int, ...], view: Room) -> torch.Tensor:
     """A tensor over these bytes, where they are: no copy. It keeps the memory mapped; what is written there shows in
     it."""
     if isinstance(view, DeviceView):
-        return _bytes_of(view).view(dtype_of(dtype)).reshape(shape)
+        return torch.as_tensor(view, device=f"cuda:{view.device}").view(dtype_of(dtype)).reshape(shape)
     return torch.frombuffer(view, dtype=dtype_of(dtype)).reshape(shape)
-
-
-def _bytes_of(view: DeviceView) -> torch.Tensor:
-    """[nbytes] uint8: a slice of the tensor of the whole, which is made when it is first wanted."""
-    whole = view.whole
-    if whole.tensor is None:
-        # Of another view, which does not know the tensor: a tensor keeps what it is made of, and must not keep itself.
-        same = DeviceView(whole.owner, whole.device, whole.pointer, whole.nbytes)
-        whole.tensor = torch.as_tensor(same, device=f"cuda:{whole.device}")
-    first = view.pointer - whole.pointer
-    data: torch.Tensor = whole.tensor[first : first + view.nbytes]
-    return data
 
 
 def put_tensor(queue: TensorQueue, task: str, sequence: int, tensor: torch.Tensor, timeout: float) -> None:
