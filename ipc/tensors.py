@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -38,15 +39,26 @@ def view_tensor(dtype: str, shape: tuple[int, ...], view: Room) -> torch.Tensor:
     return torch.frombuffer(view, dtype=dtype_of(dtype)).reshape(shape)
 
 
+@contextlib.contextmanager
+def room_tensor(
+    queue: TensorQueue, task: str, sequence: int, dtype: torch.dtype, shape: tuple[int, ...], timeout: float
+) -> Iterator[torch.Tensor]:
+    """`TensorQueue.put` as a tensor to compute into: what is in it when the block is left is handed over, without a
+    copy. Work queued on a GPU's current stream is waited for."""
+    name = dtype_name(dtype)
+    with queue.put(task, sequence, name, shape, timeout) as view:
+        target = view_tensor(name, shape, view)
+        yield target
+        if target.is_cuda:
+            torch.cuda.current_stream(target.device).synchronize()
+
+
 def put_tensor(queue: TensorQueue, task: str, sequence: int, tensor: torch.Tensor, timeout: float) -> None:
     """Copy a tensor, of any device and strides, into the queue. Does nothing if the queue already holds that key."""
     if queue.holds(task, sequence):
         return
-    dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-    with queue.put(task, sequence, dtype, shape, timeout) as view:
-        target = view_tensor(dtype, shape, view).copy_(tensor.detach())
-        if target.is_cuda:
-            torch.cuda.current_stream(target.device).synchronize()
+    with room_tensor(queue, task, sequence, tensor.dtype, tuple(tensor.shape), timeout) as room:
+        room.copy_(tensor.detach())
 
 
 def slot_tensor(slot: Slot) -> torch.Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -15,7 +14,8 @@ from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
-from ipc.tensors import dtype_of, put_tensor
+from ipc.tensors import dtype_of, room_tensor
+from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, build, encode
 from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
@@ -49,7 +49,7 @@ class TextStage:
         are read."""
         tokenizer = load_tokenizer(start.tokenizer)
         check_vocabulary(tokenizer, start.text_encoder.vocab_size)
-        with torch.device("meta"):
+        with blank():
             encoder = build(start.text_encoder)
         weights = load(
             encoder,
@@ -84,10 +84,16 @@ class TextStage:
         if guided(max(job.guidance_scale, job.guidance_scale_2)):
             texts.append(job.negative_prompt)
         for sequence, text in enumerate(texts):
-            rows = self._embed(tuple(prompt_ids(self._tokenizer, text, self._length)))
-            padded = F.pad(rows, (0, 0, 0, self._length - len(rows)))
-            put_tensor(self._links.outputs["prompts"], job.id, sequence, padded, QUEUE_TIMEOUT)
+            self._put(job.id, sequence, self._embed(tuple(prompt_ids(self._tokenizer, text, self._length))))
             self._links.beat()
+
+    def _put(self, identity: str, sequence: int, rows: Tensor) -> None:
+        """Hand over [tokens, text_dim] with zero rows up to the full length, unless that was done."""
+        queue, shape = self._links.outputs["prompts"], (self._length, rows.shape[1])
+        if not queue.holds(identity, sequence):
+            with room_tensor(queue, identity, sequence, rows.dtype, shape, QUEUE_TIMEOUT) as room:
+                room[: len(rows)] = rows
+                room[len(rows) :] = 0
 
     def drop(self, identity: str) -> None:
         self._jobs.pop(identity, None)

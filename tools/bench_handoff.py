@@ -8,6 +8,8 @@ hands over one that it has just computed, this process takes that and looks at i
 as a stage's results are, because a torch queue copies a tensor only the first time. Making them is not timed, and
 both processes are ready before the clock starts. Transports take turns round by round.
 
+"TensorQueue" copies the tensor into a slot; "in place" computes it in the slot, so that only a header is handed over.
+
 "looks at it": `touch` reads three elements that name the round; `read` adds up all elements, which is what a consumer
 will do next anyway, and where fresh mappings pay their page faults. On a GPU, where either would be a kernel and a wait
 for it, `take` has the tensor and does not look. After the clock has stopped, both sides compare every element with what
@@ -17,6 +19,7 @@ was sent.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import socket
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import msgspec
 import torch
@@ -36,16 +39,16 @@ from ipc.device_memory import DeviceMemory
 from ipc.messages import QueueSpec
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.tensor_queue import Slot, TensorQueue
-from ipc.tensors import put_tensor, slot_tensor
+from ipc.tensors import put_tensor, room_tensor, slot_tensor
 
 SIZES = {"64 KB": 64 * 1024, "1 MB": 1024**2, "8 MB": 8 * 1024**2, "16 MB": 16 * 1024**2}
 WARMUP_ROUNDS = 10
 WAIT = 60.0
 TASK = "0" * 32
 
-Name = Literal["TensorQueue", "torch Queue", "torch SimpleQueue"]
+Name = Literal["TensorQueue", "TensorQueue in place", "torch Queue", "torch SimpleQueue"]
 Look = Literal["touch", "read", "take"]
-TRANSPORTS: tuple[Name, ...] = ("TensorQueue", "torch Queue", "torch SimpleQueue")
+TRANSPORTS: tuple[Name, ...] = get_args(Name)
 LOOKS: dict[str, tuple[Look, ...]] = {"cpu": ("touch", "read"), "cuda": ("take",)}
 
 
@@ -61,6 +64,9 @@ class Round(NamedTuple):
 
 class Transport(Protocol):
     """One process's end of a pair of queues, one per direction."""
+
+    def make(self, round_: Round, sender: int) -> torch.Tensor:
+        """Compute the tensor that `give` will hand over."""
 
     def give(self, tensor: torch.Tensor, number: int) -> None: ...
 
@@ -83,6 +89,9 @@ class TorchQueues:
         self._out = out
         self._back = back
 
+    def make(self, round_: Round, sender: int) -> torch.Tensor:
+        return fresh(round_, sender)
+
     def give(self, tensor: torch.Tensor, number: int) -> None:
         self._out.put(tensor)
 
@@ -99,6 +108,9 @@ class TensorQueues:
         self._back = back
         self._slot: Slot | None = None
 
+    def make(self, round_: Round, sender: int) -> torch.Tensor:
+        return fresh(round_, sender)
+
     def give(self, tensor: torch.Tensor, number: int) -> None:
         put_tensor(self._out, TASK, number, tensor, WAIT)
 
@@ -109,6 +121,19 @@ class TensorQueues:
     def done(self) -> None:
         assert self._slot is not None
         self._slot.release()
+
+
+class InPlace(TensorQueues):
+    """The tensor is computed where the other process will read it."""
+
+    def make(self, round_: Round, sender: int) -> torch.Tensor:
+        self._room = contextlib.ExitStack()
+        shape = (round_.nbytes // 4,)
+        target = self._room.enter_context(room_tensor(self._out, TASK, round_.number, torch.float32, shape, WAIT))
+        return target.copy_(fresh(round_, sender))
+
+    def give(self, tensor: torch.Tensor, number: int) -> None:
+        self._room.close()
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
@@ -139,7 +164,9 @@ def look(tensor: torch.Tensor, round_: Round, sender: int) -> None:
 def play(transport: Transport, round_: Round, control: Connection, leader: bool) -> float:
     """One round trip on this side; seconds that it took the leader."""
     mine, theirs = (0, 1) if leader else (1, 0)
-    tensor, expected = fresh(round_, mine), fresh(round_, theirs)
+    tensor, expected = transport.make(round_, mine), fresh(round_, theirs)
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
     control.send("ready")
     control.recv()
     start = time.perf_counter()
@@ -171,6 +198,7 @@ def follow(
         close_fds(fds)
         transports: dict[Name, Transport] = {name: TorchQueues(back, out) for name, (out, back) in queues.items()}
         transports["TensorQueue"] = TensorQueues(outgoing, incoming)
+        transports["TensorQueue in place"] = InPlace(outgoing, incoming)
         while (round_ := control.recv()) is not None:
             play(transports[round_.transport], round_, control, leader=False)
 
@@ -206,6 +234,7 @@ def measure(rounds: int, sizes: dict[str, int], threads: int, device: str) -> di
         channel.send(Attach(out.spec, back.spec), [*out.fds, *back.fds], timeout=WAIT)
         transports: dict[Name, Transport] = {name: TorchQueues(*pair) for name, pair in queues.items()}
         transports["TensorQueue"] = TensorQueues(outgoing, incoming)
+        transports["TensorQueue in place"] = InPlace(outgoing, incoming)
         times = run_rounds(rounds, sizes, device, lambda round_: lead(transports[round_.transport], round_, control))
         control.send(None)
         process.join(WAIT)
@@ -245,7 +274,7 @@ def report(
         f"{args.rounds} round trips each, after {WARMUP_ROUNDS} to warm up, transports taking turns; "
         f"load average before: {load:.1f}",
         "",
-        f"{'tensor':<7} {'look':<6} {'transport':<18} {'median ms':>10} {'p95 ms':>9} {'GB/s':>7} {'x':>6}",
+        f"{'tensor':<7} {'look':<6} {'transport':<20} {'median ms':>10} {'p95 ms':>9} {'GB/s':>7} {'x':>6}",
     ]
     for (size, mode, name), seconds in times.items():
         median = statistics.median(seconds)
@@ -254,7 +283,7 @@ def report(
         ratio = median / statistics.median(times[size, mode, "TensorQueue"])
         times_as_fast = "" if name == "TensorQueue" else f"{ratio:.2f}"
         lines.append(
-            f"{size:<7} {mode:<6} {name:<18} {median * 1e3:>10.3f} {p95 * 1e3:>9.3f} {speed:>7.2f} {times_as_fast:>6}"
+            f"{size:<7} {mode:<6} {name:<20} {median * 1e3:>10.3f} {p95 * 1e3:>9.3f} {speed:>7.2f} {times_as_fast:>6}"
         )
     return "\n".join(lines) + "\n"
 
