@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from hotreload.pth import read_pth
@@ -23,6 +22,7 @@ from hotreload.tables import component_table, other_family
 from hotreload.weights import mismatches
 from ipc.errors import BadCheckpoint
 from ipc.messages import CheckAsked, Component, ComponentChecked
+from stages.models.blank import blank
 
 
 class Network(NamedTuple):
@@ -41,7 +41,7 @@ class Network(NamedTuple):
 
 def build(name: str, asked: CheckAsked) -> Network:
     """The network of a component; what only it needs is imported here."""
-    with torch.device("meta"):
+    with blank():
         match name:
             case "text_encoder":
                 from stages.models import text_encoder

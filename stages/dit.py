@@ -18,6 +18,7 @@ from ipc.messages import Job, Run, Start
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import solvers
+from stages.models.blank import blank
 from stages.models.transformer import WanTransformer, keeps_float32
 from stages.sampling import (
     NO_IMAGE,
@@ -89,7 +90,7 @@ class DitStage:
         names = ["transformer"] if start.boundary is None else ["transformer", "transformer_2"]
         experts, weights = [], {}
         for name in names:
-            with torch.device("meta"):
+            with blank():
                 model = WanTransformer(start.transformer)
             weights[name] = load(
                 model,

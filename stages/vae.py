@@ -15,6 +15,7 @@ from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.media import fit, read_frames, read_image, upright
+from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
 from stages.models.vae_layers import Cache
@@ -52,7 +53,7 @@ class VaeStage:
     def load(cls, start: Start, links: Links) -> VaeStage:
         """Build and bind the VAE, and the image encoder of a model that has one. Raises `BadCheckpoint`."""
         device, weights = start.devices["vae"], {}
-        with torch.device("meta"):
+        with blank():
             vae = WanVae(start.vae)
             image_encoder = ImageEncoder(start.image_encoder) if start.image_encoder is not None else None
         weights["vae"] = load(vae, start, links, "vae", device=device, dtype=lambda key: torch.float32)

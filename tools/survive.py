@@ -48,9 +48,12 @@ GOALS = {False: 8.0, True: 1.5}
 
 
 class Killed(NamedTuple):
-    """One kill: before which step, and the seconds until the new process began a step."""
+    """One kill: after which step, and the seconds from it until the process was reaped, until the new one had the
+    weights, and until that began a step."""
 
     step: int
+    gone: float
+    up: float
     seconds: float
 
 
@@ -96,7 +99,10 @@ class Run:
                 await self._spare_loaded()
             await asyncio.sleep(dice.random() * step_seconds)
             kill = await self._kill(request)
-            self.report.say(f"killed after step {kill.step:2}: {kill.seconds:.2f} s until the next step")
+            self.report.say(
+                f"killed after step {kill.step:2}: {kill.seconds:.2f} s until the next step "
+                f"(gone after {kill.gone:.2f}, loaded after {kill.up:.2f})"
+            )
             killed.append(kill)
         await asyncio.wait_for(request, PATIENCE)
         return digest(self.folder / "killed.mp4"), killed
@@ -107,10 +113,13 @@ class Run:
         at = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         await self._until(lambda: self.dit.pid not in (victim, None), request)
+        gone = time.monotonic() - at
         before = self.dit.quanta, self.dit.busy_seconds
+        await self._until(lambda: self.dit.state == "up", request)
+        up = time.monotonic() - at
         await self._until(lambda: self.dit.quanta > before[0], request)
         done = time.monotonic()
-        return Killed(step, done - at - (self.dit.busy_seconds - before[1]))
+        return Killed(step, gone, up, done - at - (self.dit.busy_seconds - before[1]))
 
     async def _spare_loaded(self) -> None:
         """There is a spare, and it has been at rest for a while."""

@@ -18,7 +18,7 @@ ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 def build(config: TextEncoderConfig) -> UMT5EncoderModel:
-    """The encoder of these numbers, for inference. Under `torch.device("meta")` nothing is allocated."""
+    """The encoder of these numbers, for inference. Under `blank()` nothing is allocated."""
     numbers = {name: getattr(config, name) for name in config.__struct_fields__}
     return UMT5EncoderModel(UMT5Config(**numbers, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
 

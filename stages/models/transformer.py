@@ -53,7 +53,7 @@ class WanTransformer(nn.Module):
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(patch))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = modulation_table(2, dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,7 +196,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, gelu="tanh")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.scale_shift_table = modulation_table(6, config.dim)
 
     def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor, image: Tensor | None) -> Tensor:
         """x [B, L, dim] and modulation [B, S, 6, dim] float32; keys and values of the prompt's rows and of the image's
@@ -315,6 +315,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def gated(x: Tensor, gate: Tensor) -> Tensor:
     """x [B, L, dim] times gate [B, S, dim] float32."""
     return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+
+
+def modulation_table(rows: int, dim: int) -> nn.Parameter:
+    """[1, rows, dim], for training normal with a variance of 1 / dim."""
+    return nn.Parameter(nn.init.normal_(torch.empty(1, rows, dim), std=dim**-0.5))
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
