@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from engine.models import checkpoint_directory, known_models
+from engine.models import checkpoint_directory, existing_directory, known_models
 from engine.params import ModelParams, SystemParams
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
 from hotreload.comfyui import transformers
@@ -26,7 +27,7 @@ from hotreload.tables import (
     vae_traits,
 )
 from ipc.channel import MAX_MESSAGE_BYTES
-from ipc.errors import BadCheckpoint
+from ipc.errors import BadCheckpoint, BadConfig
 from ipc.messages import Component, MergedLora
 
 EXPERTS = ("transformer", "transformer_2")
@@ -49,20 +50,46 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
         if not names or model.name in names:
             raise
         raise BadCheckpoint(f"{error}; {advice(names)}") from error
-    for name in EXPERTS:
-        if name in checkpoint.components:
-            check_transformer(checkpoint.components[name], model, directory)
-            check_config(checkpoint.components[name], model.transformer)
-    check_vae(checkpoint.components["vae"], model)
-    checkpoint = checkpoint._replace(components=attach_loras(checkpoint.components, params.lora))
-    check_paths(checkpoint)
+    checkpoint = checkpoint._replace(components=_checked(checkpoint.components, model, params, directory))
+    check_paths(checkpoint.components.values(), str(checkpoint.tokenizer))
     return checkpoint
 
 
-def check_paths(checkpoint: Checkpoint) -> None:
+def open_components(
+    model: ModelParams, params: SystemParams, directory: Path, names: Collection[str]
+) -> dict[str, Component]:
+    """Some components of a model, by name, from a directory that need not hold the others; with the operator's LoRAs
+    merged into the transformers. Raises as `open_model`, and `BadConfig` for a name that the model does not have."""
+    if unknown := sorted(set(names) - set(model.components)):
+        raise BadConfig(f"{model.name} has no {unknown[0]}; its components are {', '.join(model.components)}")
+    directory = existing_directory(directory)
+    layout = find_layout(directory)
+    suitable = functools.partial(suits, model)
+    found = {name: find_component(directory, layout, name, model.components, suitable) for name in names}
+    components = _checked(found, model, params, directory)
+    check_paths(components.values())
+    return components
+
+
+def _checked(
+    components: dict[str, Component], model: ModelParams, params: SystemParams, directory: Path
+) -> dict[str, Component]:
+    """Components whose headers are those of the model, with the operator's LoRAs."""
+    for name in EXPERTS:
+        if name in components:
+            check_transformer(components[name], model, directory)
+            check_config(components[name], model.transformer)
+    if "vae" in components:
+        check_vae(components["vae"], model)
+    if not any(name in components for name in EXPERTS):
+        return components
+    return attach_loras(components, params.lora)
+
+
+def check_paths(components: Collection[Component], tokenizer: str = "") -> None:
     """`BadCheckpoint` for more files than one message names: a stage hears of all of them in its first."""
-    components = list(checkpoint.components.values())
-    size = len(msgspec.msgpack.encode(components)) + len(str(checkpoint.tokenizer))
+    components = list(components)
+    size = len(msgspec.msgpack.encode(components)) + len(tokenizer)
     if size > MAX_PATHS_BYTES:
         count = sum(len(component.files) + len(component.loras) for component in components)
         raise BadCheckpoint(

@@ -152,6 +152,64 @@ def status(
     _print_json(found) if as_json else print_status(found)
 
 
+@app.command()
+def reload(
+    checkpoint: Annotated[Path, typer.Option(help="Directory of the new weights, in any layout that serve takes.")],
+    component: Annotated[
+        list[str] | None,
+        typer.Option(help="transformer, transformer_2, vae, text_encoder or image_encoder; again for each [all]."),
+    ] = None,
+    when: Annotated[
+        str,
+        typer.Option(
+            help="drain: running requests finish on the old weights; pin: and those stay in memory; now: running "
+            "requests change between two steps."
+        ),
+    ] = "drain",
+    canary: Annotated[
+        Path | None,
+        typer.Option(help="JSON of a request to try first: {params: {...}, reference: VIDEO, psnr: 30}."),
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option(help="SHA-256 of every file, as sha256sum writes it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and verify only.")] = False,
+    socket: Socket = None,
+    as_json: Json = False,
+) -> None:
+    """Serve other weights from now on, without a restart and without failing a request."""
+    from engine.client import Client
+    from engine.display import print_reloaded
+    from engine.operator import read_canary, read_when
+
+    tried = None if canary is None else read_canary(canary)
+    done = Client(socket).reload(checkpoint, component or (), read_when(when), tried, manifest, dry_run)
+    _print_json(done) if as_json else print_reloaded(done)
+
+
+@app.command()
+def rollback(
+    when: Annotated[str, typer.Option(help="As for `engine reload`.")] = "drain",
+    socket: Socket = None,
+    as_json: Json = False,
+) -> None:
+    """Serve again the weights from before the last reload."""
+    from engine.client import Client
+    from engine.display import print_reloaded
+    from engine.operator import read_when
+
+    done = Client(socket).rollback(read_when(when))
+    _print_json(done) if as_json else print_reloaded(done)
+
+
+@app.command()
+def versions(socket: Socket = None, as_json: Json = False) -> None:
+    """The versions of weights: what is served, what was before, what requests still use."""
+    from engine.client import Client
+    from engine.display import print_versions
+
+    found = Client(socket).versions()
+    _print_json(found) if as_json else print_versions(found)
+
+
 @app.command(name="list")
 def list_tasks(socket: Socket = None, as_json: Json = False) -> None:
     """Unfinished requests and the latest finished ones."""

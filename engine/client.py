@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.paths import socket_path
 from ipc.errors import BadRequest, EngineError, from_failure
 from ipc.messages import (
     Accepted,
+    Canary,
     Cancel,
     Done,
     EngineStatus,
@@ -30,8 +31,12 @@ from ipc.messages import (
     GetStatus,
     Holding,
     ListTasks,
+    ListVersions,
     Ok,
     Progress,
+    Reload,
+    Reloaded,
+    Rollback,
     Shutdown,
     Status,
     Submit,
@@ -39,7 +44,10 @@ from ipc.messages import (
     TaskEvent,
     TaskInfo,
     TaskList,
+    VersionInfo,
+    VersionList,
     Welcome,
+    When,
 )
 
 OnProgress = Callable[[Progress], object]
@@ -126,6 +134,31 @@ class Client:
         """Who has what of the memory that outlives the stages."""
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(GetStatus(ref=0, memory=True), Status).memory
+
+    def reload(
+        self,
+        checkpoint: str | os.PathLike[str],
+        components: Sequence[str] = (),
+        when: When = "drain",
+        canary: Canary | None = None,
+        manifest: str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
+    ) -> Reloaded:
+        """Have the engine read weights from a directory, `components` of them or all, and give them to new tasks.
+        Returns when it does; if it raises, nothing has changed."""
+        asked = _reload(checkpoint, components, when, canary, manifest, dry_run)
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(asked, Reloaded, self._deadlines.reload)
+
+    def rollback(self, when: When = "drain") -> Reloaded:
+        """Have new tasks get the weights that were served before the last reload."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(Rollback(ref=0, when=when), Reloaded, self._deadlines.reload)
+
+    def versions(self) -> list[VersionInfo]:
+        """The versions of weights that are served, were before, or are still used."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(ListVersions(ref=0), VersionList).versions
 
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
@@ -216,6 +249,31 @@ class AsyncClient:
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return (await connection.ask(GetStatus(ref=0, memory=True), Status)).memory
 
+    async def reload(
+        self,
+        checkpoint: str | os.PathLike[str],
+        components: Sequence[str] = (),
+        when: When = "drain",
+        canary: Canary | None = None,
+        manifest: str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
+    ) -> Reloaded:
+        """Have the engine read weights from a directory, `components` of them or all, and give them to new tasks.
+        Returns when it does; if it raises, nothing has changed."""
+        asked = _reload(checkpoint, components, when, canary, manifest, dry_run)
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(asked, Reloaded, self._deadlines.reload)
+
+    async def rollback(self, when: When = "drain") -> Reloaded:
+        """Have new tasks get the weights that were served before the last reload."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(Rollback(ref=0, when=when), Reloaded, self._deadlines.reload)
+
+    async def versions(self) -> list[VersionInfo]:
+        """The versions of weights that are served, were before, or are still used."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(ListVersions(ref=0), VersionList)).versions
+
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
@@ -228,6 +286,21 @@ def absolute_params(params: UserParams) -> UserParams:
     paths = {name: getattr(params, name) for name in ("output", "image", "video")}
     absolute = {name: os.path.abspath(Path(path).expanduser()) for name, path in paths.items() if path is not None}
     return msgspec.structs.replace(params, **absolute)
+
+
+def _reload(
+    checkpoint: str | os.PathLike[str],
+    components: Sequence[str],
+    when: When,
+    canary: Canary | None,
+    manifest: str | os.PathLike[str] | None,
+    dry_run: bool,
+) -> Reload:
+    """With absolute paths, since relative ones mean something in this process's directory only."""
+    return Reload(
+        ref=0, checkpoint=os.path.abspath(checkpoint), components=list(components), when=when, canary=canary,
+        manifest=None if manifest is None else os.path.abspath(manifest), dry_run=dry_run,
+    )  # fmt: skip
 
 
 def _request(params: UserParams | None, fields: dict[str, Any]) -> msgspec.Raw:

@@ -51,6 +51,8 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     submit: float = 90.0
     """A long prompt is tokenised before the engine answers."""
     cancel: float = 5.0
+    reload: float = 3600.0
+    """Weights are read from a disk, and a canary may be run."""
     probe: float = 30.0
     """Without an event for this long, the engine is asked for a sign of life; it has `reply` to give one."""
 

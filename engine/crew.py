@@ -19,18 +19,23 @@ import msgspec
 
 from engine.checkpoint import file_bytes
 from engine.memory import DECODE_LATENTS, EngineMemory
+from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
 from engine.process import Body, StageProcess, encode_start, resident_bytes
-from engine.weights import WeightStore
+from engine.weights import Versions, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig, Failure, StageFailed, from_failure
 from ipc.messages import (
+    STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
+    Adopt,
+    Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
     Component,
     Dropped,
+    Forget,
     Loading,
     LoadProgress,
     Placed,
@@ -58,10 +63,6 @@ WATCH_INTERVAL = 1.0
 STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
 
-
-STAGE_OF_COMPONENT: dict[str, StageName] = {
-    "text_encoder": "text", "image_encoder": "vae", "transformer": "dit", "transformer_2": "dit", "vae": "vae",
-}  # fmt: skip
 
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
 
@@ -91,6 +92,10 @@ class _Post(msgspec.Struct):
     loading: LoadProgress | None = None
     """What its process reads, until it is up."""
 
+    def has(self, component: str, content: str) -> bool:
+        """Its process has this version of weights, and is up."""
+        return self.process is not None and self.state == "up" and (component, content) in self.process.knows
+
 
 class Crew:
     """All stage processes."""
@@ -119,8 +124,8 @@ class Crew:
         self.groups: list[tuple[Seat, ...]] = [tuple(devices)] if fused else [(seat,) for seat in devices]
         self._dits = len(dits)
         self.placed = WeightStore()
-        self.weights: dict[str, str] = {}
-        """Component -> content hash, of what is loaded."""
+        self.weights = Versions()
+        self._source = checkpoint_directory(model, params.checkpoint).name
         self.versions: dict[str, str] = {}
         self._loading = {
             c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
@@ -128,6 +133,8 @@ class Crew:
         self._epoch = 0
         self._spare: Body | None = None
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
+        self._refused: dict[tuple[str, str], Failure] = {}
+        """Versions of weights that a process could not map, and why."""
         self._held_back: list[tuple[Seat, ...]] = []
         """To be started when what they would read is placed."""
         self._stopping = False
@@ -191,6 +198,7 @@ class Crew:
                 self._owner.handle_lost(self._epoch, seat, False)
             return
         process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
+        process.knows = {(version.component, version.content) for version, _ in self._placed_for(seats)}
         for post in self._of(seats):
             post.process = process
             post.restarts += 1
@@ -198,7 +206,8 @@ class Crew:
     def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling on the same device is reading the weights of these seats."""
         siblings = [post for post in self._posts.values() if stage_of(post.name) == stage_of(seats[0])]
-        return len(self._placed_for(seats)) < len(self._components_of(seats)) and any(
+        placed = {version.component for version, _ in self._placed_for(seats)}
+        return not placed.issuperset(self._components_of(seats)) and any(
             post.process is not None and not post.process.ready and post.device == self._device_of(seats)
             for post in siblings
         )
@@ -310,6 +319,46 @@ class Crew:
         if post.process is not None:
             post.process.send_run(run)
 
+    async def adopt(self, component: str, content: str) -> None:
+        """Have every process that computes with this component map a version that is placed on its device.
+
+        Returns when all have, those included that are restarted meanwhile; but for FAILED ones. Raises `StageFailed` if
+        one refuses, or none is left.
+        """
+        told: set[int] = set()
+        self._refused.pop((component, content), None)
+        while True:
+            changed = self._changed
+            posts = [post for post in self._posts.values() if stage_of(post.name) == STAGE_OF_COMPONENT[component]]
+            if (refused := self._refused.pop((component, content), None)) is not None:
+                raise StageFailed(f"the new {component} cannot be used: {refused.message}")
+            if self._stopping or all(post.error is not None for post in posts):
+                raise StageFailed(f"no process is left that computes with the {component}")
+            missing = [post for post in posts if post.error is None and not post.has(component, content)]
+            if not missing:
+                return
+            for post in missing:
+                if post.process is not None and post.state == "up" and post.process.epoch not in told:
+                    told.add(post.process.epoch)
+                    assert post.device is not None, f"{post.name} computes"
+                    placed = self.placed.find(post.device, component, content)
+                    assert placed is not None, f"{component} is placed on {post.device}"
+                    post.process.send(Adopt(version=placed.version), [placed.fd])
+            await changed.wait()
+
+    def forget(self, component: str, content: str) -> None:
+        """Unmap a version everywhere and let go of its memory."""
+        for post in self._posts.values():
+            if post.process is not None and post.has(component, content):
+                post.process.knows.discard((component, content))
+                post.process.send(Forget(component=component, content=content))
+        self.placed.let_go(component, content)
+
+    def devices_of(self, component: str) -> list[str]:
+        """Where it is computed with."""
+        posts = [post for post in self._posts.values() if stage_of(post.name) == STAGE_OF_COMPONENT[component]]
+        return list(dict.fromkeys(post.device for post in posts if post.device is not None))
+
     def status(self) -> list[StageStatus]:
         return [
             StageStatus(
@@ -325,8 +374,15 @@ class Crew:
     def _on_report(self, process: StageProcess, report: AnyStageReport, fds: list[int]) -> None:
         """`fds` came with the report and are ours now."""
         match report:
-            case Placed(version=version):
-                self.placed.keep(self._device_of(process.seats), version, fds.pop())
+            case Placed(version=version, device=device):
+                self.placed.keep(device, version, fds.pop())
+                process.knows.add((version.component, version.content))
+            case Adopted(component=component, content=content, error=error):
+                if error is None:
+                    process.knows.add((component, content))
+                else:
+                    self._refused[component, content] = error
+                self._notify()
             case Loading(component=component, done=done, total=total):
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
@@ -334,7 +390,7 @@ class Crew:
                 self._notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
-                self.weights.update(weights)
+                self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._of(process.seats):
                     post.state, post.loading = "up", None
@@ -399,9 +455,13 @@ class Crew:
         """Where the process of these seats has its weights."""
         return next((post.device for post in self._of(seats) if post.device is not None), "-")
 
+    @property
+    def dtype(self) -> str:
+        """That the engine computes in."""
+        return self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
+
     def _start_message(self, seats: tuple[Seat, ...]) -> Start:
         stages = [stage_of(seat) for seat in seats]
-        dtype = self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
         return Start(
             stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
             model=self._model.name,
@@ -409,9 +469,9 @@ class Crew:
             image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
             boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
             devices={stage_of(p.name): p.device for p in self._of(seats) if p.device is not None},
-            threads={stage: self.threads[stage] for stage in stages}, dtype=dtype,
+            threads={stage: self.threads[stage] for stage in stages}, dtype=self.dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
-            placed=[version for version, _ in self._placed_for(seats)],
+            placed=[version for version, _ in self._placed_for(seats)], serving=self.weights.serving,
             outliving=self.outliving != "no",
         )  # fmt: skip
 

@@ -18,7 +18,17 @@ from rich.text import Text
 
 from engine.catalogue import ModelCard
 from engine.check import CheckReport
-from ipc.messages import Done, EngineStatus, Holding, LoadProgress, Progress, StageStatus, TaskInfo
+from ipc.messages import (
+    Done,
+    EngineStatus,
+    Holding,
+    LoadProgress,
+    Progress,
+    Reloaded,
+    StageStatus,
+    TaskInfo,
+    VersionInfo,
+)
 
 PLAIN_INTERVAL = 5.0
 """Seconds between plain lines of one phase."""
@@ -388,6 +398,28 @@ def print_status(status: EngineStatus) -> None:
 def loras(status: EngineStatus, component: str) -> str:
     """What is merged into a component."""
     return ", ".join(f"{lora.file}:{lora.strength:g}" for lora in status.loras if lora.component == component)
+
+
+def print_reloaded(done: Reloaded) -> None:
+    """`engine reload` and `engine rollback`."""
+    for name, content in done.weights.items():
+        print(f"{name}: {'would become' if done.dry_run else 'is now'} {content[:12]}")
+    for name, content in done.unchanged.items():
+        print(f"{name}: {content[:12]}, as before")
+    if done.bytes:
+        print(f"{size(done.bytes)} read and verified in {done.seconds:.1f} s")
+    if done.running:
+        print(f"requests that finish on what was served before: {done.running}")
+
+
+def print_versions(found: Sequence[VersionInfo]) -> None:
+    """`engine versions`."""
+    rows = [
+        (v.component, v.content[:12], v.state, v.source, ", ".join(v.placed) or "-", size(v.bytes) if v.bytes else "-",
+         v.served, v.running)
+        for v in sorted(found, key=lambda v: (v.component, v.state != "serving"))
+    ]  # fmt: skip
+    print_table(("component", "version", "state", "from", "placed", "bytes", "videos", "running"), rows)
 
 
 def print_memory(held: Sequence[Holding]) -> None:

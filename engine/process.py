@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from engine.child import python_path
-from ipc.channel import Channel, ChannelClosed
+from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
 from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, Seat, StageName, Start, stage_of
@@ -47,7 +47,7 @@ class Body:
             ours, theirs = Channel.pair()
             undo.callback(ours.close)
             with theirs:
-                self.popen = _spawn(theirs)
+                self.popen = spawn(WORKER, theirs)
             undo.pop_all()
         self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
 
@@ -89,10 +89,13 @@ class StageProcess:
         self.ready = False
         self.outstanding = 0
         """Runs granted and not answered; a process with none may be silent for as long as it likes."""
+        self.knows: set[tuple[str, str]] = set()
+        """(component, content hash) of the versions of weights that it has mapped, or was started with."""
         self._on_report = on_report
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
-        self._outbox: collections.deque[bytes] = collections.deque()
+        self._outbox: collections.deque[tuple[bytes, list[int]]] = collections.deque()
+        """Packets, and the descriptors that go with each, which are ours until it is sent."""
         self._writing = False
         self.counter, self._popen, self._channel = body.counter, body.popen, body.channel
         self.pid = self._popen.pid
@@ -112,8 +115,9 @@ class StageProcess:
         """Where it is this stage."""
         return next(seat for seat in self.seats if stage_of(seat) == stage)
 
-    def send(self, message: AnyStageProcessMessage) -> None:
-        """Queue a message; it goes out at once unless the process has not read the earlier ones.
+    def send(self, message: AnyStageProcessMessage, fds: Sequence[int] = ()) -> None:
+        """Queue a message; it goes out at once unless the process has not read the earlier ones. `fds` stay the
+        caller's.
 
         ValueError for a message that cannot be sent; the others are not held up by it.
         """
@@ -122,7 +126,8 @@ class StageProcess:
         if len(self._outbox) >= MAX_OUTBOX:
             self.kill()
             return
-        self._outbox.append(self._channel.encode(message))
+        packet = self._channel.encode(message, len(fds))
+        self._outbox.append((packet, [os.dup(fd) for fd in fds]))
         self._flush()
 
     def send_run(self, run: Run) -> None:
@@ -148,11 +153,11 @@ class StageProcess:
 
     def _flush(self) -> None:
         try:
-            while self._outbox and self._channel.try_send_packet(self._outbox[0]):
-                self._outbox.popleft()
+            while self._outbox and self._channel.try_send_packet(*self._outbox[0]):
+                close_fds(self._outbox.popleft()[1])
         except OSError:
             # The peer is gone: its end is reported by the pidfd, and what was to be said no longer matters.
-            self._outbox.clear()
+            self._clear_outbox()
         if bool(self._outbox) == self._writing:
             return
         self._writing = not self._writing
@@ -160,6 +165,10 @@ class StageProcess:
             self._loop.add_writer(self._channel.fileno(), self._flush)
         else:
             self._loop.remove_writer(self._channel.fileno())
+
+    def _clear_outbox(self) -> None:
+        while self._outbox:
+            close_fds(self._outbox.popleft()[1])
 
     def _readable(self) -> None:
         try:
@@ -200,6 +209,7 @@ class StageProcess:
         self._loop.remove_writer(self._channel.fileno())
         os.close(self._pidfd)
         self._pidfd = -1
+        self._clear_outbox()
         self._channel.close()
         self.counter.close()
 
@@ -210,10 +220,11 @@ def encode_start(start: Start, fds: Sequence[int]) -> bytes:
     return Channel.encode(start, 1 + len(fds))
 
 
-def _spawn(channel_end: socket.socket) -> subprocess.Popen[bytes]:
-    """A new interpreter that holds `channel_end` and nothing else of ours. `-P`: nothing is imported from the cwd."""
+def spawn(module: str, channel_end: socket.socket) -> subprocess.Popen[bytes]:
+    """`python -m module FD`: a new interpreter that holds `channel_end` and nothing else of ours. `-P`: nothing is
+    imported from the cwd. OSError when the system has no process to spare."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", WORKER, str(channel_end.fileno())],
+        [sys.executable, "-P", "-m", module, str(channel_end.fileno())],
         stdin=subprocess.DEVNULL,
         pass_fds=(channel_end.fileno(),),
         env={**os.environ, "PYTHONPATH": python_path()},

@@ -441,6 +441,18 @@ class Scheduler:
         task = self._tasks.get(id)
         return None if task is None or task.ended else self._where(task)
 
+    def __contains__(self, id: str) -> bool:
+        """It remembers this task."""
+        return id in self._tasks
+
+    def granted(self, id: str, phase: Phase) -> int:
+        """Quanta of a task that has not ended that were granted: what becomes of it now holds from the next one on."""
+        return self._tasks[id].granted[phase]
+
+    def seat_of(self, id: str, stage: StageName) -> Seat | None:
+        """Where a task that has not ended is known to this stage."""
+        return self._tasks[id].seat(stage)
+
     def seconds_left(self, id: str) -> float | None:
         """Estimated seconds until the task is done, with the tasks before it; None if it has ended or has no cost."""
         task = self._tasks.get(id)

@@ -40,14 +40,18 @@ from ipc.messages import (
     GetStatus,
     Hello,
     ListTasks,
+    ListVersions,
     Ok,
     Refused,
+    Reload,
+    Rollback,
     Shutdown,
     Status,
     Submit,
     Subscribe,
     TaskInfo,
     TaskList,
+    VersionList,
     Welcome,
 )
 
@@ -230,13 +234,25 @@ class Session:
             case GetStatus(ref=ref, memory=memory):
                 held = self._supervisor.memory() if memory else []
                 return Status(ref=ref, status=self._supervisor.status(), memory=held)
+            case Reload(ref=ref):
+                self._check_owner("change what it serves")
+                log.info("process %d asked for a reload of %s", self._pid, message.checkpoint)
+                return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
+            case Rollback(ref=ref, when=when):
+                self._check_owner("change what it serves")
+                return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)
+            case ListVersions(ref=ref):
+                return VersionList(ref=ref, versions=self._supervisor.versions())
             case Shutdown(ref=ref):
-                if self._uid != os.geteuid():
-                    raise PermissionDenied("only the user who started this engine may stop it")
+                self._check_owner("stop it")
                 log.info("process %d asked for a shutdown (drain=%s)", self._pid, message.drain)
                 return Ok(ref=ref)
             case Hello():
                 raise ProtocolError("a second 'hello' came; it is the first message only")
+
+    def _check_owner(self, what: str) -> None:
+        if self._uid != os.geteuid():
+            raise PermissionDenied(f"only the user who started this engine may {what}")
 
     async def _submit(self, message: Submit) -> Accepted:
         if message.subscribe:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
-from engine.checkpoint import lora_metadata, merged_loras, open_model
+from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, OnLoading, resolve_devices
 from engine.device_memory import make_device_memory
 from engine.events import (
@@ -51,6 +51,8 @@ from engine.memory import EngineMemory, capacity, device_sizes
 from engine.models import load_model
 from engine.params import SystemParams, UserParams
 from engine.process import resident_bytes
+from engine.records import PHASES_OF
+from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, task_spec
 from engine.version import VERSION
@@ -68,6 +70,7 @@ from ipc.errors import (
     to_failure,
 )
 from ipc.messages import (
+    STAGE_OF_COMPONENT,
     Accepted,
     AnyStageReport,
     Begin,
@@ -83,10 +86,15 @@ from ipc.messages import (
     QuantumDropped,
     QuantumFailed,
     Ready,
+    Reload,
+    Reloaded,
     Run,
     Seat,
     TaskEvent,
     TaskInfo,
+    VersionInfo,
+    WeightChange,
+    When,
     stage_of,
 )  # fmt: skip
 from ipc.payload import DeviceFd
@@ -148,6 +156,7 @@ class Supervisor:
                 self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
             )
             undo.push_async_callback(self._crew.stop)
+            self._reloader = Reloader(self, self._crew)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
             self._phase = "open"
@@ -313,12 +322,73 @@ class Supervisor:
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
             finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
-            spare_pid=self._crew.spare_pid, weights=dict(self._crew.weights), loras=merged_loras(self.checkpoint),
+            spare_pid=self._crew.spare_pid, weights=dict(self._crew.weights.serving),
+            loras=merged_loras(self.checkpoint),
         )  # fmt: skip
 
     def memory(self) -> list[Holding]:
         """Who has what of the memory that outlives the stages."""
         return self._crew.placed.holdings() + self._memory.holdings()
+
+    # Weights.
+
+    async def reload(self, asked: Reload) -> Reloaded:
+        """Read weights from a directory and give them to new tasks, while the others go on. Nothing has changed when it
+        raises: `BadCheckpoint`, `BadConfig`, `OutOfMemory`, `CanaryFailed`, `StageFailed`, `Superseded`."""
+        self._check_open()
+        await self.ready()
+        return await self._reloader.reload(asked)
+
+    async def rollback(self, when: When = "drain") -> Reloaded:
+        """Give new tasks the versions that were served before the last reload. `NotFound` if there are none."""
+        self._check_open()
+        return await self._reloader.rollback(when)
+
+    def versions(self) -> list[VersionInfo]:
+        """The versions of weights that are served, were before, or are still used."""
+        return self._reloader.versions()
+
+    def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
+        """Of each task that a stage may still know: (component, content hash)."""
+        return [task.versions for task in self._pool if task.ended is None or task.id in self._scheduler]
+
+    def change_running(self, weights: dict[str, str]) -> None:
+        """Have running tasks change to these versions: a transformer between two steps, another component where nothing
+        was computed with it yet."""
+        for task in self._pool.unfinished():
+            for component, content in weights.items():
+                if task.weights.get(component) not in (None, content):
+                    self._change(task, component, content)
+
+    def _change(self, task: Task, component: str, content: str) -> None:
+        stage = STAGE_OF_COMPONENT[component]
+        step = max(self._scheduler.granted(task.id, phase) for phase in PHASES_OF[stage])
+        if not step:
+            task.weights[component] = content
+        elif component in EXPERTS and step < task.spec.denoise:
+            task.changes.append(WeightChange(step=step, component=component, content=content))
+        else:
+            return
+        if (seat := self._scheduler.seat_of(task.id, stage)) is not None:
+            self._crew.send(seat, Begin(stage=stage, job=self._described(task)))
+
+    async def try_weights(self, user: UserParams, weights: dict[str, str]) -> str:
+        """Make a video with these versions in the place of those that are served; its path. Not journalled."""
+        job = await asyncio.to_thread(self.check, user)
+        if job.output in self._outputs:
+            raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
+        params = resolved_params(user, job, self.model)
+        entry = Entry(
+            model=self.model.name,
+            job=job,
+            params=params,
+            submitted_at=time.time(),
+            priority=user.priority,
+            deadline_at=None,
+        )
+        self._check_open()
+        self._take_up(entry, {**self._crew.weights.serving, **weights})
+        return (await self.result(job.id)).path
 
     def check_integrity(self) -> list[str]:
         """Problems in the shared memory or in the scheduler's accounts; empty when all is well."""
@@ -360,8 +430,9 @@ class Supervisor:
         if self._phase != "open":
             await journal.remove(entry.job.id)
 
-    def _take_up(self, entry: Entry) -> None:
-        """A new task, or one from the journal."""
+    def _take_up(self, entry: Entry, weights: dict[str, str] | None = None) -> None:
+        """A new task, or one from the journal; to be computed with these `weights`, or those that are served when it
+        begins."""
         job = entry.job
         self._outputs.add(job.output)
         self._idle.clear()
@@ -369,7 +440,9 @@ class Supervisor:
         if entry.deadline_at is not None:
             deadline = self._loop.time() + entry.deadline_at - time.time()
         spec = task_spec(job, self.model, entry.priority, deadline, self._crew.on_gpu)
-        self._pool.add(Task(job, spec, entry.params, entry.submitted_at))
+        task = Task(job, spec, entry.params, entry.submitted_at)
+        task.weights = weights or {}
+        self._pool.add(task)
         self._dispatch(Submitted(spec))
 
     # Events and actions.
@@ -394,8 +467,11 @@ class Supervisor:
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
                 self._crew.run(seat, run)
             case BeginTask(seat, identity):
+                task = self._pool.get(identity)
+                # Later ones for what was not loaded yet: the first stages are up before the last.
+                task.weights = {**self._crew.weights.serving, **task.weights}
                 self._memory.begin(identity, stage_of(seat))
-                self._crew.send(seat, Begin(stage=stage_of(seat), job=self._described(self._pool.get(identity))))
+                self._crew.send(seat, Begin(stage=stage_of(seat), job=self._described(task)))
             case DropTask(seat, identity):
                 self._crew.send(seat, Drop(id=identity, stage=stage_of(seat)))
             case Report(identity, phase, step, steps, seconds_left):
@@ -433,6 +509,7 @@ class Supervisor:
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, dropped=True))
             case Dropped(id=identity):
                 self._dispatch(TaskDropped(seat, epoch, identity))
+                self._reloader.let_go()
             case Ready():
                 self._dispatch(StageUp(seat, epoch))
 
@@ -451,6 +528,8 @@ class Supervisor:
         self._outputs.discard(task.job.output)
         if isinstance(event, Failed):
             _unlink(task.job)
+        else:
+            self._crew.weights.served.update(task.versions)
         if self._journal is not None and not _is_ours(event):
             self._in_background(self._journal.remove(task.id))
         if not self._pool.unfinished():
@@ -472,11 +551,13 @@ class Supervisor:
         job = task.job
         metadata = {
             "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params, "seed": job.seed,
-            "weights": self._crew.weights, "versions": self._crew.versions, "device": self.device,
+            "weights": task.weights, "versions": self._crew.versions, "device": self.device,
         } | lora_metadata(self.checkpoint)  # fmt: skip
+        if task.changes:
+            metadata["weight_changes"] = msgspec.to_builtins(task.changes)
         if job.init is not None:
             metadata["init"] = {"file": os.path.basename(job.init), "as": job.init_as}
-        return msgspec.structs.replace(job, metadata=metadata)
+        return msgspec.structs.replace(job, metadata=metadata, weights=task.weights, changes=task.changes)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

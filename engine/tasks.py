@@ -11,7 +11,7 @@ from engine.events import TaskSpec
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from ipc.errors import Failure, NotFound
-from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo
+from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo, WeightChange
 
 KEPT_FINISHED = 256
 """Finished tasks that `list`, `result` and `events` still know."""
@@ -29,6 +29,10 @@ class Task:
         self.seconds: collections.defaultdict[Phase, float] = collections.defaultdict(float)
         """Compute time per phase so far."""
         self.metadata: dict[str, Any] = {}
+        self.weights: dict[str, str] = {}
+        """Component -> content hash of the version it is computed with; from its first quantum on."""
+        self.changes: list[WeightChange] = []
+        """Of those versions, between two steps."""
         self.ended: Done | Failed | None = None
         self._changed = asyncio.Event()
 
@@ -43,6 +47,11 @@ class Task:
         if self.ended is not None:
             return "cancelled" if self.ended.error.code == "cancelled" else "failed"
         return "queued" if self.progress.phase == "queued" else "running"
+
+    @property
+    def versions(self) -> frozenset[tuple[str, str]]:
+        """(component, content hash) of every version that it is computed with."""
+        return frozenset(self.weights.items()) | {(c.component, c.content) for c in self.changes}
 
     def report(self, progress: Progress) -> None:
         """Listeners see the newest progress; one that is slow misses some."""

@@ -1,47 +1,125 @@
-"""The weights that are in memory, held by the supervisor so that they outlive the stage processes."""
+"""The weights that are in memory, held by the supervisor so that they outlive the stage processes; and which of their
+versions new tasks get."""
 
 from __future__ import annotations
 
+import collections
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
-from ipc.messages import Holding, WeightVersion
+from engine.checkpoint import EXPERTS
+from ipc.messages import Component, Holding, WeightVersion
 from ipc.payload import place_name
 
 
-class WeightStore:
-    """Placed components by device and name: the processes of one device share what is placed there.
+class Placed(NamedTuple):
+    """One version of a component, in memory of a device ("cpu", "cuda:0")."""
 
-    Resource handling: owns one descriptor per component and device until it is replaced or `close`; the memory is free
-    when that and every mapping of it are gone.
+    device: str
+    version: WeightVersion
+    fd: int
+
+
+class WeightStore:
+    """Placed versions by device, component and content: the processes of one device share what is placed there.
+
+    Resource handling: owns one descriptor per version and device until `let_go` or `close`; the memory is free when
+    that and every mapping of it are gone.
     """
 
     def __init__(self) -> None:
-        self._placed: dict[tuple[str, str], tuple[WeightVersion, int]] = {}
+        self._placed: dict[tuple[str, str, str], Placed] = {}
 
     def keep(self, device: str, version: WeightVersion, fd: int) -> None:
-        """Take over the descriptor of a component; one that was kept before for this device is let go."""
-        if (old := self._placed.pop((device, version.component), None)) is not None:
-            os.close(old[1])
-        self._placed[device, version.component] = (version, fd)
+        """Take over the descriptor of a version; another copy of it on this device is let go."""
+        key = (device, version.component, version.content)
+        if (old := self._placed.pop(key, None)) is not None:
+            os.close(old.fd)
+        self._placed[key] = Placed(device, version, fd)
 
     def of(self, device: str, components: Collection[str]) -> list[tuple[WeightVersion, int]]:
-        """Those of these components that are placed on a device; the descriptors stay owned by this object."""
-        return [placed for (where, name), placed in self._placed.items() if where == device and name in components]
+        """The versions of these components that are placed on a device, in the order in which they were placed; the
+        descriptors stay owned by this object."""
+        return [(p.version, p.fd) for p in self if p.device == device and p.version.component in components]
 
-    def versions(self) -> list[WeightVersion]:
-        return [version for version, _ in self._placed.values()]
+    def find(self, device: str, component: str, content: str) -> Placed | None:
+        return self._placed.get((device, component, content))
+
+    def let_go(self, component: str, content: str) -> None:
+        """Close a version's descriptors on all devices."""
+        for key in [key for key in self._placed if key[1:] == (component, content)]:
+            os.close(self._placed.pop(key).fd)
 
     def holdings(self) -> list[Holding]:
         return [
             Holding(
-                name=version.component, where=place_name(version.device), state="placed", bytes=version.bytes,
-                generation=version.content,
+                name=placed.version.component, where=place_name(placed.version.device), state="placed",
+                bytes=placed.version.bytes, generation=placed.version.content,
             )
-            for version in self.versions()
+            for placed in self
         ]  # fmt: skip
 
     def close(self) -> None:
         while self._placed:
-            _, (_, fd) = self._placed.popitem()
-            os.close(fd)
+            _, placed = self._placed.popitem()
+            os.close(placed.fd)
+
+    def __iter__(self) -> collections.abc.Iterator[Placed]:
+        return iter(list(self._placed.values()))
+
+
+class Source(NamedTuple):
+    """Where a version was read from."""
+
+    label: str
+    """For people: the last name of the directory."""
+    component: Component | None
+    """Its files; None if it came from another program's memory."""
+
+
+class Versions:
+    """Which version of each component new tasks get, and which they got before. A pure object."""
+
+    def __init__(self) -> None:
+        self.serving: dict[str, str] = {}
+        """Component -> content hash."""
+        self.previous: dict[str, str] | None = None
+        """What `serving` was before the last flip."""
+        self.pinned = False
+        """What `previous` names stays in memory."""
+        self.sources: dict[tuple[str, str], Source] = {}
+        """(component, content hash) -> where it was read from."""
+        self.served: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Videos made with a version."""
+
+    def loaded(self, weights: Mapping[str, str], label: str, components: Mapping[str, Component]) -> None:
+        """A stage is up, and has these bound: what it read itself, if nobody has flipped."""
+        for name, content in weights.items():
+            self.serving.setdefault(name, content)
+            self.sources.setdefault((name, content), Source(label, components.get(name)))
+
+    def flip(self, new: Mapping[str, str], *, pin: bool) -> None:
+        """From now on new tasks get these, all at once; components that are not named stay."""
+        self.previous, self.serving, self.pinned = self.serving, {**self.serving, **new}, pin
+
+    def before(self) -> dict[str, str]:
+        """The components that a rollback changes, and what to. ValueError if there is nothing to return to."""
+        if self.previous is None:
+            raise ValueError("nothing was reloaded since the engine was started")
+        return {name: content for name, content in self.previous.items() if self.serving[name] != content}
+
+    def surplus(self, placed: Iterable[Placed], in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """The placed versions that are neither served, nor pinned, nor used by a task."""
+        pinned = (self.previous or {}).items() if self.pinned else ()
+        return {(p.version.component, p.version.content) for p in placed} - {*in_use, *self.serving.items(), *pinned}
+
+    def forget_sources(self, known: Collection[tuple[str, str]]) -> None:
+        """Keep what is said of the versions that are `known`, served, or were before."""
+        kept = {*known, *self.serving.items(), *(self.previous or {}).items()}
+        self.sources = {key: source for key, source in self.sources.items() if key in kept}
+
+
+def stretches(component: str) -> bool:
+    """A running task may change to another version of it, between two steps."""
+    return component in EXPERTS

@@ -110,6 +110,18 @@ class OutOfMemory(EngineError):
     code = "out_of_memory"
 
 
+class Superseded(EngineError):
+    """Another reload came before this one had changed anything, and was carried out in its place."""
+
+    code = "superseded"
+
+
+class CanaryFailed(EngineError):
+    """The new weights made a video that the operator does not want; the old ones go on."""
+
+    code = "canary_failed"
+
+
 class ProtocolError(EngineError):
     """The peer sent bytes that are not a frame of this protocol; the connection is closed."""
 
@@ -139,8 +151,8 @@ _BY_CODE: dict[str, type[EngineError]] = {
     cls.code: cls
     for cls in (
         EngineError, BadRequest, BadCheckpoint, BadConfig, Busy, NotFound, Cancelled, DeadlineExceeded, OutputError,
-        PoisonedRequest, StageFailed, NumericalError, OutOfMemory, ProtocolError, VersionMismatch, PermissionDenied,
-        ServerUnavailable,
+        PoisonedRequest, StageFailed, NumericalError, OutOfMemory, Superseded, CanaryFailed, ProtocolError,
+        VersionMismatch, PermissionDenied, ServerUnavailable,
     )
 }  # fmt: skip
 

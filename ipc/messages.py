@@ -40,6 +40,12 @@ def stage_of(seat: Seat) -> StageName:
     return cast(StageName, stage)
 
 
+STAGE_OF_COMPONENT: dict[str, StageName] = {
+    "text_encoder": "text", "image_encoder": "vae", "transformer": "dit", "transformer_2": "dit", "vae": "vae",
+}  # fmt: skip
+"""Whose weights they are."""
+
+
 def number_of(seat: Seat) -> int:
     """Which of its stage's processes it is."""
     return int(seat.partition(":")[2] or 0)
@@ -95,7 +101,50 @@ class Shutdown(ClientMessage, frozen=True, tag="shutdown", kw_only=True):
     drain: bool = True
 
 
-AnyClientMessage = Hello | Submit | Cancel | Subscribe | ListTasks | GetStatus | Shutdown
+When = Literal["drain", "now", "pin"]
+"""What becomes of requests that are running when weights change. drain, pin: they finish on the old version; with pin
+it stays in memory afterwards. now: they change between two steps, and their metadata says so."""
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request that must go well on new weights before anybody else gets them."""
+
+    params: msgspec.Raw
+    """A `UserParams`."""
+    reference: str | None = None
+    """A video that it must resemble."""
+    psnr: float = 30.0
+    """How closely, in dB, at least."""
+
+
+class Reload(ClientMessage, frozen=True, tag="reload", kw_only=True):
+    """Owner only. Read weights from a directory and serve them; answered when that is so, or it failed and nothing has
+    changed."""
+
+    checkpoint: str
+    components: list[str] = []
+    """Names; empty: all that the model has."""
+    when: When = "drain"
+    canary: Canary | None = None
+    manifest: str | None = None
+    """Of SHA-256 sums, as `sha256sum` writes it; every file must be in it."""
+    dry_run: bool = False
+    """Read and verify, then forget it."""
+
+
+class Rollback(ClientMessage, frozen=True, tag="rollback", kw_only=True):
+    """Owner only. Serve what was served before the last reload."""
+
+    when: When = "drain"
+
+
+class ListVersions(ClientMessage, frozen=True, tag="versions", kw_only=True):
+    pass
+
+
+AnyClientMessage = (
+    Hello | Submit | Cancel | Subscribe | ListTasks | GetStatus | Shutdown | Reload | Rollback | ListVersions
+)
 
 
 # Server -> client.
@@ -170,7 +219,27 @@ class Failed(ServerMessage, frozen=True, tag="failed", kw_only=True):
     error: Failure
 
 
-AnyServerMessage = Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed
+class Reloaded(ServerMessage, frozen=True, tag="reloaded", kw_only=True):
+    """New tasks get these versions. `weights` and `unchanged` are component -> content hash: what is new, and what had
+    the same content already. `running`: tasks that finish on other versions."""
+
+    weights: dict[str, str]
+    unchanged: dict[str, str] = {}
+    bytes: int = 0
+    """Placed anew."""
+    seconds: float = 0.0
+    """Reading and verifying."""
+    running: int = 0
+    dry_run: bool = False
+
+
+class VersionList(ServerMessage, frozen=True, tag="version_list", kw_only=True):
+    versions: list[VersionInfo]
+
+
+AnyServerMessage = (
+    Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed | Reloaded | VersionList
+)
 TaskEvent = Progress | Done | Failed
 
 
@@ -242,6 +311,23 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """Epoch of the process that is reading it."""
     generation: str = ""
     """Of weights: their content hash; of a state: how often it was committed."""
+
+
+class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of a component's weights. `state`: serving; previous: what a rollback returns to; draining: only tasks
+    that began with it use it. `placed`: devices where it is in memory; none: it would be read again."""
+
+    component: str
+    content: str
+    source: str
+    """The directory it was read from, by its last name."""
+    state: Literal["serving", "previous", "draining"]
+    placed: list[str]
+    bytes: int
+    served: int
+    """Videos made with it."""
+    running: int
+    """Tasks that use it."""
 
 
 class MergedLora(msgspec.Struct, frozen=True, kw_only=True):
@@ -378,6 +464,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """With the dit stage only."""
     placed: list[WeightVersion] = []
     """Weights of these stages that are in memory already: bind to them instead of reading files."""
+    serving: dict[str, str] = {}
+    """Component -> content hash of the version, among `placed`, that new tasks get."""
     outliving: bool = True
     """Weights that are read go to memory that outlives the process; False where the GPU's driver has none."""
 
@@ -409,6 +497,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     metadata_json: bool
     metadata: dict[str, Any]
     """Goes into the file: parameters, versions, weight hashes. The writer adds the time per stage."""
+    weights: dict[str, str] = {}
+    """Component -> content hash of the version that this task is computed with; one that is missing: whichever is
+    bound."""
+    changes: list[WeightChange] = []
+    """Of the transformers' versions in the middle of the task, in the order of their steps."""
 
     @property
     def partial(self) -> str:
@@ -422,9 +515,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(self.partial + suffix for suffix in ("", ".json", ".old", ".json.old"))
 
 
+class WeightChange(msgspec.Struct, frozen=True, kw_only=True):
+    """From step `step` of the task on (the first is 0), a component is that of this content hash."""
+
+    step: int
+    component: str
+    content: str
+
+
 class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
     """Know this job on this stage; its quanta follow. Sent before the stage's first `Run` of the job, and again to a
-    new process; forgotten at the `Drop` of the same stage, so that every `Begin` has one `Drop`."""
+    new process, or when its `changes` grow; forgotten at the `Drop` of the same stage."""
 
     stage: StageName
     job: Job
@@ -451,7 +552,20 @@ class Stop(StageProcessMessage, frozen=True, tag="stop", kw_only=True):
     """Leave after the quantum in hand."""
 
 
-AnyStageProcessMessage = Prepare | Start | Begin | Run | Drop | Stop
+class Adopt(StageProcessMessage, frozen=True, tag="adopt", kw_only=True):
+    """Map one more version of a component; its descriptor comes along. `Adopted` answers."""
+
+    version: WeightVersion
+
+
+class Forget(StageProcessMessage, frozen=True, tag="forget", kw_only=True):
+    """Unmap a version of a component, which no task needs any more. Nothing answers."""
+
+    component: str
+    content: str
+
+
+AnyStageProcessMessage = Prepare | Start | Begin | Run | Drop | Adopt | Forget | Stop
 
 
 # Stage process -> supervisor.
@@ -473,6 +587,8 @@ class Placed(StageReport, frozen=True, tag="placed", kw_only=True):
     """A component was read into memory that outlives this process; its descriptor comes with the message."""
 
     version: WeightVersion
+    device: str
+    """As the processes that compute there are told: cpu, cuda:0."""
 
 
 class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
@@ -522,7 +638,52 @@ class Dropped(StageReport, frozen=True, tag="dropped", kw_only=True):
     stage: StageName
 
 
-AnyStageReport = Loading | Placed | Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped
+class Adopted(StageReport, frozen=True, tag="adopted", kw_only=True):
+    """A version is mapped and is what it is said to be; or `error` says why not, and it is not known here."""
+
+    component: str
+    content: str
+    error: Failure | None = None
+
+
+AnyStageReport = (
+    Loading | Placed | Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped | Adopted
+)
+
+
+# Supervisor -> the process that reads a new version of weights (`stages/loader.py`), and back: `Loading` and `Placed`
+# of each, then one of these.
+
+
+class Read(msgspec.Struct, frozen=True, tag_field="type", tag="read", kw_only=True):
+    """Read and verify these components, and place each on each of its devices."""
+
+    supervisor_pid: int
+    components: list[Component]
+    devices: dict[str, list[str]]
+    """Component -> where it is wanted."""
+    in_memory: list[str] = []
+    """Names of components whose file came along as a descriptor, in the order of these."""
+    manifest: str | None = None
+    """A file as `sha256sum` writes it, which must name every file and have its sum."""
+    dtype: str
+    transformer: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    image_encoder: ImageEncoderConfig | None
+
+
+class ReadAll(StageReport, frozen=True, tag="read_all", kw_only=True):
+    """Everything is placed, and was handed over."""
+
+
+class ReadFailed(StageReport, frozen=True, tag="read_failed", kw_only=True):
+    """What is wrong with the files, or with the machine."""
+
+    error: Failure
+
+
+AnyLoaderReport = Loading | Placed | ReadAll | ReadFailed
 
 
 # Supervisor -> the processes that make and test GPU memory (`ipc/device_maker.py`), and back.

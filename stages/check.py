@@ -10,11 +10,8 @@ from __future__ import annotations
 import collections
 import math
 import sys
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import msgspec
-from torch import Tensor, nn
 
 from hotreload.pth import read_pth
 from hotreload.safetensors_file import TensorEntry
@@ -22,48 +19,10 @@ from hotreload.tables import component_table, other_family
 from hotreload.weights import mismatches
 from ipc.errors import BadCheckpoint
 from ipc.messages import CheckAsked, Component, ComponentChecked
-from stages.models.blank import blank
+from stages.models.blueprint import Blueprint, build
 
 
-class Network(NamedTuple):
-    """One component as its stage builds it, on the meta device."""
-
-    module: nn.Module
-    stays_float32: Callable[[str], bool]
-    """Of a tensor's name: it is kept in float32 whatever dtype the engine computes in."""
-    aliases: Mapping[str, str]
-    """Second names of tensors."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By first name."""
-        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in self.aliases}
-
-
-def build(name: str, asked: CheckAsked) -> Network:
-    """The network of a component; what only it needs is imported here."""
-    with blank():
-        match name:
-            case "text_encoder":
-                from stages.models import text_encoder
-
-                return Network(text_encoder.build(asked.text_encoder), lambda key: False, text_encoder.ALIASES)
-            case "image_encoder":
-                from stages.models import image_encoder
-
-                assert asked.image_encoder is not None, "the model has an image encoder"
-                return Network(image_encoder.ImageEncoder(asked.image_encoder), lambda key: False, {})
-            case "transformer" | "transformer_2":
-                from stages.models.transformer import WanTransformer, keeps_float32
-
-                return Network(WanTransformer(asked.transformer), keeps_float32, {})
-            case "vae":
-                from stages.models.vae import WanVae
-
-                return Network(WanVae(asked.vae), lambda key: True, {})
-    raise ValueError(f"there is no component {name!r}")
-
-
-def check(name: str, found: Component | None, network: Network) -> ComponentChecked:
+def check(name: str, found: Component | None, network: Blueprint) -> ComponentChecked:
     """Compare the files of a component, if there are any, with its network."""
     tensors = network.tensors()
     table: dict[str, TensorEntry] = {}

@@ -35,8 +35,11 @@ from stages.sampling import (
     schedule_of,
 )
 from stages.solvers import Schedule
-from stages.stage import QUEUE_TIMEOUT, Links, StageState
-from stages.weights import load
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
+from stages.weights import Network
+
+EXPERTS = ("transformer", "transformer_2")
+"""Component of each, by `expert_index`."""
 
 
 @dataclass(slots=True)
@@ -53,9 +56,10 @@ class Denoising:
     history: Tensor
     """Of the solver: `solvers.new_state`."""
     done: int = 0
-    expert: int | None = None
     context: Context | None = None
-    """For `expert`; made when its first step comes."""
+    """What the expert of the last step attends to; made when its first step comes."""
+    made_by: tuple[int, str] | None = None
+    """The expert that `context` is of, and the content hash of its weights."""
 
     @property
     def total(self) -> int:
@@ -75,24 +79,23 @@ class DitStage:
     gives values that are not finite; such a state is never committed.
     """
 
-    def __init__(self, start: Start, links: Links, experts: list[WanTransformer], weights: dict[str, str]) -> None:
+    def __init__(self, start: Start, links: Links, experts: list[Network[WanTransformer]]) -> None:
         self._start = start
         self._links = links
         self._device = start.devices["dit"]
         self._experts = experts
-        self._weights = weights
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, Denoising] = {}
 
     @classmethod
     def load(cls, start: Start, links: Links) -> DitStage:
         """Build and bind one transformer, or two. Raises `BadCheckpoint`."""
-        names = ["transformer"] if start.boundary is None else ["transformer", "transformer_2"]
-        experts, weights = [], {}
+        names = EXPERTS[:1] if start.boundary is None else EXPERTS
+        experts = []
         for name in names:
             with blank():
                 model = WanTransformer(start.transformer)
-            weights[name] = load(
+            network = Network.load(
                 model,
                 start,
                 links,
@@ -100,12 +103,20 @@ class DitStage:
                 device=start.devices["dit"],
                 dtype=lambda key: torch.float32 if keeps_float32(key) else dtype_of(start.dtype),
             )
-            experts.append(model)
-        return cls(start, links, experts, weights)
+            experts.append(network)
+        return cls(start, links, experts)
 
     @property
     def weights(self) -> Mapping[str, str]:
-        return self._weights
+        return {name: network.content for name, network in self._all.items()}
+
+    @property
+    def networks(self) -> Mapping[str, AnyNetwork]:
+        return self._all
+
+    @property
+    def _all(self) -> dict[str, Network[WanTransformer]]:
+        return dict(zip(EXPERTS, self._experts, strict=False))
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -113,6 +124,8 @@ class DitStage:
 
     def begin(self, job: Job) -> None:
         self._jobs[job.id] = job
+        if (task := self._tasks.get(job.id)) is not None:
+            task.job = job
 
     @torch.inference_mode()
     def step(self, run: Run) -> None:
@@ -181,10 +194,12 @@ class DitStage:
         timestep = task.schedule.timesteps[index]
         expert = expert_index(timestep, self._start.boundary)
         scale = (task.job.guidance_scale, task.job.guidance_scale_2)[expert]
-        if task.context is None or task.expert != expert:
+        model = self._experts[expert].of(task.job, task.done)
+        maker = (expert, self._experts[expert].content)
+        if task.context is None or task.made_by != maker:
             task.context = None  # free the other expert's keys and values first
-            task.context, task.expert = self._context(task, expert, guided(scale)), expert
-        velocity = predict(self._experts[expert], task.latents, timestep, task.context, scale, task.image)
+            task.context, task.made_by = self._context(task, model, guided(scale)), maker
+        velocity = predict(model, task.latents, timestep, task.context, scale, task.image)
         latents, history = solvers.step(task.schedule, index, velocity, task.latents, task.history)
         latents = pin_first_frame(latents, task.image.first_frame)
         if not bool(torch.isfinite(latents).all()):
@@ -198,9 +213,9 @@ class DitStage:
         commit_tensors(task.slot, task.done, state)
         self._links.beat()
 
-    def _context(self, task: Denoising, expert: int, negative: bool) -> Context:
+    def _context(self, task: Denoising, model: WanTransformer, negative: bool) -> Context:
         """Keys and values of the prompts and of the image's tokens for this expert, once for all its steps."""
-        model, prompts = self._experts[expert], self._links.inputs["prompts"]
+        prompts = self._links.inputs["prompts"]
         encoded = []
         for sequence in range(2 if negative else 1):
             embeds = slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)

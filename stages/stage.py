@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -32,10 +33,10 @@ class Links(NamedTuple):
     """To be called often enough that a long quantum does not look hung."""
     loading: Callable[[str, int, int], None]
     """To be called as weights are read: the component, the bytes read, the bytes there are."""
-    placed: Mapping[str, tuple[WeightVersion, int]]
-    """Components that are in memory already, with their descriptors, which are the caller's."""
-    place: Callable[[WeightVersion, int], None]
-    """Hands the supervisor a component that was read, with its descriptor, which stays the caller's."""
+    placed: Mapping[str, Sequence[tuple[WeightVersion, int]]]
+    """Component -> its versions that are in memory already, with their descriptors, which are the caller's."""
+    place: Callable[[WeightVersion, str, int], None]
+    """Hands the supervisor a component that was read to a device, with its descriptor, which stays the caller's."""
 
 
 class StageState(msgspec.Struct, frozen=True):
@@ -44,6 +45,14 @@ class StageState(msgspec.Struct, frozen=True):
     tasks: frozenset[str]
     bytes: int
     """Held for those tasks beside shared memory: caches, latents, compressed video."""
+
+
+class AnyNetwork(Protocol):
+    """What the worker loop knows of a `stages.weights.Network`."""
+
+    def adopt(self, version: WeightVersion, fd: int) -> None: ...
+
+    def forget(self, content: str) -> None: ...
 
 
 class Stage(Protocol):
@@ -55,13 +64,18 @@ class Stage(Protocol):
 
     @property
     def weights(self) -> Mapping[str, str]:
-        """Component -> content hash, of what this stage loaded."""
+        """Component -> content hash, of what this stage has bound."""
 
     @property
     def versions(self) -> Mapping[str, str]:
         """Library -> version, of those that the result depends on."""
 
-    def begin(self, job: Job) -> None: ...
+    @property
+    def networks(self) -> Mapping[str, AnyNetwork]:
+        """By component: whose versions can change while this stage lives."""
+
+    def begin(self, job: Job) -> None:
+        """Know a task; or its `changes`, if it is known."""
 
     def step(self, run: Run) -> dict[str, Any] | None:
         """Run one quantum; the last `write` returns the metadata of the file."""
@@ -77,7 +91,7 @@ def attach_links(
     fds: list[int],
     beat: Callable[[], None],
     loading: Callable[[str, int, int], None],
-    place: Callable[[WeightVersion, int], None],
+    place: Callable[[WeightVersion, str, int], None],
 ) -> Links:
     """Map what `start` names. `fds`: those of each queue, then those of the state slots, then one of each placed
     component; they stay the caller's."""
@@ -88,7 +102,9 @@ def attach_links(
     if start.state is not None:
         states = StateSlots.attach(start.state, fds[:FDS_PER_STATE], start.epoch)
         fds = fds[FDS_PER_STATE:]
-    placed = {version.component: (version, fd) for version, fd in zip(start.placed, fds, strict=True)}
+    placed: dict[str, list[tuple[WeightVersion, int]]] = collections.defaultdict(list)
+    for version, fd in zip(start.placed, fds, strict=True):
+        placed[version.component].append((version, fd))
     return Links(inputs, outputs, states, beat, loading, placed, place)
 
 

@@ -19,8 +19,8 @@ from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, build, encode
 from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
-from stages.stage import QUEUE_TIMEOUT, Links, StageState
-from stages.weights import load
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
+from stages.weights import Network
 
 KEPT_PROMPTS = 64
 """Prompts whose embeddings are kept; the negative prompt is mostly the same. Only real rows are kept: 8 KiB a token."""
@@ -32,16 +32,13 @@ class TextStage:
     Error handling: `BadRequest` for a prompt of too many tokens; `NumericalError` for values that are not finite.
     """
 
-    def __init__(
-        self, start: Start, links: Links, tokenizer: Tokenizer, encoder: UMT5EncoderModel, weights: str
-    ) -> None:
+    def __init__(self, start: Start, links: Links, tokenizer: Tokenizer, encoder: Network[UMT5EncoderModel]) -> None:
         self._links = links
         self._length = start.transformer.text_len
         self._tokenizer = tokenizer
         self._encoder = encoder
-        self._weights = {"text_encoder": weights}
         self._jobs: dict[str, Job] = {}
-        self._kept: collections.OrderedDict[tuple[int, ...], Tensor] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[tuple[str, tuple[int, ...]], Tensor] = collections.OrderedDict()
 
     @classmethod
     def load(cls, start: Start, links: Links) -> TextStage:
@@ -51,7 +48,7 @@ class TextStage:
         check_vocabulary(tokenizer, start.text_encoder.vocab_size)
         with blank():
             encoder = build(start.text_encoder)
-        weights = load(
+        network = Network.load(
             encoder,
             start,
             links,
@@ -60,11 +57,15 @@ class TextStage:
             dtype=lambda key: dtype_of(start.dtype),
             aliases=ALIASES,
         )
-        return cls(start, links, tokenizer, encoder, weights)
+        return cls(start, links, tokenizer, network)
 
     @property
     def weights(self) -> Mapping[str, str]:
-        return self._weights
+        return {"text_encoder": self._encoder.content}
+
+    @property
+    def networks(self) -> Mapping[str, AnyNetwork]:
+        return {"text_encoder": self._encoder}
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -84,7 +85,7 @@ class TextStage:
         if guided(max(job.guidance_scale, job.guidance_scale_2)):
             texts.append(job.negative_prompt)
         for sequence, text in enumerate(texts):
-            self._put(job.id, sequence, self._embed(tuple(prompt_ids(self._tokenizer, text, self._length))))
+            self._put(job.id, sequence, self._embed(job, tuple(prompt_ids(self._tokenizer, text, self._length))))
             self._links.beat()
 
     def _put(self, identity: str, sequence: int, rows: Tensor) -> None:
@@ -101,14 +102,16 @@ class TextStage:
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(rows.nbytes for rows in self._kept.values()))
 
-    def _embed(self, ids: tuple[int, ...]) -> Tensor:
-        """[tokens, text_dim] on the CPU; kept by content, the least recently used is forgotten."""
-        rows = self._kept.pop(ids, None)
+    def _embed(self, job: Job, ids: tuple[int, ...]) -> Tensor:
+        """[tokens, text_dim] on the CPU; kept by version and content, the least recently used is forgotten."""
+        encoder = self._encoder.of(job)
+        key = (self._encoder.content, ids)
+        rows = self._kept.pop(key, None)
         if rows is None:
-            rows = encode(self._encoder, list(ids)).cpu()
+            rows = encode(encoder, list(ids)).cpu()
             if not bool(torch.isfinite(rows).all()):
                 raise NumericalError("the text encoder gave values that are not finite; check its weights")
-        self._kept[ids] = rows
+        self._kept[key] = rows
         if len(self._kept) > KEPT_PROMPTS:
             self._kept.popitem(last=False)
         return rows

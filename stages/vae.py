@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
 from stages.models.vae_layers import Cache
-from stages.stage import QUEUE_TIMEOUT, Links, StageState
-from stages.weights import load
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
+from stages.weights import Network
 
 
 @dataclass(slots=True)
@@ -38,35 +39,41 @@ class VaeStage:
     """
 
     def __init__(
-        self, start: Start, links: Links, vae: WanVae, image_encoder: ImageEncoder | None, weights: dict[str, str]
+        self, start: Start, links: Links, vae: Network[WanVae], image_encoder: Network[ImageEncoder] | None
     ) -> None:
         self._links = links
         self._device = start.devices["vae"]
         self._chunk = start.decode_latents
         self._vae = vae
         self._image_encoder = image_encoder
-        self._weights = weights
         self._jobs: dict[str, Job] = {}
         self._decodings: dict[str, Decoding] = {}
 
     @classmethod
     def load(cls, start: Start, links: Links) -> VaeStage:
         """Build and bind the VAE, and the image encoder of a model that has one. Raises `BadCheckpoint`."""
-        device, weights = start.devices["vae"], {}
+        device, dtype = start.devices["vae"], dtype_of(start.dtype)
         with blank():
             vae = WanVae(start.vae)
             image_encoder = ImageEncoder(start.image_encoder) if start.image_encoder is not None else None
-        weights["vae"] = load(vae, start, links, "vae", device=device, dtype=lambda key: torch.float32)
+        network = Network.load(vae, start, links, "vae", device=device, dtype=lambda key: torch.float32)
+        images = None
         if image_encoder is not None:
-            dtype = dtype_of(start.dtype)
-            weights["image_encoder"] = load(
-                image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype
-            )
-        return cls(start, links, vae, image_encoder, weights)
+            images = Network.load(image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype)
+        return cls(start, links, network, images)
 
     @property
     def weights(self) -> Mapping[str, str]:
-        return self._weights
+        return {name: network.content for name, network in self._all.items()}
+
+    @property
+    def networks(self) -> Mapping[str, AnyNetwork]:
+        return self._all
+
+    @property
+    def _all(self) -> dict[str, Network[Any]]:
+        images = {} if self._image_encoder is None else {"image_encoder": self._image_encoder}
+        return {"vae": self._vae, **images}
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -96,16 +103,16 @@ class VaeStage:
         some."""
         assert job.init is not None, f"task {job.id} has nothing to encode"
         queue = self._links.outputs["init_latents"]
-        latents = []
+        vae, latents = self._vae.of(job), []
         cache: Cache = {}
-        for chunk in init_chunks(job, self._chunk * self._vae.config.temporal_stride):
-            latents.append(self._vae.encode_chunk(chunk.to(self._device), cache))
+        for chunk in init_chunks(job, self._chunk * vae.config.temporal_stride):
+            latents.append(vae.encode_chunk(chunk.to(self._device), cache))
             self._links.beat()
         encoded = torch.cat(latents, dim=2).squeeze(0).float()
         check_finite(encoded, "the encoded init file has", "the VAE")
         put_tensor(queue, job.id, 0, encoded, QUEUE_TIMEOUT)
         if self._image_encoder is not None and job.init_as == "channels":
-            tokens = image_tokens(self._image_encoder, torch.from_numpy(upright(read_image(job.init))))
+            tokens = image_tokens(self._image_encoder.of(job), torch.from_numpy(upright(read_image(job.init))))
             check_finite(tokens, "the image tokens have", "the image encoder")
             put_tensor(queue, job.id, 1, tokens, QUEUE_TIMEOUT)
 
@@ -114,10 +121,11 @@ class VaeStage:
         decoding = self._decodings.get(identity)
         if decoding is None or decoding.next > index:
             decoding = self._decodings[identity] = Decoding()
+        vae = self._vae.of(self._jobs[identity])
         latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
         while decoding.next <= index:
             chunk = latents[:, decoding.next * self._chunk : (decoding.next + 1) * self._chunk]
-            pixels = self._vae.decode_chunk(chunk.unsqueeze(0).to(self._device), decoding.cache)
+            pixels = vae.decode_chunk(chunk.unsqueeze(0).to(self._device), decoding.cache)
             decoding.next += 1
             self._links.beat()
         check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")

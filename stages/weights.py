@@ -1,64 +1,146 @@
-"""How a stage comes by its weights: from memory that is there already, else from disk into memory that will be."""
+"""How a stage comes by its weights: from memory that is there already, else from disk into memory that will be; and how
+it changes between versions of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hotreload.device_placement import DevicePlacement
 from hotreload.placement import Placement, Shapes, bind, lay_out
 from hotreload.weights import load_weights
 from ipc.errors import OutOfMemory
-from ipc.messages import Start, WeightVersion
+from ipc.messages import Component, Job, Start, WeightVersion
 from stages.stage import Links, component
 
+M = TypeVar("M", bound=nn.Module)
 
-def load(
+
+class Network(Generic[M]):
+    """A module and the versions of its weights that are in memory. It computes with one of them at a time; to change
+    makes every parameter and buffer a view of other memory, and copies nothing.
+
+    Resource handling: a version stays mapped until `forget`.
+    """
+
+    def __init__(self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str) -> None:
+        """`module` is bound to version `content`; use `load`."""
+        self.module = module
+        self.content = content
+        """Hash of the version that is bound."""
+        self._name, self._shapes, self._aliases = name, shapes, aliases
+        self._versions: dict[str, dict[str, Tensor]] = {}
+        """Content hash -> its tensors; empty where the GPU has no memory that outlives the process."""
+
+    @classmethod
+    def load(
+        cls,
+        module: M,
+        start: Start,
+        links: Links,
+        name: str,
+        *,
+        device: str,
+        dtype: Callable[[str], torch.dtype],
+        aliases: Mapping[str, str] | None = None,
+    ) -> Network[M]:
+        """Bind `module` (on meta) to the weights of component `name`.
+
+        Its tensors are views of memory that outlives this process: of what the supervisor holds, or of what is read
+        here and handed to it. Only where the GPU has no such memory (`start.outliving`) are they this process's own.
+        Raises `BadCheckpoint`, and `OutOfMemory` if there is no room for them.
+        """
+        aliases = aliases or {}
+        shapes = shapes_of(module, dtype, aliases)
+
+        def progress(done: int, total: int) -> None:
+            links.loading(name, done, total)
+
+        if placed := links.placed.get(name):
+            network = cls(module, name, shapes, aliases, "")
+            for version, fd in placed:
+                network.adopt(version, fd)
+            network.use(start.serving.get(name, placed[-1][0].content))
+            return network
+        source = component(start, name)
+        if not start.outliving:
+            content = load_weights(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
+            return cls(module, name, shapes, aliases, content)
+        version, placement = place(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
+        links.place(version, device, placement.fd)
+        network = cls(module, name, shapes, aliases, version.content)
+        network._versions[version.content] = placement.tensors
+        placement.close()
+        return network
+
+    def adopt(self, version: WeightVersion, fd: int) -> None:
+        """Map a version that another process has placed, and see that it is what it is said to be (ValueError)."""
+        if version.content not in self._versions:
+            placement = attach(version, fd, self._shapes)
+            self._versions[version.content] = placement.tensors
+            placement.close()
+
+    def forget(self, content: str) -> None:
+        """Unmap a version; the one that is bound stays until another is."""
+        self._versions.pop(content, None)
+
+    def use(self, content: str) -> M:
+        """The module, bound to a version that was adopted (KeyError) or is bound already."""
+        if content != self.content:
+            bind(self.module, self._versions[content], self._aliases)
+            self.content = content
+        return self.module
+
+    def of(self, job: Job, step: int = 0) -> M:
+        """The module as a task wants it, at its step `step`."""
+        return self.use(version_of(job, self._name, step) or self.content)
+
+
+def version_of(job: Job, name: str, step: int) -> str | None:
+    """Content hash of the version of a component that a task is computed with at a step; None: whichever there is."""
+    changed = [c.content for c in job.changes if c.component == name and c.step <= step]
+    return changed[-1] if changed else job.weights.get(name)
+
+
+def shapes_of(module: nn.Module, dtype: Callable[[str], torch.dtype], aliases: Mapping[str, str]) -> Shapes:
+    """Of the tensors that are placed: each once, by its first name."""
+    return {n: (dtype(n), tuple(t.shape)) for n, t in module.state_dict().items() if n not in aliases}
+
+
+def place(
     module: nn.Module,
-    start: Start,
-    links: Links,
-    name: str,
+    source: Component,
     *,
     device: str,
     dtype: Callable[[str], torch.dtype],
-    aliases: Mapping[str, str] | None = None,
-) -> str:
-    """Bind `module` (on meta) to the weights of component `name`; return their content hash.
+    aliases: Mapping[str, str],
+    progress: Callable[[int, int], None],
+) -> tuple[WeightVersion, Placement | DevicePlacement]:
+    """Read a component into memory that outlives this process, and bind `module` (on meta) to it.
 
-    The module's tensors are views of memory that outlives this process: of what the supervisor holds, or of what is
-    read here and handed to it. Only where the GPU has no such memory (`start.outliving`) are they this process's own.
-    Raises `BadCheckpoint`, and `OutOfMemory` if there is no room for them.
+    Raises `BadCheckpoint` before anything is allocated, or for what shows only as it is read; `OutOfMemory`.
     """
-
-    def progress(done: int, total: int) -> None:
-        links.loading(name, done, total)
-
-    source, aliases = component(start, name), aliases or {}
-    if not start.outliving:
-        return load_weights(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
-    shapes = {n: (dtype(n), tuple(t.shape)) for n, t in module.state_dict().items() if n not in aliases}
-    if (placed := links.placed.get(name)) is not None:
-        placement = attach(*placed, shapes)
-        bind(module, placement.tensors, aliases)
-        placement.close()
-        return placed[0].content
+    shapes = shapes_of(module, dtype, aliases)
     room: list[Placement | DevicePlacement] = []
 
-    def allocate(tensor: str, shape: tuple[int, ...], kind: torch.dtype) -> torch.Tensor:
+    def allocate(tensor: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         # Only now: by the first call the files are known to fit the model.
         if not room:
-            room.append(create(name, device, shapes))
+            room.append(create(source.name, device, shapes))
         return room[0].tensors[tensor]
 
-    content = load_weights(
-        module, source, device=device, dtype=dtype, aliases=aliases, progress=progress, allocate=allocate
-    )
-    (placement,) = room
-    links.place(placement.seal(name, content), placement.fd)
-    placement.close()
-    return content
+    try:
+        content = load_weights(
+            module, source, device=device, dtype=dtype, aliases=aliases, progress=progress, allocate=allocate
+        )
+        return room[0].seal(source.name, content), room[0]
+    except BaseException:
+        for placement in room:
+            placement.close()
+        raise
 
 
 def attach(version: WeightVersion, fd: int, shapes: Shapes) -> Placement | DevicePlacement:

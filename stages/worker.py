@@ -27,17 +27,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 
-from ipc.channel import Channel, ChannelClosed, close_fds
+from ipc.channel import Channel, ChannelClosed, Received, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import EngineError, Failure, OutOfMemory, StageFailed, to_failure
 from ipc.messages import (
+    STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
+    Adopt,
+    Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
     Begin,
     Drop,
     Dropped,
+    Forget,
     Loading,
     Placed,
     Prepare,
@@ -52,7 +57,7 @@ from ipc.messages import (
     Stop,
     WeightVersion,
 )
-from stages.stage import Links, Stage, attach_links
+from stages.stage import AnyNetwork, Links, Stage, attach_links
 
 EXIT_START_FAILED = 3
 EXIT_DEVICE_LOST = 4
@@ -72,10 +77,12 @@ MAX_ERROR_TEXT = 300
 
 @dataclass(slots=True)
 class Entry:
-    """Something to be done in its turn; `skip`: a quantum whose task was dropped meanwhile."""
+    """Something to be done in its turn. `skip`: a quantum whose task was dropped meanwhile. `fd`: what came along; it
+    is closed when that is done."""
 
-    message: Run | Drop
+    message: Run | Drop | Adopt
     skip: bool = False
+    fd: int = -1
 
 
 class Worker:
@@ -133,21 +140,21 @@ class Worker:
     def _take_in_waiting(self) -> None:
         """All messages that are here."""
         while not self._stopping and (received := self._channel.try_receive()) is not None:
-            close_fds(received.fds)
-            self._take_in(received.message)
+            self._take_in(received)
 
-    def _wait(self) -> AnyStageProcessMessage:
+    def _wait(self) -> Received[AnyStageProcessMessage]:
         self._idle = True
         if self._stopping:  # a SIGTERM that came just before
             raise SystemExit(0)
         received = self._channel.receive(None)
         self._idle = False
-        close_fds(received.fds)
-        return received.message
+        return received
 
-    def _take_in(self, message: AnyStageProcessMessage) -> None:
+    def _take_in(self, received: Received[AnyStageProcessMessage]) -> None:
         self._counter.increment()
-        match message:
+        match message := received.message:
+            case Adopt():
+                self._entries.append(Entry(message, fd=received.fds.pop()))
             case Begin(stage=stage, job=job):
                 self._begun.add((stage, job.id))
                 self._stages[stage].begin(job)
@@ -159,14 +166,19 @@ class Worker:
                     if isinstance(run, Run) and run.id == identity and STAGE_OF_PHASE[run.phase] == stage:
                         entry.skip = True
                 self._entries.append(Entry(message))
+            case Forget(component=component, content=content):
+                self._network(component).forget(content)
             case Stop():
                 self._stopping = True
             case Prepare() | Start():
                 raise AssertionError("a process is started once")
+        close_fds(received.fds)
 
     def _carry_out(self, entry: Entry) -> AnyStageReport:
         """Do what is to be done; the answer to it."""
         match entry.message:
+            case Adopt(version=version):
+                return self._adopt(version, entry.fd)
             case Drop(id=identity, stage=stage):
                 self._stages[stage].drop(identity)
                 self._begun.discard((stage, identity))
@@ -175,6 +187,20 @@ class Worker:
                 if entry.skip or (STAGE_OF_PHASE[phase], identity) not in self._begun:
                     return QuantumDropped(id=identity, phase=phase, index=index)
                 return self._run(run)
+
+    def _adopt(self, version: WeightVersion, fd: int) -> Adopted:
+        failure = None
+        try:
+            self._network(version.component).adopt(version, fd)
+        except (OSError, ValueError) as error:
+            failure = Failure(StageFailed.code, summary(error))
+        finally:
+            os.close(fd)
+        self._counter.increment()
+        return Adopted(component=version.component, content=version.content, error=failure)
+
+    def _network(self, component: str) -> AnyNetwork:
+        return self._stages[STAGE_OF_COMPONENT[component]].networks[component]
 
     def _run(self, run: Run) -> QuantumDone | QuantumFailed:
         name = STAGE_OF_PHASE[run.phase]
@@ -199,7 +225,7 @@ class LoadingReporter:
     `ChannelClosed` when the supervisor is gone.
     """
 
-    def __init__(self, channel: Channel[AnyStageProcessMessage], beat: Callable[[], None]) -> None:
+    def __init__(self, channel: Channel[Any], beat: Callable[[], None]) -> None:
         self._channel = channel
         self._beat = beat
         self._component = ""
@@ -214,9 +240,9 @@ class LoadingReporter:
         self._channel.try_send(Loading(component=component, done=done, total=total))
 
 
-def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, fd: int) -> None:
-    """Give the supervisor a component that was placed."""
-    channel.send(Placed(version=version), [fd], timeout=SEND_TIMEOUT)
+def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, device: str, fd: int) -> None:
+    """Give the supervisor a component that was placed on a device."""
+    channel.send(Placed(version=version, device=device), [fd], timeout=SEND_TIMEOUT)
 
 
 def describe(error: Exception, stage: StageName) -> Failure:

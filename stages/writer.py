@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ipc.errors import OutputError
 from ipc.messages import Job, Run, Start
 from stages.files import Directory
-from stages.stage import QUEUE_TIMEOUT, Links, StageState
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
 
 CODEC: Final = "libx264"
 QUALITY = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
@@ -55,6 +55,10 @@ class WriterStage:
 
     @property
     def weights(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def networks(self) -> Mapping[str, AnyNetwork]:
         return {}
 
     @property

@@ -10,12 +10,12 @@ from pathlib import Path
 from engine.models import CONFIGS
 from engine.params import ModelParams
 from ipc.messages import CheckAsked
-from stages.check import Network, build
+from stages.models.blueprint import Blueprint, build
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
-def networks(model: ModelParams) -> dict[str, Network]:
+def networks(model: ModelParams) -> dict[str, Blueprint]:
     """What a model's checkpoint must fit, by component."""
     asked = CheckAsked(
         wanted=[], components=[], transformer=model.transformer, vae=model.vae, text_encoder=model.text_encoder,

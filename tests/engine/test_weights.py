@@ -25,8 +25,8 @@ def version(component: str) -> WeightVersion:
 
 
 def test_the_store_owns_its_descriptors() -> None:
-    """A component that is replaced, and all that are left at the end, are closed; what is asked for is found, where it
-    is."""
+    """A version that is replaced or let go, and all that are left at the end, are closed; what is asked for is found,
+    where it is."""
     before = set(os.listdir("/proc/self/fd"))
     store = WeightStore()
     for name in ("vae", "transformer", "vae"):
@@ -34,8 +34,14 @@ def test_the_store_owns_its_descriptors() -> None:
     store.keep("cuda:1", version("transformer"), os.memfd_create("transformer"))
     assert [v.component for v, _ in store.of("cpu", ["vae", "text_encoder"])] == ["vae"]
     assert [v.component for v, _ in store.of("cuda:1", ["vae", "transformer"])] == ["transformer"]
-    assert {v.component for v in store.versions()} == {"vae", "transformer"}
+    assert {(p.device, p.version.component) for p in store} == {
+        ("cpu", "vae"), ("cpu", "transformer"), ("cuda:1", "transformer")
+    }  # fmt: skip
     assert len(set(os.listdir("/proc/self/fd")) - before) == 3
+    assert store.find("cpu", "vae", "c") is not None and store.find("cuda:1", "vae", "c") is None
+    store.let_go("transformer", "c")
+    assert [p.version.component for p in store] == ["vae"]
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 1
     store.close()
     assert set(os.listdir("/proc/self/fd")) == before
 

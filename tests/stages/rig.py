@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
-from engine.crew import STAGE_OF_COMPONENT
 from engine.memory import EngineMemory
 from engine.params import Defaults, Limits, ModelParams
 from engine.weights import WeightStore
 from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import Component, Job, Phase, Run, StageName, Start, WeightVersion
+from ipc.messages import STAGE_OF_COMPONENT, Component, Job, Phase, Run, StageName, Start, WeightVersion
 from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
@@ -181,8 +180,8 @@ class Rig:
     def _files(self, component: str) -> list[str]:
         return [str(file) for file in sorted((self.checkpoint / component).glob("*.safetensors"))]
 
-    def _place(self, version: WeightVersion, fd: int) -> None:
-        self.weights.keep("cpu", version, os.dup(fd))
+    def _place(self, version: WeightVersion, device: str, fd: int) -> None:
+        self.weights.keep(device, version, os.dup(fd))
 
     def _placed(self, stages: Collection[StageName]) -> list[tuple[WeightVersion, int]]:
         return self.weights.of("cpu", [name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])

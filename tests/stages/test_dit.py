@@ -120,7 +120,7 @@ def test_the_loop_is_that_of_the_paper(rig: Rig) -> None:
     latents = denoise(rig, job, stage)
     assert rig.beats == beats + job.steps
     with torch.inference_mode():
-        expected = reference(stage._experts[0], job, put_prompts(rig, make_job(id="0" * 32)))
+        expected = reference(stage._experts[0].module, job, put_prompts(rig, make_job(id="0" * 32)))
     assert torch.equal(latents, expected)
     rig.memory.queues["prompts"].purge("0" * 32)
     assert is_empty(rig)
@@ -160,7 +160,7 @@ def test_an_image_conditions_every_step(image_rig: Rig) -> None:
     job = image_job(image_rig)
     image = put_image(image_rig, job)
     latents = denoise(image_rig, job, stage)
-    expected = image_reference(stage._experts[0], job, put_prompts(image_rig, make_job(id="0" * 32)), image)
+    expected = image_reference(stage._experts[0].module, job, put_prompts(image_rig, make_job(id="0" * 32)), image)
     assert torch.equal(latents, expected)
     image_rig.memory.queues["prompts"].purge("0" * 32)
     for changed in range(len(image)):
@@ -394,7 +394,7 @@ def test_a_step_that_is_not_finite_names_itself_and_is_not_committed(rig: Rig) -
     put_prompts(rig, job)
     stage.begin(job)
     step(stage, job, 0)
-    table = stage._experts[0].scale_shift_table
+    table = stage._experts[0].module.scale_shift_table
     kept = table.clone()
     table.fill_(torch.nan)
     with pytest.raises(NumericalError, match="step 2 of 4"):

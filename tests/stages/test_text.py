@@ -22,6 +22,7 @@ from stages.models.text_encoder import build
 from stages.prompt import load_tokenizer
 from stages.stage import Stage
 from stages.text import KEPT_PROMPTS, TextStage
+from stages.weights import Network
 from tests.stages.reference import make_tokenizer
 from tests.stages.rig import MODEL, Rig, is_empty, make_job
 
@@ -67,7 +68,8 @@ def parity(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = msgspec.structs.replace(MODEL, transformer=transformer, text_encoder=config)
     with Rig(checkpoint, model) as rig:
         start = rig.start(("text",), tokenizer=str(file))
-        yield Parity(rig, TextStage(start, rig.links(start), load_tokenizer(str(file)), encoder, "random"), reference)
+        network = Network(encoder, "text_encoder", {}, {}, "random")
+        yield Parity(rig, TextStage(start, rig.links(start), load_tokenizer(str(file)), network), reference)
 
 
 def embed(rig: Rig, stage: Stage, job: Job) -> list[torch.Tensor]:
@@ -178,7 +180,7 @@ def test_values_that_are_not_finite_fail_the_request(rig: Rig) -> None:
     """Weights with a NaN: `NumericalError`."""
     stage = rig.load("text")
     assert isinstance(stage, TextStage)
-    stage._encoder.encoder.final_layer_norm.weight[0] = torch.nan
+    stage._encoder.module.encoder.final_layer_norm.weight[0] = torch.nan
     with pytest.raises(NumericalError, match="not finite"):
         embed(rig, stage, make_job())
 

@@ -69,7 +69,7 @@ def test_chunks_are_the_whole_video_in_pieces(rig: Rig) -> None:
     frames = video(rig, stage, job)
     assert frames.shape == (9, 32, 48, 3) and frames.dtype == torch.uint8
     with torch.inference_mode():
-        whole = to_frames(stage._vae.decode(latents.unsqueeze(0)))
+        whole = to_frames(stage._vae.module.decode(latents.unsqueeze(0)))
     assert int((frames.int() - whole.int()).abs().max()) <= 1
     assert stage.state().bytes > 0
     stage.drop(job.id)
@@ -125,7 +125,7 @@ def test_an_init_image_becomes_latents(rig: Rig, tmp_path: Path) -> None:
     assert latents.shape == (4, 3, 4, 6) and latents.dtype == torch.float32
     still = torch.from_numpy(pixels).expand(9, 32, 48, 3)
     with torch.inference_mode():
-        torch.testing.assert_close(latents, stage._vae.encode(to_pixels(still))[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(latents, stage._vae.module.encode(to_pixels(still))[0], atol=1e-4, rtol=1e-4)
     stage.drop(job.id)
     assert is_empty(rig)
 
@@ -169,8 +169,8 @@ def test_an_image_to_move_becomes_latents_and_tokens(tmp_path: Path) -> None:
         with torch.inference_mode():
             clip = torch.zeros(1, 3, 9, 32, 48)
             clip[:, :, :1] = next(init_chunks(job, 4))
-            latents = stage._vae.encode(clip)[0]
-            tokens = image_tokens(stage._image_encoder, pixels)
+            latents = stage._vae.module.encode(clip)[0]
+            tokens = image_tokens(stage._image_encoder.module, pixels)
         stage.drop(job.id)
         assert is_empty(rig)
     assert all(torch.equal(a, b) for a, b in zip(*put, strict=True))
@@ -191,7 +191,7 @@ def test_an_image_as_first_frame(tmp_path: Path, model: ModelParams, shape: tupl
         assert rig.depths()["init_latents"] == 1
         latents = take(rig, "init_latents", job)
         with torch.inference_mode():
-            assert torch.equal(latents, stage._vae.encode(to_pixels(pixels[None]))[0])
+            assert torch.equal(latents, stage._vae.module.encode(to_pixels(pixels[None]))[0])
         stage.drop(job.id)
         assert latents.shape == shape and is_empty(rig)
 
@@ -219,7 +219,7 @@ def test_values_of_the_image_encoder_that_are_not_finite(tmp_path: Path) -> None
     with Rig(with_image_encoder(tmp_path / "checkpoint"), CHANNELS) as rig:
         stage = rig.load("vae")
         assert isinstance(stage, VaeStage) and stage._image_encoder is not None
-        stage._image_encoder.vision_model.pre_layrnorm.weight = torch.nn.Parameter(torch.full((8,), torch.nan))
+        stage._image_encoder.module.vision_model.pre_layrnorm.weight = torch.nn.Parameter(torch.full((8,), torch.nan))
         with pytest.raises(NumericalError, match="weights of the image encoder"):
             encode(stage, job)
 

@@ -1,0 +1,41 @@
+"""What an operator gives on the command line, made into messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from engine.client import absolute_params
+from engine.decode import decode_strictly
+from engine.params import UserParams
+from ipc.errors import BadConfig, BadRequest
+from ipc.messages import Canary, When
+
+
+class CanaryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """As `Canary`, with the request as an object and paths relative to the file."""
+
+    params: dict[str, object]
+    reference: str | None = None
+    psnr: float = 30.0
+
+
+def read_canary(file: Path) -> Canary:
+    """`BadConfig` for a file that is none, `BadRequest` for a request that is none."""
+    try:
+        found = msgspec.json.decode(file.read_bytes(), type=CanaryFile)
+    except (OSError, msgspec.DecodeError) as error:
+        raise BadConfig(f"the canary {file.name} cannot be read: {error}") from error
+    params = absolute_params(decode_strictly(UserParams, found.params, BadRequest, "the canary"))
+    reference = None if found.reference is None else str((file.parent / found.reference).absolute())
+    return Canary(params=msgspec.Raw(msgspec.msgpack.encode(params)), reference=reference, psnr=found.psnr)
+
+
+def read_when(text: str) -> When:
+    """`BadConfig` for what is none."""
+    for when in get_args(When):
+        if text == when:
+            return when  # type: ignore[no-any-return]
+    raise BadConfig(f"--when is {text!r}; it must be {', '.join(get_args(When))}")

@@ -1,0 +1,291 @@
+"""New weights while requests run: read by a process of their own, mapped by the stages, tried, then given to new tasks.
+
+Until the last of these steps nobody computes with the new version, so whatever fails leaves what is served as it was.
+Every task keeps the versions that it began with (`Job.weights`); so the flip is one assignment, and nothing waits for
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from engine.checkpoint import open_components
+from engine.crew import Crew
+from engine.decode import decode_strictly
+from engine.judge import judge
+from engine.loader import Loader
+from engine.params import ModelParams, SystemParams, UserParams
+from engine.weights import Placed, Source, Versions
+from ipc.channel import close_fds
+from ipc.errors import BadConfig, BadRequest, CanaryFailed, EngineError, NotFound, OutOfMemory, Superseded
+from ipc.messages import Canary, Component, LoadProgress, Read, Reload, Reloaded, VersionInfo, When
+
+log = logging.getLogger(__name__)
+
+ADOPT_TIMEOUT = 120.0
+"""Seconds for every process to map a version; one that is loading maps it when it is up."""
+
+
+class Host(Protocol):
+    """What a reload needs of the supervisor."""
+
+    @property
+    def model(self) -> ModelParams: ...
+    @property
+    def params(self) -> SystemParams: ...
+    def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
+        """Of each unfinished task: (component, content hash)."""
+
+    def change_running(self, weights: dict[str, str]) -> None:
+        """Have running tasks change to these versions, between two steps."""
+
+    async def try_weights(self, user: UserParams, weights: dict[str, str]) -> str:
+        """Make a video with these versions; its path. Raises what a request raises."""
+
+
+class Order(NamedTuple):
+    """What is to be read, and what then."""
+
+    components: dict[str, Component]
+    label: str
+    """Where from, for people."""
+    when: When
+    canary: Canary | None = None
+    manifest: str | None = None
+    dry_run: bool = False
+    in_memory: Mapping[str, int] = MappingProxyType({})
+    """Component -> descriptor of a memfd with its one file."""
+
+
+class Reloader:
+    """Carries out reloads, one at a time: the last to come wins, and one before it that has not flipped is told so."""
+
+    def __init__(self, host: Host, crew: Crew) -> None:
+        self._host, self._crew = host, crew
+        self._turn = asyncio.Lock()
+        self._overtaken = asyncio.Event()
+        """Of the reload that has the turn: another one came."""
+        self._candidates: set[tuple[str, str]] = set()
+        """(component, content hash) of what was placed and is not served yet."""
+        self.loading: dict[str, LoadProgress] = {}
+        """Of the reload that is under way."""
+
+    @property
+    def _versions(self) -> Versions:
+        return self._crew.weights
+
+    async def reload(self, asked: Reload) -> Reloaded:
+        """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `OutOfMemory`,
+        `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
+        directory = Path(asked.checkpoint)
+        names = asked.components or list(self._host.model.components)
+        components = await asyncio.to_thread(open_components, self._host.model, self._host.params, directory, names)
+        return await self.carry_out(
+            Order(components, directory.name, asked.when, asked.canary, asked.manifest, asked.dry_run)
+        )
+
+    async def rollback(self, when: When) -> Reloaded:
+        """Serve what was served before; read it again if it is not in memory. Raises `NotFound` if there is nothing to
+        return to, and as `reload`."""
+        try:
+            before = self._versions.before()
+        except ValueError as error:
+            raise NotFound(f"{error}; there is nothing to return to") from error
+        missing = {name: content for name, content in before.items() if not self._is_placed(name, content)}
+        components: dict[str, Component] = {}
+        for name, content in missing.items():
+            source = self._versions.sources[name, content]
+            if source.component is None:
+                raise NotFound(f"the {name} before was given by a program, and is no longer in memory; give it again")
+            components[name] = source.component
+        if missing:
+            label = self._versions.sources[next(iter(missing.items()))].label
+            order = Order(components, label, when)
+            async with self._my_turn(), self._read(order) as placed:
+                found = {p.version.component: p.version.content for p in placed}
+                if changed := [name for name, content in missing.items() if found.get(name) != content]:
+                    raise NotFound(f"the files of the {changed[0]} before have changed since; reload what they are now")
+                async with self._adopted(placed):
+                    return self._flip(before, when, placed, 0.0)
+        async with self._my_turn(), self._adopted([]):
+            return self._flip(before, when, [], 0.0)
+
+    async def carry_out(self, order: Order) -> Reloaded:
+        """Read, map, try, flip."""
+        if self._crew.outliving == "no":
+            raise BadConfig(
+                "this GPU's driver has no memory that outlives a process, which weights are exchanged through; restart "
+                "the engine with the new checkpoint"
+            )
+        async with self._my_turn():
+            began = time.monotonic()
+            async with self._read(order) as placed:
+                seconds = time.monotonic() - began
+                found = {p.version.component: p.version.content for p in placed}
+                same = {name: content for name, content in found.items() if self._versions.serving.get(name) == content}
+                new = {name: content for name, content in found.items() if name not in same}
+                fresh = [p for p in placed if p.version.component in new]
+                if order.dry_run or not new:
+                    return Reloaded(weights=new, unchanged=same, seconds=seconds, dry_run=order.dry_run)
+                for name in new:
+                    self._versions.sources[name, new[name]] = Source(order.label, order.components.get(name))
+                async with self._adopted(fresh):
+                    if order.canary is not None:
+                        await self._try(order.canary, new)
+                    self._check_not_overtaken()
+                    report = self._flip(new, order.when, fresh, seconds)
+                return msgspec.structs.replace(report, unchanged=same)
+
+    def let_go(self) -> None:
+        """Free the versions that nobody needs. To be called whenever a task has ended."""
+        in_use = {key for versions in self._host.weights_in_use() for key in versions} | self._candidates
+        for component, content in self._versions.surplus(self._crew.placed, in_use):
+            log.info("%s %s is let go", component, content[:12])
+            self._crew.forget(component, content)
+        self._versions.forget_sources({(p.version.component, p.version.content) for p in self._crew.placed} | in_use)
+
+    def versions(self) -> list[VersionInfo]:
+        """What is served, was before, or is still used, of each component."""
+        running = self._host.weights_in_use()
+        return [
+            self._info(name, content, source.label, running)
+            for (name, content), source in self._versions.sources.items()
+        ]
+
+    def _info(
+        self, component: str, content: str, label: str, running: Sequence[frozenset[tuple[str, str]]]
+    ) -> VersionInfo:
+        key, versions = (component, content), self._versions
+        placed = [p for p in self._crew.placed if (p.version.component, p.version.content) == key]
+        before = (versions.previous or {}).get(component) == content
+        serving = versions.serving.get(component) == content
+        return VersionInfo(
+            component=component, content=content, source=label,
+            state="serving" if serving else "previous" if before else "draining",
+            placed=[p.device for p in placed], bytes=max((p.version.bytes for p in placed), default=0),
+            served=versions.served[key], running=sum(key in used for used in running),
+        )  # fmt: skip
+
+    def _is_placed(self, component: str, content: str) -> bool:
+        """On every device where it is computed with."""
+        devices = self._crew.devices_of(component)
+        return all(self._crew.placed.find(device, component, content) is not None for device in devices)
+
+    # One after another.
+
+    @asynccontextmanager
+    async def _my_turn(self) -> AsyncIterator[None]:
+        self._overtaken.set()
+        mine = self._overtaken = asyncio.Event()
+        async with self._turn:
+            self._check(mine)
+            self._current = mine
+            yield
+
+    def _check(self, mine: asyncio.Event) -> None:
+        if mine.is_set():
+            raise Superseded("another reload came meanwhile and is carried out in place of this one")
+
+    def _check_not_overtaken(self) -> None:
+        self._check(self._current)
+
+    # The steps.
+
+    @asynccontextmanager
+    async def _read(self, order: Order) -> AsyncIterator[list[Placed]]:
+        """What the loader has placed; its descriptors are closed at the end, but for those that were kept."""
+        model, crew = self._host.model, self._crew
+        asked = Read(
+            supervisor_pid=os.getpid(), components=list(order.components.values()),
+            devices={name: crew.devices_of(name) for name in order.components}, in_memory=list(order.in_memory),
+            manifest=order.manifest, dtype=crew.dtype, transformer=model.transformer, vae=model.vae,
+            text_encoder=model.text_encoder, image_encoder=model.image_encoder,
+        )  # fmt: skip
+        self.loading = {}
+        try:
+            placed = await self._load(asked, list(order.in_memory.values()))
+        except OutOfMemory:
+            if not self._versions.pinned:
+                raise
+            log.info("there is no room for another version: what was pinned is let go")
+            self._versions.pinned = False
+            self.let_go()
+            placed = await self._load(asked, list(order.in_memory.values()))
+        finally:
+            self.loading = {}
+        try:
+            yield placed
+        finally:
+            close_fds(p.fd for p in placed)
+
+    async def _load(self, asked: Read, fds: Sequence[int]) -> list[Placed]:
+        """Run the loader, until it is done or another reload comes."""
+        async with Loader(asked, fds, self._note_loading) as loader:
+            reading = asyncio.ensure_future(loader.placed())
+            overtaken = asyncio.ensure_future(self._current.wait())
+            try:
+                await asyncio.wait({reading, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+                self._check_not_overtaken()
+                return await reading
+            finally:
+                overtaken.cancel()
+                if not reading.done():
+                    reading.cancel()
+
+    def _note_loading(self, progress: LoadProgress) -> None:
+        self.loading[progress.component] = progress
+
+    @asynccontextmanager
+    async def _adopted(self, placed: Sequence[Placed]) -> AsyncIterator[None]:
+        """Keep what was placed, and have every process map it. What is not served at the end is let go."""
+        self._candidates = {(p.version.component, p.version.content) for p in placed}
+        try:
+            for p in placed:
+                if self._crew.placed.find(p.device, p.version.component, p.version.content) is None:
+                    self._crew.placed.keep(p.device, p.version, os.dup(p.fd))
+            async with asyncio.timeout(ADOPT_TIMEOUT):
+                for component, content in sorted(self._candidates):
+                    await self._crew.adopt(component, content)
+            yield
+        finally:
+            self._candidates = set()
+            self.let_go()
+
+    def _flip(self, new: dict[str, str], when: When, placed: Sequence[Placed], seconds: float) -> Reloaded:
+        """New tasks get these from now on."""
+        self._versions.flip(new, pin=when == "pin")
+        if when == "now":
+            self._host.change_running(new)
+        running = sum(any(name in new and new[name] != content for name, content in used) for used in self._in_use())
+        for name, content in new.items():
+            log.info("%s is now %s of %s", name, content[:12], self._versions.sources[name, content].label)
+        size = sum(p.version.bytes for p in placed)
+        return Reloaded(weights=new, bytes=size, seconds=seconds, running=running)
+
+    def _in_use(self) -> list[frozenset[tuple[str, str]]]:
+        return self._host.weights_in_use()
+
+    async def _try(self, canary: Canary, new: dict[str, str]) -> None:
+        """Raises `CanaryFailed` unless its video is what the operator expects."""
+        try:
+            given = msgspec.msgpack.decode(canary.params)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise BadRequest(f"the params of the canary are not MessagePack: {error}") from error
+        user = decode_strictly(UserParams, given, BadRequest, "the canary")
+        try:
+            path = await self._host.try_weights(user, new)
+        except (BadRequest, asyncio.CancelledError):
+            raise
+        except EngineError as error:
+            raise CanaryFailed(f"the canary failed with the new weights: {error}; the old ones go on") from error
+        await asyncio.to_thread(judge, path, canary.reference, canary.psnr)
