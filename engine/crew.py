@@ -146,12 +146,12 @@ class Crew:
         start = encode_start(self._start_message(seats), fds)
         try:
             body = self._spare.take() or Body()
+            process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False)
             return
-        process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         for post in self._posts.of(seats):
             post.process = process
             post.restarts += 1
