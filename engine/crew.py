@@ -178,6 +178,7 @@ class Crew:
         log.error("%s is not started again: %s", seat, error.message)
         self._posts[seat].state = "failed"
         self._posts[seat].error = error
+        self._keep_spare()
         self._notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
@@ -228,8 +229,8 @@ class Crew:
         return self._spare.pid
 
     def _keep_spare(self) -> None:
-        """Once all stages are up, so that it takes no time from one that starts."""
-        if all(post.state == "up" for post in self._posts):
+        """Once no process is starting, so that it takes no time from one."""
+        if self._posts.settled() and not self._stopping:
             self._spare.keep()
 
     # Talk.

@@ -85,3 +85,8 @@ class Posts:
             post.process is not None and not post.process.ready and post.device == device
             for post in self.siblings(seats[0])
         )
+
+    def settled(self) -> bool:
+        """Each is up or given up, and not all are given up: no process is starting."""
+        states = {post.state for post in self}
+        return "up" in states and states <= {"up", "failed"}
