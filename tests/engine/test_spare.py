@@ -61,6 +61,7 @@ async def test_the_spare_becomes_the_stage_that_died(tmp_path: Path, read_video:
     assert len(hashes) == 1
 
 
+@pytest.mark.timeout(600)
 async def test_a_failed_dit_does_not_keep_the_spare_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
 ) -> None:
