@@ -1,10 +1,10 @@
-"""The stage processes of one engine: which stages share a process, starting, restarting, watching and ending them.
+"""The stage processes of one engine: starting, restarting, watching and ending them, and what they say.
 
-Each has its seats: the names of its stages, or "dit:1", "dit:2", ... for further dits. Restart policy is the
-scheduler's; this only carries it out. Every second the crew looks for processes that stopped making progress and kills
-them; their end then arrives like any other.
+Each has its seats (`engine/posts.py`): the names of its stages, or "dit:1", "dit:2", ... for further dits. Restart
+policy is the scheduler's; this only carries it out. Every second the crew looks for processes that stopped making
+progress and kills them; their end then arrives like any other.
 
-Resource handling: owns the `StageProcess`es between `start` and `stop`.
+Resource handling: owns the `StageProcess`es, and the spare (`engine/spare.py`), between `start` and `stop`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
-import msgspec
-
 from engine.checkpoint import file_bytes
+from engine.devices import compute_threads, compute_tokens, devices_of_seats
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
-from engine.process import Body, StageProcess, encode_start, resident_bytes
+from engine.posts import Posts
+from engine.process import Body, StageProcess, encode_start
+from engine.spare import Spare
 from engine.weights import Versions, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
-from ipc.errors import BadConfig, Failure, StageFailed, from_failure
+from ipc.errors import Failure, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -45,7 +46,6 @@ from ipc.messages import (
     Ready,
     Run,
     Seat,
-    StageName,
     StageStatus,
     Start,
     StartFailed,
@@ -64,8 +64,6 @@ STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
 
 
-StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
-
 OnLoading = Callable[[Sequence[LoadProgress]], None]
 """Hears of all components whenever more of one of them is loaded."""
 
@@ -76,25 +74,6 @@ class Owner(Protocol):
     def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None: ...
     def handle_lost(self, epoch: int, seat: Seat, outside: bool) -> None: ...
     def handle_gone(self, seat: Seat, error: Failure) -> None: ...
-
-
-class _Post(msgspec.Struct):
-    """What the crew knows of one seat."""
-
-    name: Seat
-    device: str | None
-    state: StageState = "stopped"
-    process: StageProcess | None = None
-    restarts: int = -1
-    quanta: int = 0
-    busy_seconds: float = 0.0
-    error: Failure | None = None
-    loading: LoadProgress | None = None
-    """What its process reads, until it is up."""
-
-    def has(self, component: str, content: str) -> bool:
-        """Its process has this version of weights, and is up."""
-        return self.process is not None and self.state == "up" and (component, content) in self.process.knows
 
 
 class Crew:
@@ -117,12 +96,12 @@ class Crew:
         self._loop = asyncio.get_running_loop()
         self.device = device
         self.on_gpu = self.device.startswith("cuda")
-        dits = {"dit" if number == 0 else f"dit:{number}": where for number, where in enumerate(dit_devices)}
-        devices: dict[Seat, str | None] = {"text": device, **dits, "vae": device, "writer": None}
-        self._posts = {seat: _Post(seat, where) for seat, where in devices.items()}
-        fused = params.placement == "fused"
-        self.groups: list[tuple[Seat, ...]] = [tuple(devices)] if fused else [(seat,) for seat in devices]
-        self._dits = len(dits)
+        devices = devices_of_seats(device, dit_devices)
+        self.tokens = compute_tokens(params, devices)
+        """The compute token each seat needs, for the scheduler."""
+        self._threads = compute_threads(params, len(dit_devices))
+        self._posts = Posts(devices, fused=params.placement == "fused")
+        self.groups = self._posts.groups
         self.placed = WeightStore()
         self.weights = Versions()
         self._source = checkpoint_directory(model, params.checkpoint).name
@@ -131,7 +110,7 @@ class Crew:
             c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
         }
         self._epoch = 0
-        self._spare: Body | None = None
+        self._spare = Spare(params.warm_spare, device)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._refused: dict[tuple[str, str], Failure] = {}
         """Versions of weights that a process could not map, and why."""
@@ -148,29 +127,6 @@ class Crew:
             return "host"
         return "gpu" if self._memory.on_device else "no"
 
-    @property
-    def tokens(self) -> dict[Seat, str | None]:
-        """The compute token each seat needs, for the scheduler.
-
-        On a GPU all model stages take turns: two processes computing at once gain nothing. On a CPU the text encoder,
-        small and on one thread, runs beside the others, and so do the dits, each with its own token, and the vae where
-        there are threads for all; else it takes turns with the first dit. One fused process is one token.
-        """
-        if self._params.placement == "fused":
-            return dict.fromkeys(self._posts, "process")
-        if self.on_gpu:
-            return {seat: post.device for seat, post in self._posts.items()}
-        threads = self.threads
-        vae = "cpu:vae" if self._dits * threads["dit"] + threads["vae"] <= _cores() else "cpu:dit"
-        dits: dict[Seat, str | None] = {seat: f"cpu:{seat}" for seat in self._posts if stage_of(seat) == "dit"}
-        return {"text": None, **dits, "vae": vae, "writer": None}
-
-    @property
-    def threads(self) -> dict[StageName, int]:
-        """Compute threads of each process; the same for every dit, as they are part of the result's identity."""
-        given, half = self._params.threads, _cores() // 2
-        return {"text": 1, "dit": given or max(1, half // self._dits), "vae": given or max(1, half), "writer": 1}
-
     # Life.
 
     def start(self, seats: tuple[Seat, ...]) -> None:
@@ -179,7 +135,7 @@ class Crew:
         self._pending.pop(seats, None)
         if self._stopping:
             return
-        for post in self._of(seats):
+        for post in self._posts.of(seats):
             post.state, post.error = "starting", None
         if self._is_being_placed(seats):
             self._held_back.append(seats)
@@ -191,26 +147,22 @@ class Crew:
         fds = self._fds(seats)
         start = encode_start(self._start_message(seats), fds)
         try:
-            body = self._take_spare() or Body()
+            body = self._spare.take() or Body()
+            process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False)
             return
-        process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         process.knows = {(version.component, version.content) for version, _ in self._placed_for(seats)}
-        for post in self._of(seats):
+        for post in self._posts.of(seats):
             post.process = process
             post.restarts += 1
 
     def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling on the same device is reading the weights of these seats."""
-        siblings = [post for post in self._posts.values() if stage_of(post.name) == stage_of(seats[0])]
         placed = {version.component for version, _ in self._placed_for(seats)}
-        return not placed.issuperset(self._components_of(seats)) and any(
-            post.process is not None and not post.process.ready and post.device == self._device_of(seats)
-            for post in siblings
-        )
+        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats)
 
     def _start_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []
@@ -219,9 +171,9 @@ class Crew:
 
     def restart(self, seat: Seat, delay: float) -> None:
         """Start this seat's process again after `delay` seconds; stages that share it come with it."""
-        group = next(g for g in self.groups if seat in g)
+        group = self._posts.group_of(seat)
         if group not in self._pending and not self._stopping:
-            for post in self._of(group):
+            for post in self._posts.of(group):
                 post.state = "restarting"
             self._pending[group] = self._loop.call_later(delay, self.start, group)
 
@@ -229,6 +181,7 @@ class Crew:
         log.error("%s is not started again: %s", seat, error.message)
         self._posts[seat].state = "failed"
         self._posts[seat].error = error
+        self._keep_spare()
         self._notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
@@ -237,7 +190,7 @@ class Crew:
         while True:
             changed = self._changed
             on_loading(list(self._loading.values()))
-            waited_for = [post for post in self._posts.values() if not self._is_done_without(post)]
+            waited_for = self._posts.waited_for()
             for post in waited_for:
                 if post.error is not None:
                     raise from_failure(post.error)
@@ -247,21 +200,14 @@ class Crew:
                 raise StageFailed("the engine was stopped before its stages were up")
             await changed.wait()
 
-    def _is_done_without(self, post: _Post) -> bool:
-        """It is FAILED, and a sibling is not."""
-        siblings = [other for seat, other in self._posts.items() if stage_of(seat) == stage_of(post.name)]
-        return post.error is not None and any(other.error is None for other in siblings)
-
     async def stop(self) -> None:
         """End every process: ask, wait, kill, reap."""
         self._stopping = True
         self._watcher.cancel()
-        if self._spare is not None:
-            self._spare.end()
-            self._spare = None
+        self._spare.end()
         for handle in self._pending.values():
             handle.cancel()
-        processes = self._processes()
+        processes = self._posts.processes()
         for process in processes:
             if process.ready:
                 process.send(Stop())
@@ -277,34 +223,18 @@ class Crew:
     def kill(self) -> None:
         """End every process now, whatever it is doing; `stop` then has only to reap."""
         self._stopping = True
-        for process in self._processes():
+        for process in self._posts.processes():
             process.kill()
-        if self._spare is not None:
-            self._spare.popen.kill()
+        self._spare.kill()
 
     @property
     def spare_pid(self) -> int | None:
-        return None if self._spare is None else self._spare.popen.pid
+        return self._spare.pid
 
     def _keep_spare(self) -> None:
-        """Once all stages are up, so that it takes no time from one that starts."""
-        if self._spare is not None or not self._params.warm_spare or any(p.state != "up" for p in self._posts.values()):
-            return
-        try:
-            self._spare = Body()
-        except OSError as error:
-            log.warning("no spare process: %s", error)
-            return
-        self._spare.prepare(self.device)
-
-    def _take_spare(self) -> Body | None:
-        """The spare, loaded or still loading: it is further than a new process would be."""
-        spare, self._spare = self._spare, None
-        if spare is None or spare.lives():
-            return spare
-        log.warning("the spare process ended with status %s", spare.popen.returncode)
-        spare.end()
-        return None
+        """Once no process is starting, so that it takes no time from one."""
+        if self._posts.settled() and not self._stopping:
+            self._spare.keep()
 
     # Talk.
 
@@ -329,7 +259,7 @@ class Crew:
         self._refused.pop((component, content), None)
         while True:
             changed = self._changed
-            posts = [post for post in self._posts.values() if stage_of(post.name) == STAGE_OF_COMPONENT[component]]
+            posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
             if (refused := self._refused.pop((component, content), None)) is not None:
                 raise StageFailed(f"the new {component} cannot be used: {refused.message}")
             if self._stopping or all(post.error is not None for post in posts):
@@ -348,7 +278,7 @@ class Crew:
 
     def forget(self, component: str, content: str) -> None:
         """Unmap a version everywhere and let go of its memory."""
-        for post in self._posts.values():
+        for post in self._posts:
             if post.process is not None and post.has(component, content):
                 post.process.knows.discard((component, content))
                 post.process.send(Forget(component=component, content=content))
@@ -356,20 +286,11 @@ class Crew:
 
     def devices_of(self, component: str) -> list[str]:
         """Where it is computed with."""
-        posts = [post for post in self._posts.values() if stage_of(post.name) == STAGE_OF_COMPONENT[component]]
+        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
         return list(dict.fromkeys(post.device for post in posts if post.device is not None))
 
     def status(self) -> list[StageStatus]:
-        return [
-            StageStatus(
-                name=post.name, state=post.state, pid=post.process.pid if post.process else None,
-                device=post.device or "-", epoch=post.process.epoch if post.process else 0,
-                restarts=max(0, post.restarts),
-                resident_bytes=resident_bytes(post.process.pid) if post.process else 0,
-                busy_seconds=post.busy_seconds, quanta=post.quanta, loading=post.loading,
-            )
-            for post in self._posts.values()
-        ]  # fmt: skip
+        return [post.status() for post in self._posts]
 
     def _on_report(self, process: StageProcess, report: AnyStageReport, fds: list[int]) -> None:
         """`fds` came with the report and are ours now."""
@@ -392,14 +313,14 @@ class Crew:
                 process.ready = True
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
-                for post in self._of(process.seats):
+                for post in self._posts.of(process.seats):
                     post.state, post.loading = "up", None
                     self._owner.handle_report(process.epoch, post.name, report)
                 self._start_held_back()
                 self._keep_spare()
                 self._notify()
             case StartFailed(error=error):
-                for post in self._of(process.seats):
+                for post in self._posts.of(process.seats):
                     post.error = error
             case Dropped(stage=stage):
                 self._owner.handle_report(process.epoch, process.seat(stage), report)
@@ -413,7 +334,7 @@ class Crew:
         close_fds(fds)
 
     def _on_exit(self, process: StageProcess, status: int) -> None:
-        posts = self._of(process.seats)
+        posts = self._posts.of(process.seats)
         for post in posts:
             post.process, post.state, post.loading = None, "stopped", None
         self._memory.reclaim([stage_of(seat) for seat in process.seats], process.epoch)
@@ -431,7 +352,7 @@ class Crew:
     def _watch(self) -> None:
         """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
         now = self._loop.time()
-        for process in self._processes():
+        for process in self._posts.processes():
             if process.ready:
                 hung = process.outstanding > 0 and process.silent_for(now) > self._params.stage_deadline
             else:
@@ -445,15 +366,11 @@ class Crew:
         return self._memory.fds([stage_of(seat) for seat in seats]) + [fd for _, fd in self._placed_for(seats)]
 
     def _placed_for(self, seats: tuple[Seat, ...]) -> list[tuple[WeightVersion, int]]:
-        return self.placed.of(self._device_of(seats), self._components_of(seats))
+        return self.placed.of(self._posts.device_of(seats), self._components_of(seats))
 
     def _components_of(self, seats: tuple[Seat, ...]) -> list[str]:
         stages = [stage_of(seat) for seat in seats]
         return [name for name in self._checkpoint.components if STAGE_OF_COMPONENT[name] in stages]
-
-    def _device_of(self, seats: tuple[Seat, ...]) -> str:
-        """Where the process of these seats has its weights."""
-        return next((post.device for post in self._of(seats) if post.device is not None), "-")
 
     @property
     def dtype(self) -> str:
@@ -468,8 +385,8 @@ class Crew:
             transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
             image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
             boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
-            devices={stage_of(p.name): p.device for p in self._of(seats) if p.device is not None},
-            threads={stage: self.threads[stage] for stage in stages}, dtype=self.dtype,
+            devices={stage_of(p.name): p.device for p in self._posts.of(seats) if p.device is not None},
+            threads={stage: self._threads[stage] for stage in stages}, dtype=self.dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
             placed=[version for version, _ in self._placed_for(seats)], serving=self.weights.serving,
             outliving=self.outliving != "no",
@@ -477,12 +394,6 @@ class Crew:
 
     def _components(self) -> list[Component]:
         return list(self._checkpoint.components.values())
-
-    def _of(self, seats: tuple[Seat, ...]) -> list[_Post]:
-        return [self._posts[seat] for seat in seats]
-
-    def _processes(self) -> list[StageProcess]:
-        return list({p.process.epoch: p.process for p in self._posts.values() if p.process is not None}.values())
 
     def _notify(self) -> None:
         self._changed.set()
@@ -492,54 +403,3 @@ class Crew:
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:
     if processes:
         await asyncio.wait([asyncio.ensure_future(p.exited.wait()) for p in processes], timeout=timeout)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def resolve_devices(params: SystemParams) -> tuple[str, tuple[str, ...]]:
-    """The device of text and vae, and that of each dit. `BadConfig` if they do not go together."""
-    dits = tuple(resolve_device(device) for device in params.dit_devices)
-    device = dits[0] if dits and params.device == "auto" else resolve_device(params.device)
-    if params.placement == "fused" and dits not in ((), (device,)):
-        raise BadConfig(
-            f"placement fused is one process with one dit on {device}, but dit_devices are {', '.join(dits)}; use "
-            "placement split, or leave dit_devices out"
-        )
-    if twice := [name for name in dits if name != "cpu" and dits.count(name) > 1]:
-        raise BadConfig(f"dit_devices names {twice[0]} twice, where two would only take turns; name each GPU once")
-    if len({name.partition(":")[0] for name in (device, *dits)}) > 1:
-        raise BadConfig(
-            f"device is {device} and dit_devices are {', '.join(dits)}; results differ between CPU and GPU, so name "
-            "devices of one kind"
-        )
-    return device, dits or (device,)
-
-
-def resolve_device(device: str) -> str:
-    """`auto` becomes the first CUDA device, else the CPU. Asks the driver's management library, not torch."""
-    if device == "cpu":
-        return device
-    count = _cuda_devices()
-    if device == "auto":
-        return "cuda:0" if count else "cpu"
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise BadConfig(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= count:
-        raise BadConfig(f"device is {device!r}, but this machine has {count} CUDA devices; cpu always works")
-    return f"cuda:{int(index or 0)}"
-
-
-def _cuda_devices() -> int:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()

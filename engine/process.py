@@ -3,7 +3,8 @@
 The child is a fresh interpreter (`python -m stages.worker FD`); nothing is inherited but its end of the control
 channel. Death is seen by its pidfd, which cannot name a recycled pid; a hang by its progress counter.
 
-Resource handling: a `StageProcess` owns a pidfd, a channel and the counter's memfd until `close`.
+Resource handling: a `Body` has every descriptor that its process will need, a pidfd, a channel, the counter's memfd and
+/proc/vmstat, so that nothing is lacking when it becomes a stage, or dies; a `StageProcess` lets go of them at its end.
 Error handling: `on_exit` is called exactly once, after the child is reaped.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -48,6 +50,11 @@ class Body:
             undo.callback(ours.close)
             with theirs:
                 self.popen = spawn(WORKER, theirs)
+            undo.callback(self._reap)
+            # Now, not when it becomes a stage or dies: there may be no descriptor to spare by then.
+            self.pidfd = os.pidfd_open(self.popen.pid)
+            undo.callback(os.close, self.pidfd)
+            self.vmstat = io.FileIO("/proc/vmstat")
             undo.pop_all()
         self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
 
@@ -61,11 +68,20 @@ class Body:
         return self.popen.poll() is None
 
     def end(self) -> None:
-        """Kill and reap a spare that will not be needed; it has nothing in hand. Waits for milliseconds."""
-        self.popen.kill()
-        self.popen.wait()
+        """Kill and reap a process that has nothing in hand and will not be needed. Waits for milliseconds."""
+        self._reap()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what belongs to a process that has been reaped."""
+        os.close(self.pidfd)
+        self.vmstat.close()
         self.channel.close()
         self.counter.close()
+
+    def _reap(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
 
 
 class StageProcess:
@@ -82,7 +98,9 @@ class StageProcess:
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
         """Take over a process, new or spare, and send `start`, the packet that `encode_start` has made. `fds` are the
-        descriptors of the queues, the state slots and the placed weights, in order."""
+        descriptors of the queues, the state slots and the placed weights, in order.
+
+        Raises OSError, and ends the process, when the system does not let it be told or watched."""
         self.seats = seats
         """Of its stages, in the same order as in `Start`."""
         self.epoch = epoch
@@ -97,19 +115,24 @@ class StageProcess:
         self._outbox: collections.deque[tuple[bytes, list[int]]] = collections.deque()
         """Packets, and the descriptors that go with each, which are ours until it is sent."""
         self._writing = False
+        self._body = body
         self.counter, self._popen, self._channel = body.counter, body.popen, body.channel
+        self._pidfd = body.pidfd
         self.pid = self._popen.pid
         self.outside = False
         """Once it has ended: somebody else killed it, and not for lack of memory."""
         self._killed = False
-        self._oom_kills = oom_kills()
-        self._pidfd = os.pidfd_open(self.pid)
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())
-        with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
-            self._channel.try_send_packet(start, [self.counter.fd, *fds])
-        self._loop.add_reader(self._channel.fileno(), self._readable)
-        self._loop.add_reader(self._pidfd, self._died)
+        with contextlib.ExitStack() as undo:
+            undo.callback(body.end)
+            self._oom_kills = oom_kills(body.vmstat)
+            with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
+                self._channel.try_send_packet(start, [self.counter.fd, *fds])
+            self._loop.add_reader(self._channel.fileno(), self._readable)
+            undo.callback(self._loop.remove_reader, self._channel.fileno())
+            self._loop.add_reader(self._pidfd, self._died)
+            undo.pop_all()
 
     def seat(self, stage: StageName) -> Seat:
         """Where it is this stage."""
@@ -194,7 +217,9 @@ class StageProcess:
             log.warning("process %d of %s was reaped by another part of this process", self.pid, self.seats)
         self._readable_to_the_end()
         self._popen.returncode = status
-        self.outside = status == -signal.SIGKILL and not self._killed and oom_kills() == self._oom_kills
+        self.outside = (
+            status == -signal.SIGKILL and not self._killed and oom_kills(self._body.vmstat) == self._oom_kills
+        )
         self._release()
         self.exited.set()
         self._on_exit(self, status)
@@ -207,11 +232,9 @@ class StageProcess:
         self._loop.remove_reader(self._pidfd)
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_writer(self._channel.fileno())
-        os.close(self._pidfd)
+        self._body.close()
         self._pidfd = -1
         self._clear_outbox()
-        self._channel.close()
-        self.counter.close()
 
 
 def encode_start(start: Start, fds: Sequence[int]) -> bytes:
@@ -240,10 +263,11 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def oom_kills() -> int:
-    """Processes that the kernel has killed for lack of memory since it was started, in any container."""
-    with open("/proc/vmstat", "rb") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith(b"oom_kill ")), 0)
+def oom_kills(vmstat: io.FileIO) -> int:
+    """Processes that the kernel has killed for lack of memory since it was started, in any container, as the open
+    /proc/vmstat says."""
+    vmstat.seek(0)
+    return next((int(line.split()[1]) for line in vmstat.readall().splitlines() if line.startswith(b"oom_kill ")), 0)
 
 
 def resident_bytes(pid: int) -> int:

@@ -5,9 +5,9 @@ replayed in tests (`tests/engine/simulator.py`). What it keeps to:
 
 - One compute token per device: stages that share a device never have quanta outstanding together. Each seat has at
   most two quanta outstanding, one in flight and the next.
-- Of several dits, a task is with one at a time, so that what the device holds for it is made once. When that process is
-  lost, the task goes to whichever is free first, at its last step. While one dit is not FAILED, no task fails for want
-  of it.
+- Of several dits, a task is with one at a time, so that what the device holds for it is made once. It stays there while
+  another is idle (docs/reliability.md says why). When that process is lost, the task goes to whichever is free first,
+  at its last step. While one dit is not FAILED, no task fails for want of it.
 - At each quantum the policy chooses (`engine/estimates.py`) among the tasks whose inputs are there and whose slots are
   free (`engine/readiness.py`). A slot is held from the grant that will fill it, so no queue ever makes a stage wait.
 - Every stage that was told of a task is told once to drop it, and only when nothing on its way there is still being

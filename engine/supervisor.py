@@ -23,8 +23,9 @@ import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
-from engine.crew import Crew, OnLoading, resolve_devices
+from engine.crew import Crew, OnLoading
 from engine.device_memory import make_device_memory
+from engine.devices import resolve_devices
 from engine.events import (
     Action,
     BeginTask,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from hotreload.archive import check_directory
 from hotreload.files import regular_file
 from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
@@ -93,8 +94,10 @@ def refuse_fp8(component: Component, entries: list[TensorEntry]) -> None:
 def check_archive(path: Path, label: str) -> None:
     """Check that a `.pth` file is an archive that torch can have written, and that its end is there."""
     try:
-        with regular_file(path) as file, zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+        with regular_file(path) as file:
+            check_directory(file)
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
     except ARCHIVE_ERRORS as error:

@@ -17,9 +17,9 @@ class ProgressCounter:
     """
 
     def __init__(self, memory: SharedMemory) -> None:
-        """Take over `memory`; use `create` or `attach`."""
+        """Take over `memory`; use `create` or `attach`. OSError if it cannot be mapped, and the memory is closed."""
         self._memory = memory
-        self._words = memory.view.cast("Q")
+        self._words = memory.map_or_close().cast("Q")
 
     @classmethod
     def create(cls) -> Self:

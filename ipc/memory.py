@@ -102,6 +102,14 @@ class SharedMemory:
             self._view = memoryview(self._map)
         return self._view
 
+    def map_or_close(self) -> memoryview:
+        """`view`, for who takes the memory over: if it cannot be mapped, it is closed, and OSError raised."""
+        try:
+            return self.view
+        except OSError:
+            self.close()
+            raise
+
     def close(self) -> None:
         if self._fd < 0:
             return

@@ -105,5 +105,9 @@ def attach_payload(slots: int, slot_bytes: int, fds: list[int], device: int | No
     size = payload_bytes(slots, slot_bytes)
     memory = SharedMemory.attach(fd, size) if device is None else DeviceMemory.attach(fd, device, size)
     payload = MappedPayload(memory, slot_bytes)
-    payload.view(0)
+    try:
+        payload.view(0)
+    except OSError:
+        payload.close()
+        raise
     return payload

@@ -86,10 +86,10 @@ class SlotTable:
     """The mapped table. Resource handling: owns the memory; `attach` duplicates the descriptor it is given."""
 
     def __init__(self, memory: SharedMemory, slots: int) -> None:
-        """Take over `memory`; use `create` or `attach`."""
+        """Take over `memory`; use `create` or `attach`. OSError if it cannot be mapped, and the memory is closed."""
         self._memory = memory
-        self._bytes = memory.view
-        self._words = memory.view.cast("Q")
+        self._bytes = memory.map_or_close()
+        self._words = self._bytes.cast("Q")
         self.slots = slots
         self._state_words = [_word(slot, _STATE) for slot in range(slots)]
 

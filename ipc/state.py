@@ -89,13 +89,14 @@ class StateSlots:
         """
         if slots < 1 or slot_bytes < 1:
             raise ValueError(f"state slots: got {slots} of {slot_bytes} bytes, expected at least 1 of 1")
+        spec = StateSpec(slots=slots, slot_bytes=slot_bytes, shared=shared, device=None if on is None else on.device)
         with contextlib.ExitStack() as undo:
             headers = SharedMemory.create("state-headers", (slots + 1) * PAGE_BYTES)
             undo.callback(headers.close)
             payload = make_payload("state", 2 * slots, _half_bytes(slot_bytes), on)
+            undo.callback(payload.close)
+            states = cls(spec, headers, payload)
             undo.pop_all()
-        device = None if on is None else on.device
-        states = cls(StateSpec(slots=slots, slot_bytes=slot_bytes, shared=shared, device=device), headers, payload)
         states._words[_SLOTS] = slots
         states._words[_SLOT_BYTES] = slot_bytes
         states._words[_MAGIC_WORD] = _MAGIC

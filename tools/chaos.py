@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine import AsyncClient, Supervisor, SystemParams, UserParams
-from engine.crew import resolve_device
+from engine.devices import resolve_device
 from ipc.messages import Seat
 from tools.full_size_setup import gpu_memory_used
 from tools.load import (

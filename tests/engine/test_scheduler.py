@@ -419,6 +419,30 @@ def test_a_task_is_left_to_the_freer_dit() -> None:
     ]  # fmt: skip
 
 
+def test_a_task_stays_with_its_dit_while_another_is_idle() -> None:
+    """A task has begun at one dit, and a shorter one goes before it there; the other dit loses its task and idles. The
+    first task waits until the shorter one is denoised, and for nobody who comes meanwhile: that is the idle dit's. But
+    when its dit dies, it goes to the other."""
+    s = two_dits("a", "c", states=4)
+    s.submit(task("b", denoise=2))
+    s.ended("b", "text")
+    assert s.ended("a", "denoise", 0)[1:] == [Grant("dit", "b", "denoise", 0)]
+    assert s.ended("a", "denoise", 1) == [Grant("dit", "b", "denoise", 1)]
+    s.tell(CancelAsked("c", CANCELLED))
+    s.ended("c", "denoise", 0, "dit:1", dropped=True)
+    s.ended("c", "denoise", 1, "dit:1", dropped=True)
+    s.submit(task("d", denoise=2))
+    assert s.ended("d", "text")[1:] == [
+        BeginTask("dit:1", "d"), Grant("dit:1", "d", "denoise", 0), Grant("dit:1", "d", "denoise", 1),
+    ]  # fmt: skip
+    assert s.ended("b", "denoise", 0) == [Grant("dit", "a", "denoise", 2)]
+    s.tell(CancelAsked("d", CANCELLED))
+    s.ended("d", "denoise", 0, "dit:1", dropped=True)
+    s.ended("d", "denoise", 1, "dit:1", dropped=True)
+    moved = s.lost("dit")
+    assert BeginTask("dit:1", "a") in moved and Grant("dit:1", "a", "denoise", 2) in moved
+
+
 def test_a_dit_that_dies_while_it_drops_is_purged() -> None:
     """The task was cancelled; the dit that had it dies before it has dropped it: its slots are freed in its place."""
     s = two_dits("a")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from engine import Supervisor, SystemParams, UserParams, crew
-from engine.crew import resolve_devices
+from engine import Supervisor, SystemParams, UserParams, devices
+from engine.devices import resolve_devices
 from engine.memory import ROUTES, EngineMemory, capacity, slot_sizes
 from engine.models import CONFIGS, load_model, read_yaml
 from ipc.errors import BadConfig
@@ -165,7 +165,7 @@ async def test_a_dit_that_dies_while_it_loads_is_replaced_by_its_sibling(tmp_pat
 )
 def test_devices_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], says: str) -> None:
     """On a machine with two GPUs: `BadConfig` says what to change."""
-    monkeypatch.setattr(crew, "_cuda_devices", lambda: 2)
+    monkeypatch.setattr(devices, "_cuda_devices", lambda: 2)
     with pytest.raises(BadConfig, match=says):
         resolve_devices(SystemParams(**fields))
 
@@ -173,7 +173,7 @@ def test_devices_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, fields
 def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text and vae are on `device`, which is the first of the dits' if nothing is said; without `dit_devices` there is
     one dit, on `device`."""
-    monkeypatch.setattr(crew, "_cuda_devices", lambda: 2)
+    monkeypatch.setattr(devices, "_cuda_devices", lambda: 2)
     assert resolve_devices(SystemParams()) == ("cuda:0", ("cuda:0",))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1", "cuda:0"))) == ("cuda:1", ("cuda:1", "cuda:0"))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1",), device="cuda:0")) == ("cuda:0", ("cuda:1",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -153,6 +154,59 @@ def test_what_torch_reads_whole_is_limited(
     for read in (check_archive, read_pth):
         with pytest.raises(BadCheckpoint, match=rf"^vae: x\.pth.*{problem}"):
             read(path, "vae: x.pth")
+
+
+def with_directory(path: Path, offset: int, size: int, *, located: int | None = None, comment: bytes = b"") -> Path:
+    """A sparse file whose end says that its directory is there, and the ZIP64 record behind it or at `located`."""
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size, offset)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + size if located is None else located, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 0xFFFFFFFF, 0xFFFFFFFF, len(comment))
+    with path.open("wb") as file:
+        file.seek(offset + size)
+        file.write(end64 + locator + end + comment)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("directory", "problem"),
+    [
+        ({"offset": 0, "size": 64 << 30}, "its directory has 68719476736 bytes, expected at most 4194304"),
+        ({"offset": 64 << 30, "size": 1 << 20, "located": 4096}, "its ZIP64 record is not where it says, at 4096"),
+        ({"offset": 0, "size": 1 << 20, "comment": b"64 GiB"}, "it does not end with the record that ends"),
+    ],
+    ids=["huge", "elsewhere", "commented"],
+)
+def test_a_directory_is_measured_before_it_is_read(tmp_path: Path, directory: dict[str, Any], problem: str) -> None:
+    """A sparse file that says it has a directory of 64 GiB, or that torch and zipfile would look for it in different
+    places: refused by a process that cannot have more than 1 GiB beyond what it has."""
+    path = with_directory(tmp_path / "x.pth", **directory)
+    assert path.stat().st_blocks <= 16
+    script = (
+        "import resource, sys; from pathlib import Path; from hotreload.tables import check_archive\n"
+        "from ipc.errors import BadCheckpoint\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n"
+        "try: check_archive(Path(sys.argv[1]), 'x')\n"
+        "except BadCheckpoint as error: print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60)
+    assert problem in ran.stdout, ran.stderr
+    with pytest.raises(BadCheckpoint, match=problem):
+        read_pth(path, "x")
+
+
+def test_a_directory_that_is_not_where_it_says_is_refused(tmp_path: Path) -> None:
+    """Something before the archive: zipfile reckons with that, torch does not."""
+    path = save(tmp_path / "x.pth", TENSORS)
+    path.write_bytes(bytes(4096) + path.read_bytes())
+    with pytest.raises(BadCheckpoint, match="its ZIP64 record is not where it says"):
+        read_pth(path, "x")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"")
+    path.write_bytes(bytes(4096) + path.read_bytes())
+    assert zipfile.ZipFile(path).namelist() == ["x/data.pkl"]
+    with pytest.raises(BadCheckpoint, match=r"its directory is not where it says: \d+ bytes at \d+ of \d+"):
+        read_pth(path, "x")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""What the crew knows of each seat, and of the seats together: which share a process, which are siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import msgspec
+
+from engine.process import StageProcess, resident_bytes
+from ipc.errors import Failure
+from ipc.messages import LoadProgress, Seat, StageStatus, stage_of
+
+StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
+
+
+class Post(msgspec.Struct, eq=False):
+    """One seat."""
+
+    name: Seat
+    device: str | None
+    state: StageState = "stopped"
+    process: StageProcess | None = None
+    restarts: int = -1
+    quanta: int = 0
+    busy_seconds: float = 0.0
+    error: Failure | None = None
+    loading: LoadProgress | None = None
+    """What its process reads, until it is up."""
+
+    def has(self, component: str, content: str) -> bool:
+        """Its process has this version of weights, and is up."""
+        return self.process is not None and self.state == "up" and (component, content) in self.process.knows
+
+    def status(self) -> StageStatus:
+        return StageStatus(
+            name=self.name, state=self.state, pid=self.process.pid if self.process else None,
+            device=self.device or "-", epoch=self.process.epoch if self.process else 0,
+            restarts=max(0, self.restarts),
+            resident_bytes=resident_bytes(self.process.pid) if self.process else 0,
+            busy_seconds=self.busy_seconds, quanta=self.quanta, loading=self.loading,
+        )  # fmt: skip
+
+
+class Posts:
+    """All seats of one engine, in the order of the stages."""
+
+    def __init__(self, devices: Mapping[Seat, str | None], fused: bool) -> None:
+        """`fused`: one process has all seats; else each has its own."""
+        self._posts = {seat: Post(seat, device) for seat, device in devices.items()}
+        self.groups: list[tuple[Seat, ...]] = [tuple(devices)] if fused else [(seat,) for seat in devices]
+        """Seats that share a process."""
+
+    def __iter__(self) -> Iterator[Post]:
+        return iter(self._posts.values())
+
+    def __getitem__(self, seat: Seat) -> Post:
+        return self._posts[seat]
+
+    def of(self, seats: tuple[Seat, ...]) -> list[Post]:
+        return [self._posts[seat] for seat in seats]
+
+    def group_of(self, seat: Seat) -> tuple[Seat, ...]:
+        return next(group for group in self.groups if seat in group)
+
+    def device_of(self, seats: tuple[Seat, ...]) -> str:
+        """Where the process of these seats has its weights."""
+        return next((post.device for post in self.of(seats) if post.device is not None), "-")
+
+    def processes(self) -> list[StageProcess]:
+        """Each once, however many seats it has."""
+        return list({p.process.epoch: p.process for p in self if p.process is not None}.values())
+
+    def siblings(self, seat: Seat) -> list[Post]:
+        """The seats that are the same stage, this one too."""
+        return [post for post in self if stage_of(post.name) == stage_of(seat)]
+
+    def waited_for(self) -> list[Post]:
+        """Those that must be up before the engine is: all but FAILED ones that have a sibling which is not."""
+        return [post for post in self if post.error is None or not self._is_done_without(post)]
+
+    def _is_done_without(self, post: Post) -> bool:
+        return any(other.error is None for other in self.siblings(post.name))
+
+    def is_loading_for(self, seats: tuple[Seat, ...]) -> bool:
+        """A sibling on the same device is coming up, and places the weights that these seats have too."""
+        device = self.device_of(seats)
+        return any(
+            post.process is not None and not post.process.ready and post.device == device
+            for post in self.siblings(seats[0])
+        )
+
+    def settled(self) -> bool:
+        """Each is up or given up, and not all are given up: no process is starting."""
+        states = {post.state for post in self}
+        return "up" in states and states <= {"up", "failed"}
