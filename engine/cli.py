@@ -154,7 +154,9 @@ def status(
 
 @app.command()
 def reload(
-    checkpoint: Annotated[Path, typer.Option(help="Directory of the new weights, in any layout that serve takes.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Directory of new weights, in any layout that serve takes.")
+    ] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(help="transformer, transformer_2, vae, text_encoder or image_encoder; again for each [all]."),
@@ -171,17 +173,29 @@ def reload(
         typer.Option(help="JSON of a request to try first: {params: {...}, reference: VIDEO, psnr: 30}."),
     ] = None,
     manifest: Annotated[Path | None, typer.Option(help="SHA-256 of every file, as sha256sum writes it.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and verify only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and verify the weights only.")] = False,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="text, dit, vae or writer: a new process with the code now on disk; again for each."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="New processes for all stages.")] = False,
     socket: Socket = None,
     as_json: Json = False,
 ) -> None:
-    """Serve other weights from now on, without a restart and without failing a request."""
+    """Serve other weights, or run the code now on disk, without a restart and without failing a request."""
     from engine.client import Client
-    from engine.display import print_reloaded
-    from engine.operator import read_canary, read_when
+    from engine.display import print_reloaded, print_replaced
+    from engine.operator import read_canary, read_stages, read_when
 
+    client = Client(socket)
+    if (checkpoint is not None) + bool(stage or every) != 1:
+        raise BadConfig("say what to reload: --checkpoint DIR for weights, or --stage NAME or --all for processes")
+    if checkpoint is None:
+        replaced = client.replace_stages(read_stages(() if every else stage or ()))
+        _print_json(replaced) if as_json else print_replaced(replaced)
+        return
     tried = None if canary is None else read_canary(canary)
-    done = Client(socket).reload(checkpoint, component or (), read_when(when), tried, manifest, dry_run)
+    done = client.reload(checkpoint, component or (), read_when(when), tried, manifest, dry_run)
     _print_json(done) if as_json else print_reloaded(done)
 
 

@@ -36,8 +36,11 @@ from ipc.messages import (
     Progress,
     Reload,
     Reloaded,
+    Replaced,
+    ReplaceStages,
     Rollback,
     Shutdown,
+    StageName,
     Status,
     Submit,
     Subscribe,
@@ -149,6 +152,12 @@ class Client:
         asked = _reload(checkpoint, components, when, canary, manifest, dry_run)
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(asked, Reloaded, self._deadlines.reload)
+
+    def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
+        """Have new processes, with the code now on disk, take the places of these stages' (none: of all). Returns when
+        they serve; if it raises, the one that it was about goes on."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
 
     def rollback(self, when: When = "drain") -> Reloaded:
         """Have new tasks get the weights that were served before the last reload."""
@@ -263,6 +272,12 @@ class AsyncClient:
         asked = _reload(checkpoint, components, when, canary, manifest, dry_run)
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(asked, Reloaded, self._deadlines.reload)
+
+    async def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
+        """Have new processes, with the code now on disk, take the places of these stages' (none: of all). Returns when
+        they serve; if it raises, the one that it was about goes on."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
 
     async def rollback(self, when: When = "drain") -> Reloaded:
         """Have new tasks get the weights that were served before the last reload."""

@@ -15,6 +15,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
+import msgspec
+
 from engine.checkpoint import file_bytes
 from engine.devices import compute_threads, compute_tokens, devices_of_seats
 from engine.memory import DECODE_LATENTS, EngineMemory
@@ -23,6 +25,7 @@ from engine.params import ModelParams, SystemParams
 from engine.posts import Posts
 from engine.process import Body, StageProcess, encode_start
 from engine.spare import Spare
+from engine.successor import successor
 from engine.weights import Versions, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -44,8 +47,11 @@ from ipc.messages import (
     QuantumDropped,
     QuantumFailed,
     Ready,
+    Rehearse,
+    Replaced,
     Run,
     Seat,
+    StageName,
     StageStatus,
     Start,
     StartFailed,
@@ -72,7 +78,7 @@ class Owner(Protocol):
     """Who hears of the crew: the supervisor."""
 
     def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None: ...
-    def handle_lost(self, epoch: int, seat: Seat, outside: bool) -> None: ...
+    def handle_lost(self, epoch: int, seat: Seat, outside: bool, asked: bool) -> None: ...
     def handle_gone(self, seat: Seat, error: Failure) -> None: ...
 
 
@@ -114,6 +120,9 @@ class Crew:
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._refused: dict[tuple[str, str], Failure] = {}
         """Versions of weights that a process could not map, and why."""
+        self._successors: dict[tuple[Seat, ...], Body] = {}
+        """Processes that have proved themselves, and take over when their predecessor has left."""
+        self._replacing = asyncio.Lock()
         self._held_back: list[tuple[Seat, ...]] = []
         """To be started when what they would read is placed."""
         self._stopping = False
@@ -147,12 +156,12 @@ class Crew:
         fds = self._fds(seats)
         start = encode_start(self._start_message(seats), fds)
         try:
-            body = self._spare.take() or Body()
+            body = self._successor_of(seats) or self._spare.take() or Body()
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
             for seat in seats:
-                self._owner.handle_lost(self._epoch, seat, False)
+                self._owner.handle_lost(self._epoch, seat, False, False)
             return
         process.knows = {(version.component, version.content) for version, _ in self._placed_for(seats)}
         for post in self._posts.of(seats):
@@ -205,6 +214,8 @@ class Crew:
         self._stopping = True
         self._watcher.cancel()
         self._spare.end()
+        while self._successors:
+            self._successors.popitem()[1].end()
         for handle in self._pending.values():
             handle.cancel()
         processes = self._posts.processes()
@@ -248,6 +259,50 @@ class Crew:
         post = self._posts[seat]
         if post.process is not None:
             post.process.send_run(run)
+
+    async def replace(self, stages: Sequence[StageName]) -> Replaced:
+        """New processes in the places of these stages' (none: of all), one after the other. Each first proves itself
+        beside its predecessor, which then leaves after the quantum in hand. Raises `StageFailed` for the first that is
+        not fit; its predecessor goes on, and so do the replaced ones."""
+        pids: dict[str, int] = {}
+        seconds: dict[str, float] = {}
+        async with self._replacing:
+            for seats in self.groups:
+                if stages and not {stage_of(seat) for seat in seats} & set(stages):
+                    continue
+                taken = await self._replace(seats)
+                for post in self._posts.of(seats):
+                    assert post.process is not None, f"{post.name} is up"
+                    pids[post.name], seconds[post.name] = post.process.pid, taken
+            self._spare.end()
+            self._keep_spare()
+        return Replaced(pids=pids, seconds=seconds)
+
+    async def _replace(self, seats: tuple[Seat, ...]) -> float:
+        """Seconds from the end of the old process until the new one was ready."""
+        fds = [fd for _, fd in self._placed_for(seats)]
+        start = msgspec.structs.replace(self._start_message(seats), queues=[], state=None)
+        if not start.outliving:
+            start = msgspec.structs.replace(start, stages=[])  # the weights do not fit twice: only its code is tried
+        body = await successor(Rehearse(start=start), fds, self._params.start_deadline)
+        if self._stopping:
+            body.end()
+            raise StageFailed("the engine is stopping")
+        self._successors[seats] = body
+        for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
+            process.leaving = True
+            process.send(Stop())
+            await process.exited.wait()
+        left = self._loop.time()
+        await self.ready(lambda loading: None)
+        return self._loop.time() - left
+
+    def _successor_of(self, seats: tuple[Seat, ...]) -> Body | None:
+        body = self._successors.pop(seats, None)
+        if body is None or body.lives():
+            return body
+        body.end()
+        return None
 
     async def adopt(self, component: str, content: str) -> None:
         """Have every process that computes with this component map a version that is placed on its device.
@@ -345,7 +400,7 @@ class Crew:
                 post.state = "failed"
                 self._owner.handle_gone(post.name, post.error)
             else:
-                self._owner.handle_lost(process.epoch, post.name, process.outside)
+                self._owner.handle_lost(process.epoch, post.name, process.outside, process.leaving)
         self._start_held_back()
         self._notify()
 

@@ -25,6 +25,7 @@ from ipc.messages import (
     LoadProgress,
     Progress,
     Reloaded,
+    Replaced,
     StageStatus,
     TaskInfo,
     VersionInfo,
@@ -410,6 +411,12 @@ def print_reloaded(done: Reloaded) -> None:
         print(f"{size(done.bytes)} read and verified in {done.seconds:.1f} s")
     if done.running:
         print(f"requests that finish on what was served before: {done.running}")
+
+
+def print_replaced(done: Replaced) -> None:
+    """`engine reload --stage`."""
+    for seat, pid in done.pids.items():
+        print(f"{seat}: process {pid}, ready {done.seconds[seat]:.2f} s after its predecessor had left")
 
 
 def print_versions(found: Sequence[VersionInfo]) -> None:

@@ -61,11 +61,13 @@ class StageLost(msgspec.Struct, frozen=True):
     supervisor has given back the queue slots it was writing or reading. Whatever was granted to it and not reported
     will never be.
 
-    `outside`: it was killed by somebody, not by its own doing, by lack of memory, or by the engine because it hung."""
+    `outside`: it was killed by somebody, not by its own doing, by lack of memory, or by the engine because it hung.
+    `asked`: it left because another process takes its place."""
 
     stage: Seat
     epoch: int
     outside: bool = False
+    asked: bool = False
 
 
 class StageGone(msgspec.Struct, frozen=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import msgspec
 
@@ -11,7 +12,7 @@ from engine.client import absolute_params
 from engine.decode import decode_strictly
 from engine.params import UserParams
 from ipc.errors import BadConfig, BadRequest
-from ipc.messages import Canary, When
+from ipc.messages import Canary, StageName, When
 
 
 class CanaryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +36,16 @@ def read_canary(file: Path) -> Canary:
 
 def read_when(text: str) -> When:
     """`BadConfig` for what is none."""
-    for when in get_args(When):
-        if text == when:
-            return when  # type: ignore[no-any-return]
-    raise BadConfig(f"--when is {text!r}; it must be {', '.join(get_args(When))}")
+    if text not in get_args(When):
+        raise BadConfig(f"--when is {text!r}; it must be {', '.join(get_args(When))}")
+    return cast(When, text)
+
+
+def read_stages(names: Iterable[str]) -> list[StageName]:
+    """`BadConfig` for a name that is none."""
+    stages: list[StageName] = []
+    for name in names:
+        if name not in get_args(StageName):
+            raise BadConfig(f"--stage is {name!r}; it must be {', '.join(get_args(StageName))}")
+        stages.append(cast(StageName, name))
+    return stages

@@ -119,6 +119,8 @@ class StageProcess:
         self.counter, self._popen, self._channel = body.counter, body.popen, body.channel
         self._pidfd = body.pidfd
         self.pid = self._popen.pid
+        self.leaving = False
+        """It was asked to leave, for another to take its place."""
         self.outside = False
         """Once it has ended: somebody else killed it, and not for lack of memory."""
         self._killed = False

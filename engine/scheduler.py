@@ -191,10 +191,11 @@ class Scheduler:
         came_up = self._stages[event.stage].up
         blamed = {stage.outstanding[0].task: stage.outstanding[0] for stage in lost if stage.outstanding}
         self._lose(lost, event.epoch)
-        for quantum in blamed.values():
-            self._blame(quantum, event.outside)
+        if not event.asked:
+            for quantum in blamed.values():
+                self._blame(quantum, event.outside)
         for stage in lost:
-            delay = stage.restart_delay(now, event.outside, came_up)
+            delay = stage.restart_delay(now, event.outside or event.asked, came_up)
             if delay is not None:
                 self._actions.append(Restart(stage.name, delay))
             else:

@@ -44,6 +44,7 @@ from ipc.messages import (
     Ok,
     Refused,
     Reload,
+    ReplaceStages,
     Rollback,
     Shutdown,
     Status,
@@ -238,6 +239,10 @@ class Session:
                 self._check_owner("change what it serves")
                 log.info("process %d asked for a reload of %s", self._pid, message.checkpoint)
                 return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
+            case ReplaceStages(ref=ref, stages=stages):
+                self._check_owner("replace its processes")
+                log.info("process %d asked for new processes of %s", self._pid, ", ".join(stages) or "all stages")
+                return msgspec.structs.replace(await self._supervisor.replace_stages(stages), ref=ref)
             case Rollback(ref=ref, when=when):
                 self._check_owner("change what it serves")
                 return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)

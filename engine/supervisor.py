@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,8 +89,10 @@ from ipc.messages import (
     Ready,
     Reload,
     Reloaded,
+    Replaced,
     Run,
     Seat,
+    StageName,
     TaskEvent,
     TaskInfo,
     VersionInfo,
@@ -340,6 +342,14 @@ class Supervisor:
         await self.ready()
         return await self._reloader.reload(asked)
 
+    async def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
+        """Put new processes, with the code now on disk, in the places of these stages' (of all, if none is named), one
+        after the other. Requests in hand go on at their next step. Raises `StageFailed` for a process that cannot take
+        over: its predecessor goes on."""
+        self._check_open()
+        await self.ready()
+        return await self._crew.replace(stages)
+
     async def rollback(self, when: When = "drain") -> Reloaded:
         """Give new tasks the versions that were served before the last reload. `NotFound` if there are none."""
         self._check_open()
@@ -514,9 +524,9 @@ class Supervisor:
             case Ready():
                 self._dispatch(StageUp(seat, epoch))
 
-    def handle_lost(self, epoch: int, seat: Seat, outside: bool) -> None:
+    def handle_lost(self, epoch: int, seat: Seat, outside: bool, asked: bool) -> None:
         """The process at a seat is dead, reaped, and its slots are given back."""
-        self._dispatch(StageLost(seat, epoch, outside))
+        self._dispatch(StageLost(seat, epoch, outside, asked))
 
     def handle_gone(self, seat: Seat, error: Failure) -> None:
         """The process at a seat cannot be started."""

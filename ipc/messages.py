@@ -132,6 +132,13 @@ class Reload(ClientMessage, frozen=True, tag="reload", kw_only=True):
     """Read and verify, then forget it."""
 
 
+class ReplaceStages(ClientMessage, frozen=True, tag="replace_stages", kw_only=True):
+    """Owner only. Put new processes, with the code that is now on disk, in the places of these stages' (none: of all);
+    answered when they serve, or one is not fit and its predecessor goes on."""
+
+    stages: list[StageName] = []
+
+
 class Rollback(ClientMessage, frozen=True, tag="rollback", kw_only=True):
     """Owner only. Serve what was served before the last reload."""
 
@@ -143,7 +150,17 @@ class ListVersions(ClientMessage, frozen=True, tag="versions", kw_only=True):
 
 
 AnyClientMessage = (
-    Hello | Submit | Cancel | Subscribe | ListTasks | GetStatus | Shutdown | Reload | Rollback | ListVersions
+    Hello
+    | Submit
+    | Cancel
+    | Subscribe
+    | ListTasks
+    | GetStatus
+    | Shutdown
+    | Reload
+    | ReplaceStages
+    | Rollback
+    | ListVersions
 )
 
 
@@ -233,12 +250,19 @@ class Reloaded(ServerMessage, frozen=True, tag="reloaded", kw_only=True):
     dry_run: bool = False
 
 
+class Replaced(ServerMessage, frozen=True, tag="replaced", kw_only=True):
+    """`pids`: of the new processes, by seat. `seconds`: from the end of the old process until the new one was ready."""
+
+    pids: dict[str, int]
+    seconds: dict[str, float]
+
+
 class VersionList(ServerMessage, frozen=True, tag="version_list", kw_only=True):
     versions: list[VersionInfo]
 
 
 AnyServerMessage = (
-    Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed | Reloaded | VersionList
+    Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed | Reloaded | Replaced | VersionList
 )
 TaskEvent = Progress | Done | Failed
 
@@ -470,6 +494,14 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """Weights that are read go to memory that outlives the process; False where the GPU's driver has none."""
 
 
+class Rehearse(StageProcessMessage, frozen=True, tag="rehearse", kw_only=True):
+    """To a process that is to take the place of another, which goes on meanwhile: build the stages of `start`, which
+    has no queues and no state, compute something small with each, forget it all, and wait for the real `Start`.
+    `Rehearsed` answers. Descriptors: one of each placed component."""
+
+    start: Start
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A request with nothing left to decide. Sizes in pixels and frames; `init` is a path the server has resolved."""
 
@@ -565,7 +597,7 @@ class Forget(StageProcessMessage, frozen=True, tag="forget", kw_only=True):
     content: str
 
 
-AnyStageProcessMessage = Prepare | Start | Begin | Run | Drop | Adopt | Forget | Stop
+AnyStageProcessMessage = Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | Stop
 
 
 # Stage process -> supervisor.
@@ -646,8 +678,23 @@ class Adopted(StageReport, frozen=True, tag="adopted", kw_only=True):
     error: Failure | None = None
 
 
+class Rehearsed(StageReport, frozen=True, tag="rehearsed", kw_only=True):
+    """The process could take over, or `error` says why not."""
+
+    error: Failure | None = None
+
+
 AnyStageReport = (
-    Loading | Placed | Ready | StartFailed | QuantumDone | QuantumFailed | QuantumDropped | Dropped | Adopted
+    Loading
+    | Placed
+    | Ready
+    | StartFailed
+    | QuantumDone
+    | QuantumFailed
+    | QuantumDropped
+    | Dropped
+    | Adopted
+    | Rehearsed
 )
 
 

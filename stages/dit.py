@@ -145,6 +145,23 @@ class DitStage:
         self._links.inputs["init_latents"].release(identity)
         self._states.release(identity)
 
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        config = self._start.transformer
+        frames, height, width = size = tuple(2 * patch for patch in config.patch_size)
+        extra = config.in_channels - config.out_channels
+        image = ImageLatents(channels=torch.zeros(extra, *size, device=self._device)) if extra else NO_IMAGE
+        rows = torch.zeros(1, config.text_len, config.text_dim, device=self._device)
+        tokens = None
+        for network in self._experts:
+            model = network.module
+            if (images := self._start.image_encoder) is not None:
+                tokens = model.encode_image(torch.zeros(1, images.tokens, images.hidden_size, device=self._device))
+            context = Context(model.encode_prompt(rows), None, model.rope(frames, height, width), tokens)
+            latents = torch.zeros(config.out_channels, *size, device=self._device)
+            if not bool(torch.isfinite(predict(model, latents, 500, context, 1.0, image)).all()):
+                raise NumericalError("a rehearsed step gave values that are not finite; check the weights")
+
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(task.bytes for task in self._tasks.values()))
 

@@ -83,6 +83,9 @@ class Stage(Protocol):
     def drop(self, identity: str) -> None:
         """Forget the task, free its input slots. Of a task that it does not know, too."""
 
+    def rehearse(self) -> None:
+        """Compute something small, without queues; raises what a quantum would."""
+
     def state(self) -> StageState: ...
 
 

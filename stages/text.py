@@ -99,6 +99,10 @@ class TextStage:
     def drop(self, identity: str) -> None:
         self._jobs.pop(identity, None)
 
+    def rehearse(self) -> None:
+        with torch.inference_mode():
+            self._encoded(self._encoder.module, tuple(prompt_ids(self._tokenizer, "a video", self._length)))
+
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(rows.nbytes for rows in self._kept.values()))
 
@@ -108,10 +112,14 @@ class TextStage:
         key = (self._encoder.content, ids)
         rows = self._kept.pop(key, None)
         if rows is None:
-            rows = encode(encoder, list(ids)).cpu()
-            if not bool(torch.isfinite(rows).all()):
-                raise NumericalError("the text encoder gave values that are not finite; check its weights")
+            rows = self._encoded(encoder, ids)
         self._kept[key] = rows
         if len(self._kept) > KEPT_PROMPTS:
             self._kept.popitem(last=False)
+        return rows
+
+    def _encoded(self, encoder: UMT5EncoderModel, ids: tuple[int, ...]) -> Tensor:
+        rows = encode(encoder, list(ids)).cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise NumericalError("the text encoder gave values that are not finite; check its weights")
         return rows

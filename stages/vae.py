@@ -94,6 +94,12 @@ class VaeStage:
         self._jobs.pop(identity, None)
         self._links.inputs["latents"].release(identity)
 
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        vae = self._vae.module
+        latents = torch.zeros(1, vae.config.z_dim, 1, 4, 4, device=self._device)
+        check_finite(vae.decode_chunk(latents, {}), "a rehearsed chunk has", "the VAE")
+
     def state(self) -> StageState:
         held = sum(t.nbytes for decoding in self._decodings.values() for t in decoding.cache.values())
         return StageState(frozenset(self._jobs), held)

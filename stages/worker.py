@@ -50,6 +50,8 @@ from ipc.messages import (
     QuantumDropped,
     QuantumFailed,
     Ready,
+    Rehearse,
+    Rehearsed,
     Run,
     StageName,
     Start,
@@ -170,7 +172,7 @@ class Worker:
                 self._network(component).forget(content)
             case Stop():
                 self._stopping = True
-            case Prepare() | Start():
+            case Prepare() | Rehearse() | Start():
                 raise AssertionError("a process is started once")
         close_fds(received.fds)
 
@@ -366,6 +368,22 @@ def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
     return {name: load_stage(name, start, links) for name in start.stages}
 
 
+def rehearse(start: Start, fds: list[int]) -> Failure | None:
+    """Become what `start` says, compute something small as each stage, and forget it; why that cannot be."""
+    try:
+        links = attach_links(start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None)
+        for stage in load_stages(start, links).values():
+            stage.rehearse()
+    except Exception as error:
+        if isinstance(error, EngineError):
+            return to_failure(error)
+        traceback.print_exception(error)
+        return Failure(StageFailed.code, summary(error))
+    finally:
+        close_fds(fds)
+    return None
+
+
 def ready(start: Start, stages: Mapping[StageName, Stage], seconds: float) -> Ready:
     weights = {name: digest for stage in stages.values() for name, digest in stage.weights.items()}
     versions = {name: version for stage in stages.values() for name, version in stage.versions.items()}
@@ -394,10 +412,15 @@ def _exit_with(pidfd: int) -> None:
 def run(channel: Channel[AnyStageProcessMessage]) -> int:
     """The life of the process; returns its exit code."""
     start, fds = channel.receive(START_TIMEOUT)
-    assert isinstance(start, Prepare | Start), f"got {type(start).__name__}, expected Prepare or Start"
-    watch_supervisor(start.supervisor_pid)
+    assert isinstance(start, Prepare | Rehearse | Start), f"got {type(start).__name__} as the first message"
+    if isinstance(start, Rehearse):
+        watch_supervisor(start.start.supervisor_pid)
+        channel.send(Rehearsed(error=rehearse(start.start, fds)), timeout=SEND_TIMEOUT)
+    else:
+        watch_supervisor(start.supervisor_pid)
     if isinstance(start, Prepare):
         prepare(start.device)
+    if not isinstance(start, Start):
         start, fds = channel.receive(None)
         assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
     began = time.perf_counter()

@@ -43,7 +43,7 @@ class WriterStage:
     """
 
     def __init__(self, links: Links) -> None:
-        self._frames = links.inputs["frames"]
+        self._links = links
         self._jobs: dict[str, Job] = {}
         self._videos: dict[str, Video] = {}
         self._refused: dict[str, str] = {}
@@ -87,7 +87,7 @@ class WriterStage:
 
     def _write(self, video: Video, job: Job, run: Run) -> dict[str, Any] | None:
         assert video.chunks == run.index, f"got chunk {run.index} after {video.chunks} chunks"
-        slot = self._frames.take(run.id, run.index, QUEUE_TIMEOUT)
+        slot = self._links.inputs["frames"].take(run.id, run.index, QUEUE_TIMEOUT)
         assert isinstance(slot.view, memoryview), "frames travel in host memory"
         video.add(np.frombuffer(slot.view, np.uint8).reshape(slot.shape))
         slot.release()
@@ -99,13 +99,16 @@ class WriterStage:
         return metadata
 
     def drop(self, identity: str) -> None:
-        self._frames.release(identity)
+        self._links.inputs["frames"].release(identity)
         self._forget(identity)
         job = self._jobs.pop(identity, None)
         # A file system that refuses to remove what a dead process left there must not end this one.
         if job is not None:
             with contextlib.suppress(OSError), Directory(os.path.dirname(job.output)) as directory:
                 clean(directory, job)
+
+    def rehearse(self) -> None:
+        av.codec.CodecContext.create(CODEC, "w")
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))
