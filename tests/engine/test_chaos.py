@@ -34,6 +34,7 @@ async def test_thirty_kills_with_three_dits(tmp_path: Path) -> None:
     assert sum(tally.faults.values()) == 30
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_hangs(tmp_path: Path) -> None:
     """SIGSTOP of a random stage, 20 times: each is found by its progress counter and replaced, frames are the same."""
@@ -42,6 +43,7 @@ async def test_twenty_hangs(tmp_path: Path) -> None:
     assert sum(tally.faults.values()) == 20
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
     """SIGKILL of `engine serve` at a random moment, 20 times: stages leave within 5 s, and after a restart what was
@@ -51,6 +53,7 @@ async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
     assert tally.requests == 60
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_a_thousand_requests_leave_nothing(tmp_path: Path) -> None:
     """1,000 requests and 50 restarts: descriptors, threads, children and memfds as before, resident memory within 1 KiB
