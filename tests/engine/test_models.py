@@ -173,7 +173,7 @@ async def test_a_stage_that_stops_while_it_loads_is_replaced() -> None:
         pid = next(stage.pid for stage in supervisor.status().stages if stage.name == "writer")
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
-        await asyncio.wait_for(supervisor.ready(), 60)
+        await asyncio.wait_for(supervisor.ready(), 150)
         assert next(stage.pid for stage in supervisor.status().stages if stage.name == "writer") != pid
 
 
