@@ -54,7 +54,6 @@ async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
     assert tally.requests == 60
 
 
-@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_a_thousand_requests_leave_nothing(tmp_path: Path) -> None:
     """1,000 requests and 50 restarts: descriptors, threads, children and memfds as before, resident memory within 1 KiB
