@@ -13,7 +13,7 @@ import pytest
 from engine import Supervisor, SystemParams
 from tools import chaos, load
 
-SECONDS = 900
+SECONDS = 1800
 
 
 @pytest.mark.timeout(SECONDS)
