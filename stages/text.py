@@ -7,16 +7,14 @@ from collections.abc import Mapping
 
 import tokenizers
 import torch
-import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers.models.umt5.modeling_umt5 import UMT5EncoderModel
 
 from ipc.errors import NumericalError
 from ipc.messages import Job, Run, Start
 from ipc.tensors import dtype_of, room_tensor
 from stages.models.blank import blank
-from stages.models.text_encoder import ALIASES, build, encode
+from stages.models.text_encoder import ALIASES, TextEncoder, build, encode
 from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
@@ -32,7 +30,7 @@ class TextStage:
     Error handling: `BadRequest` for a prompt of too many tokens; `NumericalError` for values that are not finite.
     """
 
-    def __init__(self, start: Start, links: Links, tokenizer: Tokenizer, encoder: Network[UMT5EncoderModel]) -> None:
+    def __init__(self, start: Start, links: Links, tokenizer: Tokenizer, encoder: Network[TextEncoder]) -> None:
         self._links = links
         self._length = start.transformer.text_len
         self._tokenizer = tokenizer
@@ -71,7 +69,6 @@ class TextStage:
     def versions(self) -> Mapping[str, str]:
         return {
             "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         }
 

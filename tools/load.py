@@ -112,8 +112,19 @@ class Load:
             await self._progress.wait()
 
     async def one(self, kind: int, path: Path) -> None:
-        """A request done and compared."""
-        await asyncio.wait_for(self.engine.generate(ask(kind, path, self.source)), PATIENCE)
+        """A request done and compared. `Broken` if neither it nor any other is done for `PATIENCE`: on a busy machine a
+        single one may wait for longer, as small ones go first and each fault costs the start of a process."""
+        generating = asyncio.create_task(self.engine.generate(ask(kind, path, self.source)))
+        try:
+            done = -1
+            while not generating.done():
+                if done == self.done:
+                    raise Broken(f"{path.name} of kind {kind}: {done} requests are done, none for {PATIENCE:.0f} s")
+                done = self.done
+                await asyncio.wait([generating], timeout=PATIENCE)
+            await generating
+        finally:
+            generating.cancel()
         await self.compare(kind, path)
 
     async def compare(self, kind: int, path: Path) -> None:

@@ -4,15 +4,16 @@ it has when nobody disturbs it. Long versions: `make chaos`. A failure names its
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 
 import pytest
 
-from engine import SystemParams
-from tools import chaos
+from engine import Supervisor, SystemParams
+from tools import chaos, load
 
-SECONDS = 900
+SECONDS = 1800
 
 
 @pytest.mark.timeout(SECONDS)
@@ -34,6 +35,7 @@ async def test_thirty_kills_with_three_dits(tmp_path: Path) -> None:
     assert sum(tally.faults.values()) == 30
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_hangs(tmp_path: Path) -> None:
     """SIGSTOP of a random stage, 20 times: each is found by its progress counter and replaced, frames are the same."""
@@ -42,6 +44,7 @@ async def test_twenty_hangs(tmp_path: Path) -> None:
     assert sum(tally.faults.values()) == 20
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
     """SIGKILL of `engine serve` at a random moment, 20 times: stages leave within 5 s, and after a restart what was
@@ -65,15 +68,23 @@ async def test_a_thousand_requests_leave_nothing(tmp_path: Path) -> None:
 
 async def test_a_wrong_result_is_found(tmp_path: Path) -> None:
     """A golden hash that belongs to another kind of request: the comparison fails and says which request."""
-    async with chaos.timed(7) as tally:
-        from engine import Supervisor
+    async with chaos.timed(7) as tally, Supervisor(SystemParams(placement="fused")) as supervisor:
+        requests = chaos.Load(supervisor, tmp_path, tally)
+        await requests.calm()
+        requests.golden.reverse()
+        with pytest.raises(chaos.Broken, match="of kind 0 gave"):
+            await requests.one(0, tmp_path / "v.mp4")
 
-        async with Supervisor(SystemParams(placement="fused")) as supervisor:
-            load = chaos.Load(supervisor, tmp_path, tally)
-            await load.calm()
-            load.golden.reverse()
-            with pytest.raises(chaos.Broken, match="of kind 0 gave"):
-                await load.one(0, tmp_path / "v.mp4")
+
+async def test_an_engine_that_is_stuck_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done by a process that is stopped: as long as that is borne, and no longer."""
+    monkeypatch.setattr(load, "PATIENCE", 0.5)
+    async with chaos.timed(7) as tally, Supervisor(SystemParams(placement="fused")) as supervisor:
+        pid = chaos.pid_of(supervisor, "dit")
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(chaos.Broken, match="0 requests are done, none for"):
+            await chaos.Load(supervisor, tmp_path, tally).one(0, tmp_path / "v.mp4")
 
 
 def test_leaks_are_found() -> None:

@@ -19,6 +19,7 @@ from ipc.messages import StageStatus
 Wait = Callable[..., Awaitable[None]]
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_a_stage_that_dies_at_every_start_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait, caplog: pytest.LogCaptureFixture

@@ -22,6 +22,7 @@ from tools.neighbours import check_answers, cost_of_deaf_clients, fill, hostile_
 SECONDS = 6.0
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_hostile_clients_hold_up_nobody_and_cost_little(short_dir: Path) -> None:
     """Beside clients that stop reading, flood, send garbage and hang up, status, list, submit and cancel of others are

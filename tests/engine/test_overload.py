@@ -15,6 +15,7 @@ from tools.load import Broken, timed
 from tools.overload import check_ends, check_refusal, overload, watch_of, watched
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_ten_times_what_the_engine_can_take(short_dir: Path) -> None:
     """Six seconds of it on a queue of six: every look at the status finds all queues within their bounds and the

@@ -19,6 +19,7 @@ from tools.soak import ENOUGH, Soak, check_ends, check_flat, soak
 FLAT = Footprint(fds=40, threads=5, children=1, memfds=20, resident=50 << 20)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_twenty_seconds_of_dying_clients(short_dir: Path) -> None:
     """Clients are killed before, while and after they submit, follow, cancel and come back: every task that was

@@ -17,11 +17,18 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from engine.params import ModelParams
-from ipc.architecture import ImageEncoderConfig, TransformerConfig, VaeConfig
-from stages.models.text_encoder import ALIASES, build as build_text_encoder
+from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from stages.models.text_encoder import ALIASES
 from stages.solvers import Schedule
 
 
@@ -58,7 +65,7 @@ def make_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 def make_components(checkpoint: Path, model: ModelParams) -> dict[str, Any]:
     """The arguments of Diffusers' pipelines but the scheduler, by name, with the weights of the checkpoint."""
     makers: dict[str, Any] = {
-        "text_encoder": lambda: build_text_encoder(model.text_encoder),
+        "text_encoder": lambda: make_text_encoder(model.text_encoder),
         "image_encoder": lambda: make_image_encoder(model.image_encoder),
         "transformer": lambda: make_transformer(model.transformer),
         "transformer_2": lambda: make_transformer(model.transformer),
@@ -100,6 +107,11 @@ def make_vae(config: VaeConfig) -> AutoencoderKLWan:
         scale_factor_temporal=config.temporal_stride,
         scale_factor_spatial=config.spatial_stride,
     )
+
+
+def make_text_encoder(config: TextEncoderConfig) -> UMT5EncoderModel:
+    numbers = {name: getattr(config, name) for name in config.__struct_fields__}
+    return UMT5EncoderModel(UMT5Config(**numbers, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
 
 
 def make_image_encoder(config: ImageEncoderConfig | None) -> CLIPVisionModel:

@@ -23,7 +23,7 @@ from stages.prompt import load_tokenizer
 from stages.stage import Stage
 from stages.text import KEPT_PROMPTS, TextStage
 from stages.weights import Network
-from tests.stages.reference import make_tokenizer
+from tests.stages.reference import make_text_encoder, make_tokenizer
 from tests.stages.rig import MODEL, Rig, is_empty, make_job
 
 READ = 512
@@ -63,7 +63,9 @@ def parity(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     for parameter in encoder.parameters():
         parameter.add_(0.2 * torch.randn_like(parameter))
     file = make_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-    reference = WanPipeline(make_tokenizer(file), encoder, None, UniPCMultistepScheduler())
+    theirs = make_text_encoder(config)
+    theirs.load_state_dict(encoder.state_dict(), strict=True)
+    reference = WanPipeline(make_tokenizer(file), theirs, None, UniPCMultistepScheduler())
     transformer = msgspec.structs.replace(MODEL.transformer, text_len=READ)
     model = msgspec.structs.replace(MODEL, transformer=transformer, text_encoder=config)
     with Rig(checkpoint, model) as rig:

@@ -17,12 +17,14 @@ import sys
 from engine.models import load_model
 from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder
+from stages.models.text_encoder import TextEncoder
 from stages.models.transformer import WanTransformer
 from stages.models.vae import WanVae
 
 model = load_model("wan2.1-i2v-14b-480p")
 with {context}:
-    ImageEncoder(model.image_encoder), WanTransformer(model.transformer), WanVae(model.vae)
+    TextEncoder(model.text_encoder), ImageEncoder(model.image_encoder)
+    WanTransformer(model.transformer), WanVae(model.vae)
 print("torch._dynamo" in sys.modules)
 """
 
