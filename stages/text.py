@@ -115,7 +115,7 @@ class TextStage:
             self._kept.popitem(last=False)
         return rows
 
-    def _encoded(self, encoder: UMT5EncoderModel, ids: tuple[int, ...]) -> Tensor:
+    def _encoded(self, encoder: TextEncoder, ids: tuple[int, ...]) -> Tensor:
         rows = encode(encoder, list(ids)).cpu()
         if not bool(torch.isfinite(rows).all()):
             raise NumericalError("the text encoder gave values that are not finite; check its weights")
