@@ -40,6 +40,7 @@ from ipc.messages import (
     AnyStageProcessMessage,
     AnyStageReport,
     Begin,
+    Chosen,
     Drop,
     Dropped,
     Forget,
@@ -247,6 +248,11 @@ def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, 
     channel.send(Placed(version=version, device=device), [fd], timeout=SEND_TIMEOUT)
 
 
+def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen) -> None:
+    """Tell the supervisor what the dit computes with."""
+    channel.send(chosen, timeout=SEND_TIMEOUT)
+
+
 def describe(error: Exception, stage: StageName) -> Failure:
     """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
     if isinstance(error, EngineError):
@@ -427,7 +433,9 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     counter = ProgressCounter.attach(fds[0])
     try:
         loading = LoadingReporter(channel, counter.increment)
-        links = attach_links(start, fds[1:], counter.increment, loading, partial(hand_over, channel))
+        links = attach_links(
+            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel)
+        )
         stages = load_stages(start, links)
     except ChannelClosed:
         raise
