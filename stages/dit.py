@@ -176,9 +176,10 @@ class DitStage:
             model = network.module
             if (images := self._start.image_encoder) is not None:
                 tokens = model.encode_image(torch.zeros(1, images.tokens, images.hidden_size, device=self._device))
-            context = Context(model.encode_prompt(rows), None, model.rope(frames, height, width), tokens)
+            time = model.encode_time(torch.tensor([500], device=self._device))
+            context = Context(model.encode_prompt(rows), model.rope(frames, height, width), time, tokens)
             latents = torch.zeros(config.out_channels, *size, device=self._device)
-            if not bool(torch.isfinite(predict(model, latents, 500, context, 1.0, image)).all()):
+            if not bool(torch.isfinite(predict(model, latents, 0, context, 1.0, image)).all()):
                 raise NumericalError("a rehearsed step gave values that are not finite; check the weights")
 
     def state(self) -> StageState:

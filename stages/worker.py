@@ -377,7 +377,10 @@ def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
 def rehearse(start: Start, fds: list[int]) -> Failure | None:
     """Become what `start` says, compute something small as each stage, and forget it; why that cannot be."""
     try:
-        links = attach_links(start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None)
+        links = attach_links(
+            start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None,
+            lambda chosen: None,
+        )  # fmt: skip
         for stage in load_stages(start, links).values():
             stage.rehearse()
     except Exception as error:
