@@ -111,6 +111,9 @@ def serve(
         typer.Option("--dit-device", metavar="DEVICE", help="Of a dit; again for each further one [one, on --device]."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16 [auto].")] = None,
+    attention_backend: Annotated[
+        str | None, typer.Option(help="What computes attention: auto, or one that `engine doctor` shows [auto].")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each dit and of vae; 0: half the cores for all dits and vae [0].")
     ] = None,
@@ -281,6 +284,26 @@ def check(
     _print_json(report) if as_json else print_check(report)
     if not report.complete:
         raise typer.Exit(BadCheckpoint.exit_code)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Whose attention is tried: see `engine models`.")] = "wan2.1-t2v-1.3b",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    attention_backend: Annotated[str, typer.Option(help="As for `engine serve`.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """What this machine computes with: which attention backends are right, how fast they are, and which kernels."""
+    from engine.decode import decode_strictly
+    from engine.doctor import examine, print_doctor
+    from engine.params import SystemParams
+
+    fields = {"model": model, "device": device, "dtype": dtype, "attention_backend": attention_backend}
+    report = examine(decode_strictly(SystemParams, fields, BadConfig, "the command"))
+    _print_json(report) if as_json else print_doctor(report)
+    if not report.attention:
+        raise typer.Exit(BadConfig.exit_code)
 
 
 @app.command()

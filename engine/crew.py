@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from engine.checkpoint import file_bytes
-from engine.devices import compute_threads, compute_tokens, devices_of_seats
+from engine.devices import compute_dtype, compute_threads, compute_tokens, devices_of_seats
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
@@ -37,6 +37,7 @@ from ipc.messages import (
     Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
+    Chosen,
     Component,
     Dropped,
     Forget,
@@ -112,6 +113,8 @@ class Crew:
         self.weights = Versions()
         self._source = checkpoint_directory(model, params.checkpoint).name
         self.versions: dict[str, str] = {}
+        self._chosen: Chosen | None = None
+        """What the dits compute with, once the first of them has said so; kept for the life of the engine."""
         self._loading = {
             c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
         }
@@ -146,7 +149,7 @@ class Crew:
             return
         for post in self._posts.of(seats):
             post.state, post.error = "starting", None
-        if self._is_being_placed(seats):
+        if self._is_being_placed(seats) or self._is_being_chosen(seats):
             self._held_back.append(seats)
         else:
             self._spawn(seats)
@@ -172,6 +175,13 @@ class Crew:
         """A sibling on the same device is reading the weights of these seats."""
         placed = {version.component for version, _ in self._placed_for(seats)}
         return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats)
+
+    def _is_being_chosen(self, seats: tuple[Seat, ...]) -> bool:
+        """A sibling, on whatever device, is finding out what all dits are to compute with: two that measure could find
+        different things, and then a result would depend on which of them it came from."""
+        dits = self._posts.siblings("dit")
+        undecided = self._chosen is None and any(post.name in seats for post in dits)
+        return undecided and any(post.process is not None and not post.process.ready for post in dits)
 
     def _start_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []
@@ -359,6 +369,11 @@ class Crew:
                 else:
                     self._refused[component, content] = error
                 self._notify()
+            case Chosen():
+                if self._chosen is None:
+                    log.info("dit computes with attention %s and kernels %s", report.attention, report.kernels)
+                self._chosen = self._chosen or report
+                self._start_held_back()
             case Loading(component=component, done=done, total=total):
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
@@ -430,7 +445,7 @@ class Crew:
     @property
     def dtype(self) -> str:
         """That the engine computes in."""
-        return self._params.dtype if self._params.dtype != "auto" else "bfloat16" if self.on_gpu else "float32"
+        return compute_dtype(self._params, self.device)
 
     def _start_message(self, seats: tuple[Seat, ...]) -> Start:
         stages = [stage_of(seat) for seat in seats]
@@ -445,6 +460,8 @@ class Crew:
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
             placed=[version for version, _ in self._placed_for(seats)], serving=self.weights.serving,
             outliving=self.outliving != "no",
+            attention=self._params.attention_backend if self._chosen is None else self._chosen.attention,
+            kernels="auto" if self._chosen is None else self._chosen.kernels,
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

@@ -10,6 +10,11 @@ from ipc.errors import BadConfig
 from ipc.messages import Seat, StageName, stage_of
 
 
+def compute_dtype(params: SystemParams, device: str) -> str:
+    """What the linears of all stages on such a device compute in."""
+    return params.dtype if params.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+
+
 def resolve_devices(params: SystemParams) -> tuple[str, tuple[str, ...]]:
     """The device of text and vae, and that of each dit. `BadConfig` if they do not go together."""
     dits = tuple(resolve_device(device) for device in params.dit_devices)

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import StageName
+from ipc.messages import AttentionChoice, StageName
 from ipc.slot_table import MAX_PROCESSES
 
 Solver = Literal["unipc", "dpm++", "euler"]
@@ -155,6 +155,9 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     there are to be. (): one dit, on `device`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on CPU."""
+    attention_backend: AttentionChoice = "auto"
+    """What computes attention in the dits; all of them are exact. auto: the fastest that is right on the device, tested
+    and timed once per engine start (`engine doctor` shows it). Part of the result's identity."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Compute threads of each dit stage and of the vae stage on a CPU; 0: half of the cores for the vae, and half for
     the dits together, so that all can work at once. Part of the result's identity."""

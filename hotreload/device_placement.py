@@ -14,11 +14,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hotreload.placement import PlacedTensor, Shapes, Table, lay_out
+from hotreload.placement import Runs, Shapes, Table, lay_out, view_placed
 from ipc.device_memory import DeviceMemory
-from ipc.layout import tensor_bytes
 from ipc.messages import WeightVersion
-from ipc.tensors import dtype_of, view_tensor
+from ipc.tensors import view_tensor
 
 WORDS = 1 << 24
 """8-byte words that are summed at a time: 128 MiB, and a few times that for what is computed from them."""
@@ -40,19 +39,19 @@ class DevicePlacement:
         self._memory = memory
         self._table = table
         self._data = view_tensor("uint8", (table.size,), memory.view)
-        self.tensors: dict[str, Tensor] = {t.name: self._view(t) for t in table.tensors}
+        self.tensors: dict[str, Tensor] = {t.name: view_placed(self._data, t) for t in table.tensors}
         """By name: views of the memory."""
 
     @classmethod
-    def create(cls, device: int, tensors: Shapes) -> Self:
+    def create(cls, device: int, tensors: Shapes, runs: Runs = ()) -> Self:
         """Room for these tensors, zero."""
-        table = lay_out(tensors)
+        table = lay_out(tensors, runs)
         return cls(DeviceMemory.create(device, table.size), table)
 
     @classmethod
-    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes) -> Self:
+    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes, runs: Runs = ()) -> Self:
         """Map what another process placed. The descriptor is duplicated."""
-        table = lay_out(tensors)
+        table = lay_out(tensors, runs)
         assert version.device is not None, f"{version.component} is in host memory"
         if version.bytes != table.size:
             raise ValueError(f"placed {version.component}: got {version.bytes} bytes, expected {table.size}")
@@ -80,11 +79,6 @@ class DevicePlacement:
 
     def close(self) -> None:
         self._memory.close()
-
-    def _view(self, tensor: PlacedTensor) -> Tensor:
-        size = tensor_bytes(tensor.dtype, tensor.shape)
-        data = self._data[tensor.offset : tensor.offset + size]
-        return data.view(dtype_of(tensor.dtype)).view(tensor.shape)
 
 
 def checksum(data: Tensor) -> str:

@@ -6,7 +6,8 @@ it: no file is read, no byte is copied, and every process on the machine shares 
 
 On a GPU, `hotreload/device_placement.py` does the same.
 
-Memory layout: one page multiple with the table (length, then MessagePack), then each tensor aligned to `ALIGNMENT`.
+Memory layout: one page multiple with the table (length, then MessagePack), then each tensor aligned to `ALIGNMENT`,
+but for those of a run, which are one right behind the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import fcntl
 import itertools
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self, TypeAlias
 
 import msgspec
@@ -36,6 +37,8 @@ HASH_BYTES = 64 << 20
 
 Shapes: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> its dtype and shape."""
+Runs: TypeAlias = Sequence[Sequence[str]]
+"""Names of tensors of one dtype that lie one right behind the other, so that one view covers them all."""
 
 
 class PlacedTensor(NamedTuple):
@@ -75,13 +78,14 @@ class Placement:
         self.table = table
         data = memoryview(mapping)[table.data_offset :]
         self._data = data
-        self.tensors: dict[str, Tensor] = {t.name: _view(data, t) for t in table.tensors}
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+        self.tensors: dict[str, Tensor] = {t.name: view_placed(flat, t) for t in table.tensors}
         """By name: views of the memory."""
 
     @classmethod
-    def create(cls, name: str, tensors: Shapes) -> Self:
+    def create(cls, name: str, tensors: Shapes, runs: Runs = ()) -> Self:
         """Room for these tensors, zero."""
-        table = lay_out(tensors)
+        table = lay_out(tensors, runs)
         with SharedMemory.create(name, table.data_offset + table.size, more_seals=True) as memory:
             fd = fcntl.fcntl(memory.fd, fcntl.F_DUPFD_CLOEXEC, 0)
         mapping = mmap.mmap(fd, table.data_offset + table.size, flags=mmap.MAP_SHARED)
@@ -90,7 +94,7 @@ class Placement:
         return cls(fd, table, mapping)
 
     @classmethod
-    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes) -> Self:
+    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes, runs: Runs = ()) -> Self:
         """Map what another process placed. The descriptor is duplicated. What is written to the tensors stays here."""
         if (got := os.fstat(fd).st_size) != version.bytes:
             raise ValueError(f"placed {version.component}: got {got} bytes, expected {version.bytes}")
@@ -99,7 +103,7 @@ class Placement:
             mapping = mmap.mmap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
             length = int.from_bytes(mapping[:8], "little")
             table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
-            if table != lay_out(tensors):
+            if table != lay_out(tensors, runs):
                 raise ValueError(f"placed {version.component}: its tensors are not those of this model in this dtype")
             placement = cls(own, table, mapping)
         except BaseException:
@@ -139,13 +143,18 @@ F_SEAL_FUTURE_WRITE = 0x0010
 """Linux 5.1; not in `fcntl` before Python 3.13."""
 
 
-def lay_out(tensors: Shapes) -> Table:
-    """One tensor after another, by name."""
+def lay_out(tensors: Shapes, runs: Runs = ()) -> Table:
+    """One tensor after another, by name; those of a run together, where its first one has its place."""
+    behind = {name: (run[0], number) for run in runs for number, name in enumerate(run)}
+    assert all(tensors[name][0] == tensors[run[0]][0] for run in runs for name in run), "a run is of one dtype"
     placed, offset = [], 0
-    for name, (dtype, shape) in sorted(tensors.items()):
+    for name in sorted(tensors, key=lambda name: behind.get(name, (name, 0))):
+        dtype, shape = tensors[name]
+        if behind.get(name, (name, 0))[1] == 0:
+            offset = round_up(offset, ALIGNMENT)
         placed.append(PlacedTensor(name, dtype_name(dtype), shape, offset))
-        offset = round_up(offset + tensor_bytes(dtype_name(dtype), shape), ALIGNMENT)
-    return Table(placed, max(offset, 1))
+        offset += tensor_bytes(dtype_name(dtype), shape)
+    return Table(placed, max(round_up(offset, ALIGNMENT), 1))
 
 
 def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
@@ -163,6 +172,24 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str,
     assert not strangers, f"tensors of the module that are not of its weights: {strangers}"
 
 
-def _view(data: memoryview, tensor: PlacedTensor) -> Tensor:
+def view_placed(data: Tensor, tensor: PlacedTensor) -> Tensor:
+    """A placed tensor as a view of the data, flat uint8."""
     size = tensor_bytes(tensor.dtype, tensor.shape)
-    return torch.frombuffer(data[tensor.offset : tensor.offset + size], dtype=dtype_of(tensor.dtype)).view(tensor.shape)
+    return data[tensor.offset : tensor.offset + size].view(dtype_of(tensor.dtype)).view(tensor.shape)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors [n_i, ...] that lie one right behind the other, as one view [sum of n_i, ...]; None if they do not."""
+    first = tensors[0]
+    end = first.storage_offset()
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
+        if not same or not _share_storage(tensor, first) or tensor.storage_offset() != end:
+            return None
+        end += tensor.numel()
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _share_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

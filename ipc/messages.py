@@ -32,6 +32,16 @@ STAGE_OF_PHASE: dict[Phase, StageName] = {
 }  # fmt: skip
 
 
+AttentionBackend = Literal[
+    "flash-attn-4", "flash-attn-3", "cudnn", "flash-attn-2", "flash", "efficient", "sdpa", "math"
+]
+"""Implementations of exact attention: libraries of the FlashAttention project, operators of torch, and the formula as
+it is written (`stages/attention/backends.py`)."""
+AttentionChoice = Literal["auto", AttentionBackend]
+KernelKind = Literal["triton", "torch"]
+"""How what stands between the matrix products is computed (`stages/kernels/`)."""
+
+
 @functools.cache
 def stage_of(seat: Seat) -> StageName:
     """What the process at this seat is."""
@@ -492,6 +502,9 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """Component -> content hash of the version, among `placed`, that new tasks get."""
     outliving: bool = True
     """Weights that are read go to memory that outlives the process; False where the GPU's driver has none."""
+    attention: AttentionChoice = "auto"
+    """auto: the dit tests and times them, and answers with `Chosen`. Another one gives other bits."""
+    kernels: Literal["auto", KernelKind] = "auto"
 
 
 class Rehearse(StageProcessMessage, frozen=True, tag="rehearse", kw_only=True):
@@ -623,6 +636,14 @@ class Placed(StageReport, frozen=True, tag="placed", kw_only=True):
     """As the processes that compute there are told: cpu, cuda:0."""
 
 
+class Chosen(StageReport, frozen=True, tag="chosen", kw_only=True):
+    """What the dit will compute with, before it reads its weights. Every dit after it is told to use the same, so that
+    a result does not depend on which process came to it, or how often one was started."""
+
+    attention: AttentionBackend
+    kernels: KernelKind
+
+
 class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
     """All stages of this process are loaded. `weights` maps component -> content hash (hex)."""
 
@@ -687,6 +708,7 @@ class Rehearsed(StageReport, frozen=True, tag="rehearsed", kw_only=True):
 AnyStageReport = (
     Loading
     | Placed
+    | Chosen
     | Ready
     | StartFailed
     | QuantumDone
@@ -785,3 +807,48 @@ class ComponentChecked(msgspec.Struct, frozen=True, kw_only=True):
     bytes_bfloat16: int
     """Loaded with dtype bfloat16, in which some tensors stay float32."""
     bytes_float32: int
+
+
+# `engine doctor` -> the process that tries what is there, and back, as JSON.
+
+
+class DoctorAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """Try the attention backends and the kernels on `device` as a transformer would use them."""
+
+    device: str
+    dtype: str
+    transformer: TransformerConfig
+    attention: AttentionChoice
+
+
+class AttentionMeasured(msgspec.Struct, frozen=True, kw_only=True):
+    """One backend."""
+
+    backend: AttentionBackend
+    version: str = ""
+    problem: str = ""
+    """Why it is not used; empty if it is right."""
+    error: float | None = None
+    """Relative L2 distance from float64, the largest of the self-test."""
+    lse_error: float | None = None
+    """Largest difference of the log-sum-exp from float64."""
+    milliseconds: float | None = None
+    """Of the measurement."""
+
+
+class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found. `attention` and `kernels` are what an engine would take; `attention` is empty if what was asked
+    for does not work."""
+
+    device: str
+    dtype: str
+    heads: int
+    head_dim: int
+    versions: dict[str, str]
+    tokens: int
+    """Queries and keys of the measurement."""
+    backends: list[AttentionMeasured]
+    attention: Literal["", AttentionBackend]
+    kernels: KernelKind
+    kernels_problem: str
+    """Why the Triton kernels are not used; empty if they are."""

@@ -7,20 +7,26 @@ the task is dropped.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ipc.errors import BadRequest, NumericalError
-from ipc.messages import Job, Run, Start
+from ipc.messages import Chosen, Job, Run, Start
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
-from stages import solvers
+from stages import kernels, solvers
+from stages.attention import choice
+from stages.attention.backends import IMPLEMENTATIONS, Case
+from stages.graphs import Graphs
 from stages.models.blank import blank
-from stages.models.transformer import WanTransformer, keeps_float32
+from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.sampling import (
+    GRAPH_TOKENS,
     NO_IMAGE,
     Context,
     ImageLatents,
@@ -31,8 +37,10 @@ from stages.sampling import (
     image_channels,
     latent_shape,
     pin_first_frame,
+    plainly,
     predict,
     schedule_of,
+    timesteps_of,
 )
 from stages.solvers import Schedule
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
@@ -40,6 +48,9 @@ from stages.weights import Network
 
 EXPERTS = ("transformer", "transformer_2")
 """Component of each, by `expert_index`."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -68,7 +79,7 @@ class Denoising:
     @property
     def bytes(self) -> int:
         """Held for the task by this process."""
-        tensors = (self.latents, self.history, *self.image, *(self.context or ()))
+        tensors = (self.latents, self.history, *self.image, *(self.context.tensors if self.context is not None else ()))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -79,17 +90,22 @@ class DitStage:
     gives values that are not finite; such a state is never committed.
     """
 
-    def __init__(self, start: Start, links: Links, experts: list[Network[WanTransformer]]) -> None:
+    def __init__(self, start: Start, links: Links, experts: list[Network[WanTransformer]], compute: Compute) -> None:
         self._start = start
         self._links = links
         self._device = start.devices["dit"]
         self._experts = experts
+        self._compute = compute
+        self._graphs = Graphs()
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, Denoising] = {}
 
     @classmethod
     def load(cls, start: Start, links: Links) -> DitStage:
-        """Build and bind one transformer, or two. Raises `BadCheckpoint`."""
+        """Choose what to compute with, then build and bind one transformer, or two. Raises `BadCheckpoint`, and
+        `BadConfig` for an attention backend that does not work here."""
+        compute = choose_compute(start)
+        links.choose(Chosen(attention=compute.attention, kernels=compute.kernels))
         names = EXPERTS[:1] if start.boundary is None else EXPERTS
         experts = []
         for name in names:
@@ -103,8 +119,9 @@ class DitStage:
                 device=start.devices["dit"],
                 dtype=lambda key: torch.float32 if keeps_float32(key) else dtype_of(start.dtype),
             )
+            model.compute = compute
             experts.append(network)
-        return cls(start, links, experts)
+        return cls(start, links, experts, compute)
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -120,7 +137,9 @@ class DitStage:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        return {"torch": str(torch.__version__)}
+        backend = self._compute.attention
+        attention = f"{backend} ({IMPLEMENTATIONS[backend].version()})"
+        return {"torch": str(torch.__version__), "attention": attention, "kernels": self._compute.kernels}
 
     def begin(self, job: Job) -> None:
         self._jobs[job.id] = job
@@ -157,9 +176,10 @@ class DitStage:
             model = network.module
             if (images := self._start.image_encoder) is not None:
                 tokens = model.encode_image(torch.zeros(1, images.tokens, images.hidden_size, device=self._device))
-            context = Context(model.encode_prompt(rows), None, model.rope(frames, height, width), tokens)
+            time = model.encode_time(torch.tensor([500], device=self._device))
+            context = Context(model.encode_prompt(rows), model.rope(frames, height, width), time, tokens)
             latents = torch.zeros(config.out_channels, *size, device=self._device)
-            if not bool(torch.isfinite(predict(model, latents, 500, context, 1.0, image)).all()):
+            if not bool(torch.isfinite(predict(model, latents, 0, context, 1.0, image)).all()):
                 raise NumericalError("a rehearsed step gave values that are not finite; check the weights")
 
     def state(self) -> StageState:
@@ -216,7 +236,11 @@ class DitStage:
         if task.context is None or task.made_by != maker:
             task.context = None  # free the other expert's keys and values first
             task.context, task.made_by = self._context(task, model, guided(scale)), maker
-        velocity = predict(model, task.latents, timestep, task.context, scale, task.image)
+        run = plainly
+        if task.latents.is_cuda and len(task.context.rope) <= GRAPH_TOKENS:
+            # A graph reads the weights where they were when it was recorded.
+            run = partial(self._graphs.run, (*maker, model.patch_embedding.weight.data_ptr()))
+        velocity = predict(model, task.latents, index, task.context, scale, task.image, run)
         latents, history = solvers.step(task.schedule, index, velocity, task.latents, task.history)
         latents = pin_first_frame(latents, task.image.first_frame)
         if not bool(torch.isfinite(latents).all()):
@@ -231,7 +255,8 @@ class DitStage:
         self._links.beat()
 
     def _context(self, task: Denoising, model: WanTransformer, negative: bool) -> Context:
-        """Keys and values of the prompts and of the image's tokens for this expert, once for all its steps."""
+        """Keys and values of the prompts and of the image's tokens for this expert, and all timesteps, embedded: once
+        for all its steps."""
         prompts = self._links.inputs["prompts"]
         encoded = []
         for sequence in range(2 if negative else 1):
@@ -240,4 +265,18 @@ class DitStage:
         image = None
         if self._start.image_encoder is not None:
             image = model.encode_image(self._init_latents(task.job, 1, self._device).unsqueeze(0))
-        return Context(encoded[0], encoded[1] if negative else None, model.rope(*task.latents.shape[1:]), image)
+        times = model.encode_time(timesteps_of(task.schedule, task.image.first_frame is not None, self._device))
+        return Context(torch.cat(encoded, dim=2), model.rope(*task.latents.shape[1:]), times, image)
+
+
+def choose_compute(start: Start) -> Compute:
+    """What `start` says, or, where it leaves that to this dit, what is right and fastest here. Raises `BadConfig`."""
+    device, config = torch.device(start.devices["dit"]), start.transformer
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton and FlashAttention launch on the current device, whatever their tensors'
+    dtype, heads, head_dim = dtype_of(start.dtype), config.num_attention_heads, config.attention_head_dim
+    attention = choice.choose(start.attention, Case(device, dtype, head_dim), heads)
+    kind, problem = kernels.choose(start.kernels, device, dtype, heads, head_dim)
+    if problem and device.type == "cuda":
+        log.warning("the Triton kernels are not used: %s", problem)
+    return Compute(attention, kind)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hotreload.device_placement import DevicePlacement
-from hotreload.placement import Placement, Shapes, bind, lay_out
-from hotreload.weights import load_weights
+from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, view_placed
+from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory
 from ipc.messages import Component, Job, Start, WeightVersion
+from stages.models.joined import JoinedModule
 from stages.stage import Links, component
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,7 +68,11 @@ class Network(Generic[M]):
             return network
         source = component(start, name)
         if not start.outliving:
-            content = load_weights(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
+            content = load_weights(
+                module, source, device=device, dtype=dtype, aliases=aliases, progress=progress,
+                allocate=own_memory(shapes, runs_of(module), device),
+            )  # fmt: skip
+            fuse(module)
             return cls(module, name, shapes, aliases, content)
         version, placement = place(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
         links.place(version, device, placement.fd)
@@ -79,7 +84,7 @@ class Network(Generic[M]):
     def adopt(self, version: WeightVersion, fd: int) -> None:
         """Map a version that another process has placed, and see that it is what it is said to be (ValueError)."""
         if version.content not in self._versions:
-            placement = attach(version, fd, self._shapes)
+            placement = attach(version, fd, self._shapes, runs_of(self.module))
             self._versions[version.content] = placement.tensors
             placement.close()
 
@@ -91,6 +96,7 @@ class Network(Generic[M]):
         """The module, bound to a version that was adopted (KeyError) or is bound already."""
         if content != self.content:
             bind(self.module, self._versions[content], self._aliases)
+            fuse(self.module)
             self.content = content
         return self.module
 
@@ -108,6 +114,18 @@ def version_of(job: Job, name: str, step: int) -> str | None:
 def shapes_of(module: nn.Module, dtype: Callable[[str], torch.dtype], aliases: Mapping[str, str]) -> Shapes:
     """Of the tensors that are placed: each once, by its first name."""
     return {n: (dtype(n), tuple(t.shape)) for n, t in module.state_dict().items() if n not in aliases}
+
+
+def runs_of(module: nn.Module) -> Runs:
+    """Tensors that are to lie one right behind the other."""
+    return module.runs() if isinstance(module, JoinedModule) else ()
+
+
+def fuse(module: nn.Module) -> None:
+    """Have a module that was bound use its runs as one tensor each."""
+    if isinstance(module, JoinedModule):
+        fused = module.fuse()
+        assert fused or not module.runs(), "the tensors of its runs do not lie together"
 
 
 def place(
@@ -129,13 +147,14 @@ def place(
     def allocate(tensor: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         # Only now: by the first call the files are known to fit the model.
         if not room:
-            room.append(create(source.name, device, shapes))
+            room.append(create(source.name, device, shapes, runs_of(module)))
         return room[0].tensors[tensor]
 
     try:
         content = load_weights(
             module, source, device=device, dtype=dtype, aliases=aliases, progress=progress, allocate=allocate
         )
+        fuse(module)
         return room[0].seal(source.name, content), room[0]
     except BaseException:
         for placement in room:
@@ -143,21 +162,37 @@ def place(
         raise
 
 
-def attach(version: WeightVersion, fd: int, shapes: Shapes) -> Placement | DevicePlacement:
+def own_memory(shapes: Shapes, runs: Runs, device: str) -> Allocate:
+    """Memory of this process, a piece for each run and for each other tensor, taken when first asked for."""
+    run_of = {name: tuple(run) for run in runs for name in run}
+    rooms: dict[str, Tensor] = {}
+
+    def allocate(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        if name not in rooms:
+            run = run_of.get(name, (name,))
+            table = lay_out({n: shapes[n] for n in run}, [run])
+            flat = torch.empty(table.size, dtype=torch.uint8, device=device)
+            rooms.update((tensor.name, view_placed(flat, tensor)) for tensor in table.tensors)
+        return rooms.pop(name)
+
+    return allocate
+
+
+def attach(version: WeightVersion, fd: int, shapes: Shapes, runs: Runs) -> Placement | DevicePlacement:
     """What was placed, wherever that is."""
     kind = Placement if version.device is None else DevicePlacement
-    return kind.attach(version, fd, shapes)
+    return kind.attach(version, fd, shapes, runs)
 
 
-def create(name: str, device: str, shapes: Shapes) -> Placement | DevicePlacement:
+def create(name: str, device: str, shapes: Shapes, runs: Runs) -> Placement | DevicePlacement:
     """Room for the weights of a component on a device. Raises `OutOfMemory`."""
     where = torch.device(device)
     try:
         if where.type == "cpu":
-            return Placement.create(name, shapes)
-        return DevicePlacement.create(where.index or 0, shapes)
+            return Placement.create(name, shapes, runs)
+        return DevicePlacement.create(where.index or 0, shapes, runs)
     except OSError as error:
-        size = lay_out(shapes).size / 2**30
+        size = lay_out(shapes, runs).size / 2**30
         raise OutOfMemory(
             f"there is no room on {device} for the {size:.1f} GiB of {name}; free memory there, or take a smaller model"
         ) from error

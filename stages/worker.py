@@ -40,6 +40,7 @@ from ipc.messages import (
     AnyStageProcessMessage,
     AnyStageReport,
     Begin,
+    Chosen,
     Drop,
     Dropped,
     Forget,
@@ -247,6 +248,11 @@ def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, 
     channel.send(Placed(version=version, device=device), [fd], timeout=SEND_TIMEOUT)
 
 
+def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen) -> None:
+    """Tell the supervisor what the dit computes with."""
+    channel.send(chosen, timeout=SEND_TIMEOUT)
+
+
 def describe(error: Exception, stage: StageName) -> Failure:
     """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
     if isinstance(error, EngineError):
@@ -371,7 +377,10 @@ def load_stages(start: Start, links: Links) -> dict[StageName, Stage]:
 def rehearse(start: Start, fds: list[int]) -> Failure | None:
     """Become what `start` says, compute something small as each stage, and forget it; why that cannot be."""
     try:
-        links = attach_links(start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None)
+        links = attach_links(
+            start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None,
+            lambda chosen: None,
+        )  # fmt: skip
         for stage in load_stages(start, links).values():
             stage.rehearse()
     except Exception as error:
@@ -427,7 +436,9 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     counter = ProgressCounter.attach(fds[0])
     try:
         loading = LoadingReporter(channel, counter.increment)
-        links = attach_links(start, fds[1:], counter.increment, loading, partial(hand_over, channel))
+        links = attach_links(
+            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel)
+        )
         stages = load_stages(start, links)
     except ChannelClosed:
         raise

@@ -64,10 +64,12 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
         job = make_job(folder / f"{number}.mp4", number)
         schedule, shape = sampling.schedule_of(job), sampling.latent_shape(job, model.vae)
         latents = sampling.get_noise(job.seed, shape)
-        context = sampling.Context(embed(job.prompt), embed(job.negative_prompt), dit.rope(*shape[1:]))
+        prompts = torch.cat([embed(job.prompt), embed(job.negative_prompt)], dim=2)
+        times = dit.encode_time(sampling.timesteps_of(schedule, False, "cpu"))
+        context = sampling.Context(prompts, dit.rope(*shape[1:]), times)
         history = solvers.new_state(schedule, latents)
-        for index, timestep in enumerate(schedule.timesteps):
-            velocity = sampling.predict(dit, latents, timestep, context, job.guidance_scale)
+        for index in range(schedule.steps):
+            velocity = sampling.predict(dit, latents, index, context, job.guidance_scale)
             latents, history = solvers.step(schedule, index, velocity, latents, history)
         video, cache = Video(job), {}
         for chunk in latents.unsqueeze(0).split(shape[1] if whole else DECODE_LATENTS, dim=2):

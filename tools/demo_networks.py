@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ipc.architecture import TextEncoderConfig, TransformerConfig, VaeConfig
-from stages.models.transformer import Block, WanTransformer, modulate
+from stages.kernels.plain import modulate
+from stages.models.transformer import Block, Compute, Stream, WanTransformer
 from stages.models.vae import WanVae
 from tools.demo_tokenizer import PAD_ID
 
@@ -129,14 +130,14 @@ def training_velocity(
     time, modulation = transformer.condition_embedder.embed_time(timestep)
     for block in transformer.blocks:
         x = (run_block or training_block)(block, x, modulation, text, bias, rope)
-    return transformer._unpatchify(transformer._head(x, time), transformer._grid(*latents.shape[2:]))
+    return transformer._unpatchify(transformer._head(Stream(x), time), transformer._grid(*latents.shape[2:]))
 
 
 def training_block(block: Block, x: Tensor, modulation: Tensor, text: Tensor, bias: Tensor, rope: Tensor) -> Tensor:
     """`Block.forward` with keys and values made from `text` [B, N+1, dim] and `bias` [N+1] added to the scores."""
     table = block.scale_shift_table + modulation
     shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
-    x = x + gate1 * block.attn1(modulate(x, shift1, scale1, block.eps), rope)
+    x = x + gate1 * block.attn1(modulate(x, shift1, scale1, block.eps), rope, Compute())
     k, v = block.attn2.keys_values(text)
     query = F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias, block.eps)
     x = x + _biased_attention(block, query, k, v, bias)

@@ -1,7 +1,8 @@
 """The Wan diffusion transformer (DiT) of Wan2.1 and Wan2.2: velocity = f(latents, timestep, prompt, image).
 
 The forward is split by how often its parts change. Once per request: `encode_prompt` and `encode_image` (embedding, and
-the keys and values of every cross-attention). Once per size: `rope`. Once per step: `forward`.
+the keys and values of every cross-attention), and `encode_time` for all steps together. Once per size: `rope`. Once per
+step: `velocity`.
 
 Parameter names are those of Diffusers' `WanTransformer3DModel`; the numerics are those of the Wan2.1 repository
 (`wan/modules/model.py` under bf16 autocast): linears and attention in the dtype of the weights; time embedding,
@@ -19,18 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hotreload.placement import joined
 from ipc.architecture import TransformerConfig
+from ipc.messages import AttentionBackend, KernelKind
+from stages.attention import attention
+from stages.kernels import norm_rope, residual_layer_norm, residual_modulate
+from stages.kernels.plain import add_gated
+from stages.models.conditioning import ConditionEmbedder, Time, float32_linear, rope_table
+from stages.models.feed_forward import FeedForward
+from stages.models.joined import JoinedModule
 
-ROPE_THETA = 10000.0
-TIMESTEP_PERIOD = 10000.0
-IMAGE_NORM_EPS = 1e-5
-"""Of the LayerNorms around the embedding of image tokens: those of the original have torch's default."""
 FLOAT32_NAMES = (
     "condition_embedder.time_", "condition_embedder.image_embedder.norm", "scale_shift_table", "norm2.", "proj_out.",
 )  # fmt: skip
@@ -41,13 +46,21 @@ def keeps_float32(name: str) -> bool:
     return any(part in name for part in FLOAT32_NAMES)
 
 
-class WanTransformer(nn.Module):
+class Compute(NamedTuple):
+    """By what the forward is computed. Another choice gives other bits."""
+
+    attention: AttentionBackend = "sdpa"
+    kernels: KernelKind = "torch"
+
+
+class WanTransformer(JoinedModule):
     """The DiT of any Wan model. Latents [B, in_channels, T, H, W], velocity [B, out_channels, T, H, W]: fewer, where
     the latents of an image come with the noise."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute = Compute()
         dim, patch = config.dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(config)
@@ -92,23 +105,48 @@ class WanTransformer(nn.Module):
             raise ValueError(f"at most {self.config.rope_max_seq_len} patches along an axis, got {grid}")
         return rope_table(self.config.attention_head_dim, grid, device or self.patch_embedding.weight.device)
 
+    def encode_time(self, timestep: Tensor) -> Time:
+        """timestep in 0..1000, [B] or [B, 2]: the first latent frame's and the others'. For all steps of a request at
+        once, B is the number of steps, and each step takes its `Time.row`."""
+        return self.condition_embedder.embed_time(timestep)
+
     def forward(
         self, latents: Tensor, timestep: Tensor, prompt: Tensor, rope: Tensor, image: Tensor | None = None
     ) -> Tensor:
-        """latents [B, in_channels, T, H, W]; timestep in 0..1000, [B] or [B, 2]: the first latent frame's and the
-        others'; prompt of `encode_prompt`; table of `rope`; image of `encode_image`, for models that have it ->
-        velocity [B, out_channels, T, H, W] float32."""
+        """`velocity` at these timesteps."""
+        return self.velocity(latents, self.encode_time(timestep), prompt, rope, image)
+
+    def velocity(
+        self, latents: Tensor, time: Time, prompt: Tensor, rope: Tensor, image: Tensor | None = None
+    ) -> Tensor:
+        """latents [B, in_channels, T, H, W]; time of `encode_time`, of B timesteps or one for all; prompt of
+        `encode_prompt`; table of `rope`; image of `encode_image`, for models that have it -> velocity
+        [B, out_channels, T, H, W] float32."""
         if (image is None) != (self.config.image_dim is None):
             raise ValueError(
                 f"image is {'missing' if image is None else 'given'}, but image_dim is {self.config.image_dim}"
             )
         grid = self._grid(*latents.shape[2:])
-        x = self._patchify(latents)
-        time, modulation = (spread(e, grid[0]) for e in self.condition_embedder.embed_time(timestep))
+        time = time.spread(grid[0])
+        stream = Stream(self._patchify(latents))
         images = [None] * len(prompt) if image is None else image.unbind(0)
         for block, text_kv, image_kv in zip(self.blocks, prompt.unbind(0), images, strict=True):
-            x = block(x, modulation, text_kv, rope, image_kv)
-        return self._unpatchify(self._head(x, time), grid)
+            stream = block(stream, time.modulation, text_kv, rope, image_kv, self.compute)
+        return self._unpatchify(self._head(stream, time.embedding), grid)
+
+    def runs(self) -> list[tuple[str, ...]]:
+        """Tensors that a forward uses as one where they lie one right behind the other (`hotreload.placement.Runs`)."""
+        blocks = range(len(self.blocks))
+        return [
+            tuple(f"blocks.{number}.attn1.to_{x}.{leaf}" for x in "qkv")
+            for number in blocks
+            for leaf in ("weight", "bias")
+        ]
+
+    def fuse(self) -> int:
+        """Take q, k and v of each self-attention as one product where their weights lie so; to be called when weights
+        are bound. Returns how many of the blocks can."""
+        return sum(block.attn1.fuse() for block in self._blocks)
 
     @property
     def _blocks(self) -> Iterator[Block]:
@@ -130,10 +168,11 @@ class WanTransformer(nn.Module):
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()
 
-    def _head(self, x: Tensor, time: Tensor) -> Tensor:
-        """[B, L, dim], time embedding [B, S, dim] -> [B, L, patch * C], all float32."""
+    def _head(self, stream: Stream, time: Tensor) -> Tensor:
+        """The stream, time embedding [B, S, dim] -> [B, L, patch * C], all float32."""
         shift, scale = (self.scale_shift_table.float() + time.unsqueeze(2)).unbind(2)
-        return float32_linear(modulate(x, shift, scale, self.config.eps), self.proj_out)
+        _, x = residual_modulate(self.compute.kernels, *stream, scale, shift, self.config.eps, torch.float32)
+        return float32_linear(x, self.proj_out)
 
     def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, L, (pt, ph, pw, C)] -> [B, C, T, H, W]."""
@@ -141,53 +180,20 @@ class WanTransformer(nn.Module):
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
-class ConditionEmbedder(nn.Module):
-    """Embeds the timestep, the prompt and, for models that see them, image tokens."""
+class Stream(NamedTuple):
+    """The residual stream between two parts of a block: x + branch * gate, not yet added, so that the next norm can do
+    that in the same pass."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = Mlp(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = Mlp(config.text_dim, config.dim)
-        self.image_embedder = ImageEmbedder(config.image_dim, config.dim) if config.image_dim is not None else None
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] or [B, S] -> time embedding [B, S, dim] for the head and modulation [B, S, 6, dim] for the blocks,
-        float32; S is 1 for [B]."""
-        x = sinusoid(timestep.view(len(timestep), -1), self.freq_dim)
-        x = float32_linear(F.silu(float32_linear(x, self.time_embedder.linear_1)), self.time_embedder.linear_2)
-        return x, float32_linear(F.silu(x), self.time_proj).unflatten(-1, (6, -1))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (tanh), Linear."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
-
-
-class ImageEmbedder(nn.Module):
-    """LayerNorm, Linear, GELU, Linear, LayerNorm: the norms in float32, GELU exact, unlike everywhere else."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(image_dim, eps=IMAGE_NORM_EPS)
-        self.ff = FeedForward(image_dim, image_dim, dim, gelu="none")
-        self.norm2 = nn.LayerNorm(dim, eps=IMAGE_NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, image_dim] -> [B, N, dim] float32."""
-        return layer_norm(self.ff(layer_norm(x, self.norm1).to(self.ff.dtype)), self.norm2)
+    x: Tensor
+    """[B, L, dim] float32."""
+    branch: Tensor | None = None
+    """[B, L, dim] in the dtype of the weights."""
+    gate: Tensor | None = None
+    """[B, S, dim] float32; None: 1."""
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward on a float32 residual stream [B, L, dim]."""
+    """Self-attention, cross-attention and feed-forward on a float32 residual stream."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -198,15 +204,27 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim, gelu="tanh")
         self.scale_shift_table = modulation_table(6, config.dim)
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, rope: Tensor, image: Tensor | None) -> Tensor:
-        """x [B, L, dim] and modulation [B, S, 6, dim] float32; keys and values of the prompt's rows and of the image's
-        tokens, [2, B, N, heads, head_dim] -> [B, L, dim] float32."""
+    def forward(
+        self, stream: Stream, modulation: Tensor, text: Tensor, rope: Tensor, image: Tensor | None, compute: Compute
+    ) -> Stream:
+        """modulation [B, S, 6, dim] float32, or of B = 1 for all; keys and values of the prompt's rows and of the
+        image's tokens, [2, B, N, heads, head_dim]. The stream that comes in is used up."""
         dtype = self.ffn.dtype
         table = self.scale_shift_table.float() + modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
-        x = x + gated(self.attn1(modulate(x, shift1, scale1, self.eps).to(dtype), rope), gate1)
-        x = x + self.attn2((x if self.norm2 is None else layer_norm(x, self.norm2)).to(dtype), text, image)
-        return x + gated(self.ffn(modulate(x, shift2, scale2, self.eps).to(dtype)), gate2)
+        x, y = residual_modulate(compute.kernels, *stream, scale1, shift1, self.eps, dtype)
+        x, y = self._before_cross(Stream(x, self.attn1(y, rope, compute), gate1), dtype, compute)
+        y = self.attn2(y, text, image, compute)
+        x, y = residual_modulate(compute.kernels, x, y, None, scale2, shift2, self.eps, dtype)
+        return Stream(x, self.ffn(y, compute.kernels), gate2)
+
+    def _before_cross(self, stream: Stream, dtype: torch.dtype, compute: Compute) -> tuple[Tensor, Tensor]:
+        """The sum of the stream, and what cross-attention makes queries of."""
+        if self.norm2 is None:
+            x = add_gated(*stream)
+            return x, x.to(dtype)
+        norm = self.norm2
+        return residual_layer_norm(compute.kernels, *stream, norm.weight, norm.bias, self.eps, dtype)
 
 
 class Attention(nn.Module):
@@ -216,6 +234,7 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.heads = config.num_attention_heads
+        self.eps = config.eps
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
@@ -225,18 +244,37 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """[B, L, dim] -> [B, L, heads, head_dim]."""
-        return x.view(*x.shape[:-1], self.heads, -1)
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class SelfAttention(Attention):
     """Attention of every token of the clip to every other, with RoPE."""
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self._fused: tuple[Tensor, Tensor] | None = None
+
+    def fuse(self) -> bool:
+        """Whether the weights of q, k and v lie one right behind the other, and are one product from now on."""
+        linears = (self.to_q, self.to_k, self.to_v)
+        weight, bias = joined([linear.weight for linear in linears]), joined([linear.bias for linear in linears])
+        self._fused = None if weight is None or bias is None else (weight, bias)
+        return self._fused is not None
+
+    def forward(self, x: Tensor, rope: Tensor, compute: Compute) -> Tensor:
         """[B, L, dim] -> [B, L, dim]."""
-        q = rotate(self.split(rms_norm(self.to_q(x), self.norm_q)), rope)
-        k = rotate(self.split(rms_norm(self.to_k(x), self.norm_k)), rope)
-        y = attention(q, k, self.split(self.to_v(x)))
+        q, k, v = self._project(x)
+        q = norm_rope(compute.kernels, q, self.norm_q.weight, self.eps, self.heads, rope)
+        k = norm_rope(compute.kernels, k, self.norm_k.weight, self.eps, self.heads, rope)
+        y = attention(q, k, self.split(v), compute.attention)
         return self.to_out[0](y.flatten(2))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[B, L, dim] -> q, k, v, each [B, L, dim], if fused views of one tensor."""
+        if self._fused is None:
+            return self.to_q(x), self.to_k(x), self.to_v(x)
+        assert self.to_q.weight.data_ptr() == self._fused[0].data_ptr(), "weights were bound again without fuse()"
+        return F.linear(x, *self._fused).chunk(3, dim=-1)
 
 
 class CrossAttention(Attention):
@@ -251,119 +289,23 @@ class CrossAttention(Attention):
 
     def keys_values(self, text: Tensor) -> Tensor:
         """Embedded text [B, text_len, dim] -> keys and values [2, B, text_len, heads, head_dim]."""
-        k = self.split(rms_norm(self.to_k(text), self.norm_k))
+        k = norm_rope("torch", self.to_k(text), self.norm_k.weight, self.eps, self.heads, None)
         return torch.stack([k, self.split(self.to_v(text))])
 
     def image_keys_values(self, image: Tensor) -> Tensor:
         """Embedded image tokens [B, N, dim] -> keys and values [2, B, N, heads, head_dim]."""
-        k = self.split(rms_norm(self.add_k_proj(image), self.norm_added_k))
+        k = norm_rope("torch", self.add_k_proj(image), self.norm_added_k.weight, self.eps, self.heads, None)
         return torch.stack([k, self.split(self.add_v_proj(image))])
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, compute: Compute) -> Tensor:
         """x [B, L, dim], keys and values [2, B, N, heads, head_dim] -> [B, L, dim]."""
-        q = self.split(rms_norm(self.to_q(x), self.norm_q))
-        y = attention(q, *text.unbind(0))
+        q = norm_rope(compute.kernels, self.to_q(x), self.norm_q.weight, self.eps, self.heads, None)
+        y = attention(q, text[0], text[1], compute.attention)
         if image is not None:
-            y = y + attention(q, *image.unbind(0))
+            y = y + attention(q, image[0], image[1], compute.attention)
         return self.to_out[0](y.flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, Linear; the nesting gives Diffusers' names `net.0.proj` and `net.2`."""
-
-    def __init__(self, width_in: int, hidden: int, width: int, gelu: Literal["tanh", "none"]) -> None:
-        super().__init__()
-        self.gelu = gelu
-        self.net = nn.ModuleList(
-            [nn.ModuleDict({"proj": nn.Linear(width_in, hidden)}), nn.Identity(), nn.Linear(hidden, width)]
-        )
-
-    @property
-    def _linears(self) -> tuple[nn.Linear, nn.Linear]:
-        return self.net[0]["proj"], self.net[2]  # type: ignore[index, return-value]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self._linears[0].weight.dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = self._linears
-        return down(F.gelu(up(x), approximate=self.gelu))
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, no mask. q [B, L, heads, head_dim]; k, v [B, M, heads, head_dim] -> as q."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def spread(embedding: Tensor, frames: int) -> Tensor:
-    """[B, 1, ...] as it is; [B, 2, ...], of the first frame and of the others -> [B, frames, ...]."""
-    if embedding.shape[1] == 1:
-        return embedding
-    others = embedding[:, 1:].expand(-1, frames - 1, *embedding.shape[2:])
-    return torch.cat((embedding[:, :1], others), dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without weights, then * (1 + scale) + shift. x [B, L, dim]; shift, scale [B, S, dim]; float32."""
-    x = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
-    return (x * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
-
-
-def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """x [B, L, dim] times gate [B, S, dim] float32."""
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
 
 
 def modulation_table(rows: int, dim: int) -> nn.Parameter:
     """[1, rows, dim], for training normal with a variance of 1 / dim."""
     return nn.Parameter(nn.init.normal_(torch.empty(1, rows, dim), std=dim**-0.5))
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm in float32, whatever the dtype of x and of the weights."""
-    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
-
-
-def rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """RMS norm over the last dim, computed in float32, in and out in the dtype of x."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
-
-
-def float32_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """The linear in float32, whatever the dtype of its weights and under autocast too."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), linear.weight.float(), linear.bias.float())
-
-
-def sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """[B, S] -> [B, S, dim] float32: cosines then sines of timestep * 10000^(-2i/dim), angles in float64."""
-    exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
-    angle = timestep.double().unsqueeze(-1) * TIMESTEP_PERIOD**-exponent
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
-
-
-def rope_table(head_dim: int, grid: tuple[int, int, int], device: torch.device | str) -> Tensor:
-    """(cos, sin) of the angles of every token: [L, head_dim/2, 2] float32, tokens in row-major (frame, row, column).
-
-    The pairs are split over the three axes; each axis has a full range of frequencies, base 10000, over its own pairs.
-    """
-    space = 2 * (head_dim // 6)
-    angles = []
-    for axis, dim in enumerate((head_dim - 2 * space, space, space)):
-        frequency = ROPE_THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        position = torch.arange(grid[axis], dtype=torch.float64, device=device)
-        shape = [1, 1, 1, -1]
-        shape[axis] = grid[axis]
-        angles.append(torch.outer(position, frequency).view(shape).expand(*grid, -1))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)
-    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of x [B, L, heads, head_dim] by the table's angles, in float32; dtype of x kept."""
-    cos, sin = rope.unsqueeze(1).unbind(-1)
-    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hotreload.placement import Placement, bind, lay_out
+from hotreload.placement import Placement, bind, joined, lay_out
 from ipc.messages import WeightVersion
 
 
@@ -141,3 +141,35 @@ def test_the_table_does_not_overlap() -> None:
     table = lay_out({"a": (torch.bfloat16, (3,)), "b": (torch.float32, (5, 7)), "c": (torch.float16, (1,))})
     assert [t.offset for t in table.tensors] == [0, 64, 256]
     assert table.size == 320
+
+
+def test_a_run_lies_together() -> None:
+    """Tensors of a run are one right behind the other, in its order, where the first has its place; what comes next is
+    aligned again. Whoever attaches with other runs is refused."""
+    shapes = dict.fromkeys(("z.q", "a.k", "m.v"), (torch.float16, (3, 5))) | {"n": (torch.float32, (1,))}
+    run = ["z.q", "a.k", "m.v"]
+    table = lay_out(shapes, [run])
+    assert [(t.name, t.offset) for t in table.tensors] == [("n", 0), ("z.q", 64), ("a.k", 94), ("m.v", 124)]
+    placement = Placement.create("net", shapes, [run])
+    for number, name in enumerate(run):
+        placement.tensors[name].fill_(number)
+    version = placement.seal("net", "c")
+    attached = Placement.attach(version, placement.fd, shapes, [run])
+    whole = joined([attached.tensors[name] for name in run])
+    assert whole is not None and whole.shape == (9, 5)
+    assert torch.equal(whole, torch.arange(3.0).half().repeat_interleave(3).unsqueeze(1).expand(9, 5))
+    assert whole.data_ptr() == attached.tensors["z.q"].data_ptr()
+    with pytest.raises(ValueError, match="not those of this model"):
+        Placement.attach(version, placement.fd, shapes)
+
+
+def test_what_is_not_together_is_not_joined() -> None:
+    """A gap, another order, another dtype, another width, other memory: None. One alone is itself."""
+    flat = torch.arange(24.0)
+    a, b, c = flat[:6].view(2, 3), flat[6:12].view(2, 3), flat[15:21].view(2, 3)
+    assert joined([a, b]) is not None
+    for tensors in ([a, c], [b, a], [a, b.int()], [a, flat[6:12].view(3, 2)], [a, b.clone()], [a, b.t()]):
+        assert joined(tensors) is None
+    assert torch.equal(joined([c]), c)  # type: ignore[arg-type]
+    biases = joined([flat[:3], flat[3:8]])
+    assert biases is not None and torch.equal(biases, flat[:8])

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from ipc.channel import Channel
 from ipc.counters import ProgressCounter
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Loading, Placed, Ready, StageName, Stop
+from ipc.messages import AnyStageProcessMessage, AnyStageReport, Chosen, Loading, Placed, Ready, StageName, Stop
 from tests.stages.rig import STAGES, Rig
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +59,12 @@ class WorkerProcess:
 
     def loaded(self) -> AnyStageReport:
         """What the process says when it has loaded, or could not; `loading` has what it said on the way, and the rig
-        what it has placed."""
-        while isinstance(report := self.hear(), Loading | Placed):
+        what it has placed and chosen."""
+        while isinstance(report := self.hear(), Loading | Placed | Chosen):
             if isinstance(report, Loading):
                 self.loading.append(report)
+            elif isinstance(report, Chosen):
+                self.rig.chosen.append(report)
         return report
 
     def kill(self) -> None:

@@ -22,7 +22,7 @@ from engine.memory import EngineMemory
 from engine.params import Defaults, Limits, ModelParams
 from engine.weights import WeightStore
 from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import STAGE_OF_COMPONENT, Component, Job, Phase, Run, StageName, Start, WeightVersion
+from ipc.messages import STAGE_OF_COMPONENT, Chosen, Component, Job, Phase, Run, StageName, Start, WeightVersion
 from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
@@ -136,6 +136,8 @@ class Rig:
         """What the stages have placed; a stage that is loaded again without other fields binds to it."""
         self.loaded: dict[str, tuple[int, int]] = {}
         """Component -> the bytes read last and all there are."""
+        self.chosen: list[Chosen] = []
+        """What the dits said they compute with."""
         self._epoch = 0
         self._epochs: dict[StageName, int] = {}
         """Of the newest process of each stage."""
@@ -165,7 +167,7 @@ class Rig:
         return self.memory.fds(tuple(start.stages)) + [fd for _, fd in placed]
 
     def links(self, start: Start) -> Links:
-        return attach_links(start, self.fds(start), self._beat, self._loading, self._place)
+        return attach_links(start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append)
 
     def load(self, name: StageName, **fields: Any) -> Stage:
         """This stage, as in a process of its own. Loading it again stands for a new process: `reclaim` comes before."""

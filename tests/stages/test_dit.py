@@ -103,9 +103,10 @@ def reference(model: WanTransformer, job: Job, embeds: list[torch.Tensor]) -> to
     history = solvers.new_state(schedule, x)
     rope = model.rope(3, 4, 6)
     prompt, negative = (model.encode_prompt(e.unsqueeze(0)) for e in embeds)
-    for index, timestep in enumerate(schedule.timesteps):
-        time = torch.tensor([timestep])
-        v, u = (model(x.unsqueeze(0), time, context, rope)[0] for context in (prompt, negative))
+    times = model.encode_time(torch.tensor(schedule.timesteps))
+    for index in range(schedule.steps):
+        time = times.row(index)
+        v, u = (model.velocity(x.unsqueeze(0), time, context, rope)[0] for context in (prompt, negative))
         x, history = solvers.step(schedule, index, u + job.guidance_scale * (v - u), x, history)
     return x
 
@@ -142,12 +143,11 @@ def image_reference(
     keep = torch.ones(1, *LATENTS[1:])
     keep[:, 0] = 0
     condition = image[0] if job.init_as == "first_frame" else torch.cat([(1 - keep).expand(4, -1, -1, -1), image[0]])
-    for index, timestep in enumerate(schedule.timesteps):
-        if job.init_as == "first_frame":
-            given, time = (1 - keep) * condition + keep * x, torch.tensor([[0, timestep]])
-        else:
-            given, time = torch.cat([x, condition]), torch.tensor([timestep])
-        v, u = (model(given.unsqueeze(0), time, prompt, rope, tokens)[0] for prompt in prompts)
+    steps = [[0, t] if job.init_as == "first_frame" else t for t in schedule.timesteps]
+    times = model.encode_time(torch.tensor(steps))
+    for index in range(schedule.steps):
+        given = (1 - keep) * condition + keep * x if job.init_as == "first_frame" else torch.cat([x, condition])
+        v, u = (model.velocity(given.unsqueeze(0), times.row(index), prompt, rope, tokens)[0] for prompt in prompts)
         x, history = solvers.step(schedule, index, u + job.guidance_scale * (v - u), x, history)
     return (1 - keep) * condition + keep * x if job.init_as == "first_frame" else x
 
@@ -214,7 +214,8 @@ def test_a_successor_takes_the_image_up_again(image_rig: Rig) -> None:
 
 def test_the_bytes_that_a_task_holds(channels_checkpoint: Path) -> None:
     """After a step, `state` counts the latents, the history, the image's channels, and for both prompts and the image
-    the keys and values, with the rotation table; the image's only once. Nothing after the drop."""
+    the keys and values, with the rotation table and the steps' embedded timesteps; the image's only once. Nothing after
+    the drop."""
     with Rig(channels_checkpoint, CHANNELS) as rig:
         stage, job = rig.load("dit"), image_job(rig)
         put_prompts(rig, job)
@@ -225,7 +226,7 @@ def test_the_bytes_that_a_task_holds(channels_checkpoint: Path) -> None:
         voxels, tokens, layers, width = 3 * 4 * 6, 3 * 2 * 3, 2, 24
         latents = (4 + 3 * 4 + 8) * voxels
         keys_values = layers * 2 * (12 + 12 + 5) * width
-        assert stage.state().bytes == 4 * (latents + keys_values + tokens * 12)
+        assert stage.state().bytes == 4 * (latents + keys_values + tokens * 12 + job.steps * 7 * width)
         stage.drop(job.id)
         assert stage.state().bytes == 0
 

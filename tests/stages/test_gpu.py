@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +19,15 @@ from hotreload.checkpoint import open_checkpoint
 from hotreload.reading import BUFFERS
 from hotreload.weights import load_weights
 from ipc.messages import Begin, QuantumDone, Run
+from stages import kernels
+from stages.attention import choice
+from stages.attention.backends import Case
+from stages.graphs import Graphs
 from stages.models import text_encoder
 from stages.models.image_encoder import ImageEncoder
-from stages.models.transformer import WanTransformer, keeps_float32
+from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.models.vae import WanVae
-from stages.sampling import get_noise
+from stages.sampling import Context, get_noise, predict
 from tests.stages.process import WorkerProcess
 from tests.stages.rig import Rig, make_job
 from tools.make_checkpoint import TOKENIZER, make_checkpoint, shrink
@@ -109,6 +114,85 @@ def test_the_transformer_in_bfloat16(name: str, tiny: Callable[[str], tuple[Mode
     )
     assert relative(exact, expected) <= 1e-5
     assert relative(half, expected) <= 6e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_transformer_as_it_is_served(name: str, tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """Every model's DiT in bfloat16 with the attention and the kernels that this device gets, against float32 on the
+    CPU: at most 6e-3 apart, and no further than with plain torch by more than a rounding; the same bits each time."""
+    model, directory = tiny(name)
+    config, device = model.transformer, torch.device("cuda")
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    expected, plain, dit = (
+        load(lambda: WanTransformer(config), directory, "transformer", *where)[0]  # type: ignore[arg-type]
+        for where in (("cpu",), ("cuda", mixed), ("cuda", mixed))
+    )
+    kind, problem = kernels.choose("auto", device, torch.bfloat16, heads, head_dim)
+    assert kind == "triton", problem
+    dit.compute = Compute(choice.choose("auto", Case(device, torch.bfloat16, head_dim), heads), kind)
+    exact = velocity(expected, model, "cpu")
+    served, again, without = (velocity(network, model, "cuda") for network in (dit, dit, plain))
+    assert torch.equal(served, again)
+    assert relative(served, exact) <= min(6e-3, 1.5 * relative(without, exact))
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p", "wan2.2-ti2v-5b"])
+@torch.inference_mode()
+def test_a_graph_has_the_bits_of_the_plain_call(name: str, tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """Guided steps of two requests in turns, with graphs and without: the same bits at every step, whether it was
+    called, recorded or replayed; two graphs are kept at most if two are allowed, and those that went are made again."""
+    model, directory = tiny(name)
+    dit, _ = load(lambda: WanTransformer(model.transformer), directory, "transformer", "cuda", mixed)
+    assert isinstance(dit, WanTransformer)
+    dit.compute = Compute("math", "triton")
+    graphs = Graphs(limit=2)
+    requests = [
+        guided_request(dit, model, size, seed) for size, seed in (((5, 16, 16), 1), ((3, 8, 8), 2), ((5, 16, 16), 3))
+    ]
+    for index in (0, 1, 2, 1, 0):
+        for latents, context in requests:
+            plain = predict(dit, latents, index, context, 5.0)
+            run = functools.partial(graphs.run, "key")
+            assert torch.equal(predict(dit, latents, index, context, 5.0, run=run), plain)
+    assert len(graphs) == 2
+    latents, context = guided_request(dit, model, (1, 8, 8), 4)
+    for _ in range(3):
+        predict(dit, latents, 0, context, 5.0, run=functools.partial(graphs.run, "key"))
+    assert len(graphs) == 2
+
+
+def test_what_cannot_be_recorded_is_called(caplog: pytest.LogCaptureFixture) -> None:
+    """A function that waits for the GPU: its result all the same, each time; one line says so, and the next function is
+    recorded."""
+    graphs, x = Graphs(), torch.arange(4.0, device="cuda")
+
+    def waits(x: Tensor) -> Tensor:
+        return x * float(x.sum())
+
+    for _ in range(4):
+        assert torch.equal(graphs.run("waits", waits, (x,)), 6 * x)
+    assert len(graphs) == 0
+    assert [record.message for record in caplog.records if "no CUDA graph" in record.message][1:] == []
+    for number in range(4):
+        assert torch.equal(graphs.run("adds", lambda x: x + 1, (x + number,)), x + number + 1)
+    assert len(graphs) == 1
+
+
+def guided_request(
+    dit: WanTransformer, model: ModelParams, size: tuple[int, int, int], seed: int
+) -> tuple[Tensor, Context]:
+    """Latents [C, T, H, W] and what is made once of two prompts, for three steps."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    t = model.transformer
+    latents = torch.randn(t.in_channels, *size, generator=generator, device="cuda")
+    prompts = torch.randn(2, 1, t.text_len, t.text_dim, generator=generator, device="cuda")
+    image = None
+    if model.image_encoder is not None:
+        shape = (1, model.image_encoder.tokens, model.image_encoder.hidden_size)
+        image = dit.encode_image(torch.randn(shape, generator=generator, device="cuda"))
+    times = dit.encode_time(torch.tensor([999, 700, 300], device="cuda"))
+    both = torch.cat([dit.encode_prompt(prompt) for prompt in prompts], dim=2)
+    return latents, Context(both, dit.rope(*size), times, image)
 
 
 @pytest.mark.parametrize("name", ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"])

@@ -9,7 +9,6 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideo
 from engine.models import load_model
 from stages.sampling import (
     Context,
-    ImageLatents,
     expert_index,
     first_sample,
     get_noise,
@@ -19,7 +18,9 @@ from stages.sampling import (
     pin_first_frame,
     predict,
     schedule_of,
+    timesteps_of,
 )
+from stages.solvers import make_schedule
 from tests.stages.rig import MODEL, make_job, modules
 
 
@@ -120,9 +121,9 @@ def test_guidance() -> None:
     embeds, latents = torch.randn(2, 1, 12, 16), torch.randn(4, 3, 4, 6)
     with torch.inference_mode():
         prompt, negative = (model.encode_prompt(e) for e in embeds)
-        rope = model.rope(3, 4, 6)
-        alone = [predict(model, latents, 500, Context(side, None, rope), 1.0) for side in (prompt, negative)]
-        both = predict(model, latents, 500, Context(prompt, negative, rope), 3.0)
+        rope, times = model.rope(3, 4, 6), model.encode_time(torch.tensor([900, 500]))
+        alone = [predict(model, latents, 1, Context(side, rope, times), 1.0) for side in (prompt, negative)]
+        both = predict(model, latents, 1, Context(torch.cat((prompt, negative), dim=2), rope, times), 3.0)
     assert both.shape == latents.shape and both.dtype == torch.float32
     torch.testing.assert_close(both, alone[1] + 3 * (alone[0] - alone[1]))
 
@@ -132,9 +133,11 @@ def test_the_tokens_of_a_given_first_frame_have_timestep_0() -> None:
     model = modules(MODEL)["transformer"].eval()
     latents = torch.randn(4, 3, 4, 6)
     with torch.inference_mode():
-        context = Context(model.encode_prompt(torch.randn(1, 12, 16)), None, model.rope(3, 4, 6))
-        given = predict(model, latents, 500, context, 1.0, ImageLatents(first_frame=latents[:, :1]))
-        expected = model(latents.unsqueeze(0), torch.tensor([[0, 500]]), context.prompt, context.rope)[0]
-        plain = predict(model, latents, 500, context, 1.0)
-    assert torch.equal(given, expected)
+        schedule = make_schedule("euler", 2, 3.0)
+        prompts, rope = model.encode_prompt(torch.randn(1, 12, 16)), model.rope(3, 4, 6)
+        times = [model.encode_time(timesteps_of(schedule, pinned, "cpu")) for pinned in (True, False)]
+        given, plain = (predict(model, latents, 1, Context(prompts, rope, time), 1.0) for time in times)
+        pair = torch.tensor([[0, schedule.timesteps[1]]])
+        expected = model(latents.unsqueeze(0), pair, prompts, rope)[0]
+    torch.testing.assert_close(given, expected)
     assert not torch.equal(given, plain)

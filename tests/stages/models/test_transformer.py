@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from engine.models import list_models, load_model
 from engine.params import ModelParams
 from ipc.architecture import TransformerConfig
+from stages.models.conditioning import Time
 from stages.models.transformer import WanTransformer, keeps_float32
 
 Harden = Callable[[nn.Module], nn.Module]
@@ -204,6 +205,54 @@ def test_batch_is_independent(harden: Harden, relative_error: Compare) -> None:
         assert relative_error(together[i : i + 1], alone) <= 1e-5
 
 
+def test_one_product_of_q_k_and_v(harden: Harden, relative_error: Compare) -> None:
+    """Weights that lie one right behind the other are used as one, without a copy: the same velocity to 1e-6; what is
+    written to one of them afterwards counts. Weights that lie apart are used one by one."""
+    config = CONFIGS[0]
+    weights = harden(make_reference(config)).state_dict()
+    apart, together = make_model(config, weights), make_model(config, weights)
+    state = dict(weights)
+    for names in together.runs():
+        state.update(zip(names, torch.cat([weights[name] for name in names]).chunk(3), strict=True))
+    together.load_state_dict(state, assign=True)
+    assert (apart.fuse(), together.fuse()) == (0, config.num_layers)
+    inputs = make_inputs(config, SIZES[0], batch=2)
+    assert relative_error(run(together, *inputs), run(apart, *inputs)) <= 1e-6
+    for model in (apart, together):
+        model.blocks[1].attn1.to_k.weight.mul_(0.5)
+    assert relative_error(run(together, *inputs), run(apart, *inputs)) <= 1e-6
+
+
+def test_other_weights_without_fuse(harden: Harden) -> None:
+    """Weights that are bound after `fuse` are never left out in silence: an AssertionError says to call it again."""
+    config = CONFIGS[0]
+    weights = harden(make_reference(config)).state_dict()
+    model = make_model(config, weights)
+    for names in model.runs():
+        weights.update(zip(names, torch.cat([weights[name] for name in names]).chunk(3), strict=True))
+    model.load_state_dict(weights, assign=True)
+    assert model.fuse()
+    model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+    inputs = make_inputs(config, SIZES[0], batch=2)
+    with pytest.raises(AssertionError, match="without fuse"):
+        run(model, *inputs)
+    assert model.fuse() == 0
+    run(model, *inputs)
+
+
+def test_all_steps_of_a_request_at_once(harden: Harden, relative_error: Compare) -> None:
+    """Timesteps embedded together, then taken row by row: as embedded one by one."""
+    config = CONFIGS[0]
+    model = make_model(config, harden(make_reference(config)).state_dict())
+    latents, _, prompt = make_inputs(config, SIZES[0], batch=2)
+    context, rope = model.encode_prompt(prompt), model.rope(*SIZES[0])
+    for timesteps in (torch.tensor([999, 800, 0]), torch.tensor([[0, 999], [0, 800], [0, 0]])):
+        times = model.encode_time(timesteps)
+        for index, timestep in enumerate(timesteps):
+            one = model(latents, timestep.expand(2, *timestep.shape), context, rope)
+            assert relative_error(model.velocity(latents, times.row(index), context, rope), one) <= 1e-6
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_bfloat16_weights_give_float32_velocity(keep: bool, harden: Harden, relative_error: Compare) -> None:
     """bf16 weights, with or without the float32 ones kept: a float32 velocity within bf16's noise of float32's."""
@@ -329,9 +378,9 @@ def test_an_image_for_the_wrong_model() -> None:
     """Image tokens for a model that sees none, or none for one that does: ValueError, never a forward without them."""
     for config, image in ((CONFIGS[0], torch.empty(1)), (IMAGE, None)):
         with torch.device("meta"):
-            model = WanTransformer(config)
+            model, nothing = WanTransformer(config), torch.empty(1)
         with pytest.raises(ValueError, match=r"image is (missing|given), but image_dim is"):
-            model(torch.empty(1), torch.empty(1), torch.empty(1), torch.empty(1), image)
+            model.velocity(nothing, Time(nothing, nothing), nothing, nothing, image)
     with torch.device("meta"), pytest.raises(ValueError, match="image_dim is not set"):
         WanTransformer(CONFIGS[0]).encode_image(torch.empty(1, IMAGE_TOKENS, 20))
 

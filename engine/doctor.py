@@ -1,0 +1,61 @@
+"""`engine doctor`: what this machine would compute with. Tries it in a process of its own, which has torch."""
+
+from __future__ import annotations
+
+import subprocess
+
+import msgspec
+
+from engine.child import run_module
+from engine.devices import compute_dtype, resolve_devices
+from engine.display import print_table
+from engine.models import load_model
+from engine.params import SystemParams
+from ipc.errors import StageFailed
+from ipc.messages import DoctorAsked, DoctorReport
+
+DOCTOR_TIMEOUT = 600.0
+"""Seconds to import torch, compile every backend and kernel, and time them."""
+
+
+def examine(params: SystemParams) -> DoctorReport:
+    """Try everything as the dit of an engine with these parameters would. Raises `BadConfig`, `StageFailed`."""
+    _, (device, *_) = resolve_devices(params)
+    asked = DoctorAsked(
+        device=device, dtype=compute_dtype(params, device), transformer=load_model(params.model).transformer,
+        attention=params.attention_backend,
+    )  # fmt: skip
+    try:
+        ran = run_module("stages.doctor", given=msgspec.json.encode(asked), timeout=DOCTOR_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise StageFailed(f"the machine could not be examined within {DOCTOR_TIMEOUT:g} seconds") from None
+    if ran.returncode != 0:
+        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        raise StageFailed(
+            f"the machine could not be examined: the process that tries it ended with status {ran.returncode}: {said}"
+        )
+    return msgspec.json.decode(ran.stdout, type=DoctorReport)
+
+
+def print_doctor(report: DoctorReport) -> None:
+    """The report as a table on stdout."""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    print(f"{report.device}: {versions}\n")
+    rows = [
+        (
+            ("* " if entry.backend == report.attention else "  ") + entry.backend,
+            entry.version or "-",
+            "-" if entry.error is None else f"{entry.error:.1e}",
+            "-" if entry.lse_error is None else f"{entry.lse_error:.1e}",
+            "-" if entry.milliseconds is None else f"{entry.milliseconds:.2f}",
+            entry.problem or "right",
+        )
+        for entry in report.backends
+    ]
+    print_table(("attention", "version", "error", "error of lse", "ms", ""), rows)
+    print(
+        f"\nerrors are from float64; {report.heads} heads of {report.head_dim}, {report.dtype}, {report.tokens} "
+        f"tokens; an engine takes {report.attention or 'none of them: what was asked for does not work here'}"
+    )
+    why = f": {report.kernels_problem}" if report.kernels_problem else ", right on this device"
+    print(f"kernels: {report.kernels}{why}")

@@ -1,0 +1,39 @@
+"""The feed-forward of a transformer block, and of the embedding of image tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ipc.messages import KernelKind
+from stages.kernels import linear_gelu
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear; the nesting gives Diffusers' names `net.0.proj` and `net.2`."""
+
+    def __init__(self, width_in: int, hidden: int, width: int, gelu: Literal["tanh", "none"]) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.net = nn.ModuleList(
+            [nn.ModuleDict({"proj": nn.Linear(width_in, hidden)}), nn.Identity(), nn.Linear(hidden, width)]
+        )
+
+    @property
+    def _linears(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.net[0]["proj"], self.net[2]  # type: ignore[index, return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._linears[0].weight.dtype
+
+    def forward(self, x: Tensor, kernels: KernelKind = "torch") -> Tensor:
+        """[B, L, width_in] -> [B, L, width]."""
+        up, down = self._linears
+        if self.gelu == "tanh":
+            return down(linear_gelu(kernels, x, up.weight, up.bias))
+        return down(F.gelu(up(x)))
