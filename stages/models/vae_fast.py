@@ -1,0 +1,317 @@
+"""The decoder of `WanVae` on frame pools: the same computation, with convolutions that fuse what is around them.
+
+`FastDecoder` walks through the network with lists of slots (`stages/models/vae_frames.py`). Who computes is `Operations`:
+plain torch (`stages/models/vae_conv.py`), or Triton kernels (`stages/kernels/vae_launch.py`). Norm, SiLU and residual
+happen in the convolution before them, upsampling in the one after it.
+
+Frames go through the levels depth first and at most `groups[level]` at a time, so that memory depends on the size of a
+frame only, not on the length of a chunk or clip. How they are grouped does not change one bit of the result: each output
+pixel is a sum in an order of its own, and what torch computes is computed frame by frame.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stages.models import vae_conv
+from stages.models.vae import WanVae
+from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, split_width, upsampling_conv
+from stages.models.vae_frames import ZERO_SLOT, FramePool
+from stages.models.vae_layers import FrameAttention, ResBlock, Upsample, pointwise
+
+GROUPS = (4, 4, 4, 4)
+"""Frames per launch at each level, from the latents' size to the frames'. At most 4."""
+
+
+class Operations(Protocol):
+    """What the decoder computes with. See `stages.models.vae_conv`."""
+
+    def conv(self, layer: Conv, source: FramePool, slots: list[int], target: Target) -> None: ...
+    def conv_to_pixels(self, layer: Conv, source: FramePool, slots: list[int], pixels: Tensor) -> None: ...
+    def norm_silu(self, pool: FramePool, slots: list[int], gamma: Tensor, into: list[int]) -> None: ...
+
+
+class TorchOperations:
+    """Plain torch: the specification, and for the CPU."""
+
+    conv = staticmethod(vae_conv.conv)
+    conv_to_pixels = staticmethod(vae_conv.conv_to_pixels)
+    norm_silu = staticmethod(vae_conv.norm_silu)
+
+
+class NoOperations:
+    """Computes nothing: for finding out how many slots a decoder needs."""
+
+    def conv(self, layer: Conv, source: FramePool, slots: list[int], target: Target) -> None:
+        """Nothing."""
+
+    def conv_to_pixels(self, layer: Conv, source: FramePool, slots: list[int], pixels: Tensor) -> None:
+        """Nothing."""
+
+    def norm_silu(self, pool: FramePool, slots: list[int], gamma: Tensor, into: list[int]) -> None:
+        """Nothing."""
+
+
+@dataclass(slots=True)
+class Clip:
+    """What the decoder remembers of a clip of one size, and the memory it works in.
+
+    Resource handling: owns the pools' GPU memory, the same from the first chunk to the last; freed with the object.
+    """
+
+    operations: Operations
+    height: int
+    """Of the latents, as `width`."""
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    capacity: dict[tuple[int, int], int] | None
+    """Slots of each pool, by level and channels. None: pools without memory, which count."""
+    pools: dict[tuple[int, int], FramePool] = field(default_factory=dict)
+    history: dict[str, list[int]] = field(default_factory=dict)
+    """Convolution -> the slots of the last two frames of its input."""
+    first: bool = True
+    """Whether no frame of the clip has been decoded yet."""
+    doubled: set[str] = field(default_factory=set)
+    """Convolutions that double time and have passed the clip's first frame."""
+
+    def pool(self, level: int, channels: int) -> FramePool:
+        """Frames of the latents' size times 2^level."""
+        key = level, channels
+        if key not in self.pools:
+            capacity = None if self.capacity is None else self.capacity[key]
+            size = self.height << level, self.width << level
+            self.pools[key] = FramePool(channels, *size, capacity, self.dtype, self.device)
+        return self.pools[key]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pool.frames.nbytes for pool in self.pools.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A residual block. `norm1` is computed by what comes before it."""
+
+    norm1: Tensor
+    conv1: Conv
+    norm2: Tensor
+    conv2: Conv
+    shortcut: Conv | None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The residual blocks of one size, and the way up to the next."""
+
+    blocks: list[Block]
+    double: Conv | None
+    upsample: Conv | None
+
+
+class FastDecoder:
+    """Decodes as `WanVae.decode_chunk`, with weights and activations in `dtype` and sums in float32."""
+
+    def __init__(
+        self, vae: WanVae, operations: Operations, dtype: torch.dtype, groups: tuple[int, ...] = GROUPS
+    ) -> None:
+        if vae.config.is_residual:
+            raise ValueError("FastDecoder decodes Wan2.1's VAE; this one is of Wan2.2's kind")
+        if len(groups) != len(vae.decoder.up_blocks) or not all(1 <= group <= 4 for group in groups):
+            raise ValueError(f"groups must be {len(vae.decoder.up_blocks)} numbers from 1 to 4, got {groups}")
+        decoder, self.groups = vae.decoder, groups
+        self._vae, self._operations, self._dtype = vae, operations, dtype
+        self.conv_in = causal_conv("conv_in", decoder.conv_in.weight, decoder.conv_in.bias, dtype)
+        self.middle = [_block(f"mid_block.{i}", block, dtype) for i, block in enumerate(decoder.mid_block.resnets)]
+        self.attention: FrameAttention = copy.deepcopy(decoder.mid_block.attentions[0]).to(dtype)
+        self.levels = [_level(f"up_blocks.{i}", block, dtype) for i, block in enumerate(decoder.up_blocks)]
+        self.norm_out = _gamma(decoder.norm_out)
+        self.conv_out = causal_conv("conv_out", decoder.conv_out.weight, decoder.conv_out.bias, dtype)
+        self._capacity = self._count_slots()
+
+    def clip(self, height: int, width: int) -> Clip:
+        """A clip of height x width latents that has not begun."""
+        return Clip(self._operations, height, width, self._dtype, self.conv_in.weight.device, self._capacity)
+
+    def decode_chunk(self, latents: Tensor, clip: Clip) -> Tensor:
+        """The next t normalised latent frames [1, z, t, h, w] of `clip` -> pixels [1, 3, 4t, 8h, 8w] (4t-3 frames at the
+        clip's beginning), float32, clamped to [-1, 1]."""
+        config = self._vae.config
+        if latents.shape[:2] != (1, config.z_dim) or latents.shape[3:] != (clip.height, clip.width):
+            raise ValueError(
+                f"latents must be [1, {config.z_dim}, T, {clip.height}, {clip.width}], got {list(latents.shape)}"
+            )
+        latents = self._vae.denormalise(latents.float()).movedim(1, -1)[0]
+        count = len(latents) * config.temporal_stride - (config.temporal_stride - 1 if clip.first else 0)
+        scale = config.spatial_stride
+        pixels = torch.empty(count, clip.height * scale, clip.width * scale, 3, device=latents.device)
+        done = 0
+        for part in latents.split(self.groups[0]):
+            done += self._decode(part, clip, pixels[done:])
+        assert done == count, (done, count)
+        return pixels.clamp_(-1, 1).permute(3, 0, 1, 2).unsqueeze(0)
+
+    def _decode(self, latents: Tensor, clip: Clip, pixels: Tensor) -> int:
+        """One group of latents [t, h, w, z] -> the first of `pixels`; how many."""
+        pool = clip.pool(0, self.conv_in.channels_in)
+        slots = pool.take(len(latents))
+        if pool.capacity is not None:
+            for slot, frame in zip(slots, latents, strict=True):
+                pool.pixels(slot).copy_(pointwise(frame, self._vae.post_quant_conv))
+        raw, normed = self._causal(clip, self.conv_in, 0, slots, 0, raw=True, gamma=self.middle[0].norm1)
+        raw, _ = self._block(clip, 0, self.middle[0], raw, normed, raw=True, gamma=None)
+        self._attend(clip.pool(0, self.conv_in.channels), raw)
+        normed = self._norm(clip.pool(0, self.conv_in.channels), raw, self.middle[1].norm1)
+        raw, normed = self._block(clip, 0, self.middle[1], raw, normed, raw=True, gamma=self.levels[0].blocks[0].norm1)
+        count = self._climb(clip, 0, raw, normed, pixels)
+        clip.first = False
+        return count
+
+    def _climb(self, clip: Clip, level: int, raw: list[int], normed: list[int], pixels: Tensor) -> int:
+        """The blocks of a level on one group of frames, then the levels above; the number of pixel frames."""
+        blocks, last = self.levels[level].blocks, level == len(self.levels) - 1
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            gamma = following.norm1 if following else self.norm_out if last else None
+            raw, normed = self._block(clip, level, block, raw, normed, raw=not (last and following is None), gamma=gamma)
+        if last:
+            return self._finish(clip, level, normed, pixels)
+        frames, pool = self._double(clip, level, raw), clip.pool(level, blocks[-1].conv2.channels)
+        upsample = self.levels[level].upsample
+        assert upsample is not None
+        done = 0
+        for part in _split(frames, self.groups[level + 1]):
+            target = clip.pool(level + 1, upsample.channels)
+            raw, normed = self._run(upsample, pool, part, target, [], True, self.levels[level + 1].blocks[0].norm1)
+            pool.give(part)
+            done += self._climb(clip, level + 1, raw, normed, pixels[done:])
+        return done
+
+    def _finish(self, clip: Clip, level: int, normed: list[int], pixels: Tensor) -> int:
+        pool = clip.pool(level, self.conv_out.channels_in)
+        slots = [*clip.history.get(self.conv_out.name, [ZERO_SLOT] * 2), *normed]
+        self._operations.conv_to_pixels(self.conv_out, pool, slots, pixels[: len(normed)])
+        self._remember(clip, self.conv_out, pool, slots)
+        return len(normed)
+
+    def _double(self, clip: Clip, level: int, frames: list[int]) -> list[int]:
+        """Each frame becomes two, but the clip's first, which the convolution never sees."""
+        layer = self.levels[level].double
+        if layer is None:
+            return frames
+        first = [] if layer.name in clip.doubled else frames[:1]
+        clip.doubled.add(layer.name)
+        rest = frames[len(first) :]
+        return first if not rest else first + self._causal(clip, layer, level, rest, level, raw=True, gamma=None)[0]
+
+    def _block(
+        self, clip: Clip, level: int, block: Block, x: list[int], normed: list[int], raw: bool, gamma: Tensor | None
+    ) -> tuple[list[int], list[int]]:
+        """A residual block on frames and their norms; both are given up. Its output, and the norm of that by `gamma`."""
+        _, inner = self._causal(clip, block.conv1, level, normed, level, raw=False, gamma=block.norm2)
+        pool = clip.pool(level, block.conv2.channels)
+        if block.shortcut is not None:
+            source = clip.pool(level, block.shortcut.channels_in)
+            widened, _ = self._run(block.shortcut, source, x, pool, [], True, None)
+            source.give(x)
+            x = widened
+        return self._causal(clip, block.conv2, level, inner, level, raw=raw, gamma=gamma, residual=x)
+
+    def _causal(
+        self, clip: Clip, layer: Conv, level: int, frames: list[int], target: int, *, raw: bool, gamma: Tensor | None,
+        residual: list[int] | None = None,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """A convolution that looks back in time, over its history and `frames`, which are given up, as `residual` is."""
+        pool = clip.pool(level, layer.channels_in)
+        slots = [*clip.history.get(layer.name, [ZERO_SLOT] * 2), *frames]
+        outputs = self._run(layer, pool, slots, clip.pool(target, layer.channels), residual or [], raw, gamma)
+        self._remember(clip, layer, pool, slots)
+        return outputs
+
+    def _remember(self, clip: Clip, layer: Conv, pool: FramePool, slots: list[int]) -> None:
+        clip.history[layer.name] = slots[-2:]
+        pool.give(slots[:-2])
+
+    def _run(
+        self, layer: Conv, source: FramePool, slots: list[int], pool: FramePool, residual: list[int], raw: bool,
+        gamma: Tensor | None,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """Launch a convolution into new slots of `pool`: its output if `raw` (in place of `residual`), its norm by `gamma`
+        if there is one, in the same launch where one tile holds all channels."""
+        count = layer.frames_out(len(slots))
+        fused = gamma is not None and sum(split_width(layer.channels)) >= layer.channels
+        out = residual or (pool.take(count) if raw or not fused else [])
+        normed = pool.take(count) if fused else []
+        stored = out if raw or not fused else []
+        self._operations.conv(layer, source, slots, Target(pool, residual, stored, normed, gamma if fused else None))
+        if gamma is not None and not fused:
+            normed = self._norm(pool, out, gamma, out if not raw else None)
+        elif not raw:
+            pool.give(out)
+        return (out if raw else []), normed
+
+    def _norm(
+        self, pool: FramePool, frames: list[int], gamma: Tensor, into: list[int] | None = None
+    ) -> list[int]:
+        """silu(norm(frames)) in new slots, or in those of `into`."""
+        normed = pool.take(len(frames)) if into is None else into
+        self._operations.norm_silu(pool, frames, gamma, normed)
+        return normed
+
+    def _attend(self, pool: FramePool, frames: list[int]) -> None:
+        """The middle block's attention, in place."""
+        if pool.capacity is None:
+            return
+        for slot in frames:
+            pixels = pool.pixels(slot)
+            pixels.copy_(self.attention(pixels[None, None])[0, 0])
+
+    def _count_slots(self) -> dict[tuple[int, int], int]:
+        """Slots that each pool needs: what is taken at most while a clip's first chunks are decoded without computing."""
+        meta, operations, self._operations = torch.device("meta"), self._operations, NoOperations()
+        clip = Clip(self._operations, 1, 1, self._dtype, meta, None)
+        for count in (1, *[2 * self.groups[0]] * 3):
+            for part in torch.empty(count, 1, 1, self.conv_in.channels_in, device=meta).split(self.groups[0]):
+                self._decode(part, clip, torch.empty(0))
+        self._operations = operations
+        return {key: pool.peak for key, pool in clip.pools.items()}
+
+
+def _block(name: str, block: nn.Module, dtype: torch.dtype) -> Block:
+    assert isinstance(block, ResBlock)
+    shortcut = block.conv_shortcut
+    return Block(
+        norm1=_gamma(block.norm1),
+        conv1=causal_conv(f"{name}.conv1", block.conv1.weight, block.conv1.bias, dtype),
+        norm2=_gamma(block.norm2),
+        conv2=causal_conv(f"{name}.conv2", block.conv2.weight, block.conv2.bias, dtype),
+        shortcut=None
+        if shortcut is None
+        else causal_conv(f"{name}.shortcut", shortcut.weight, shortcut.bias, dtype, offset=1),
+    )
+
+
+def _level(name: str, block: nn.Module, dtype: torch.dtype) -> Level:
+    blocks = [_block(f"{name}.{i}", resnet, dtype) for i, resnet in enumerate(block.resnets)]
+    double = upsample = None
+    for module in block.upsamplers:
+        assert isinstance(module, Upsample)
+        conv = module.resample[1]
+        upsample = upsampling_conv(f"{name}.upsample", conv.weight, conv.bias, dtype)
+        if module.time_conv is not None:
+            double = doubling_conv(f"{name}.double", module.time_conv.weight, module.time_conv.bias, dtype)
+    return Level(blocks, double, upsample)
+
+
+def _gamma(norm: nn.Module) -> Tensor:
+    return pad_vector(norm.gamma.flatten())
+
+
+def _split(frames: list[int], size: int) -> Iterator[list[int]]:
+    for i in range(0, len(frames), size):
+        yield frames[i : i + size]
