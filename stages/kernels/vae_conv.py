@@ -1,14 +1,18 @@
 """Triton kernels for `stages/models/vae_conv.py`: convolutions of frame pools as implicit matrix products.
 
 The pixels of a slot, border included, are the rows of a matrix [rows, C]. BLOCK_M consecutive output pixels need, at
-each tap, as many consecutive rows at an offset: a plain 2-D tile, which the tensor memory accelerator fetches. No im2col,
-no padded copies. Pixels of the border are computed too and not stored (0.4 % of a row at 832 pixels).
+each tap, as many consecutive rows at an offset: a plain 2-D tile, which the tensor memory accelerator fetches. No
+im2col, no padded copies. The border's left and right pixels are computed too and not stored.
 
-A tile holds all output channels up to 256, which lets the RMS norm of the next layer, its SiLU and the residual happen on
-the float32 sums before they are rounded. Triton's tiles are powers of two: channels are two tiles, 96 = 64 + 32.
+A tile holds all output channels up to 256, so that residual, RMS norm and SiLU work on the float32 sums before these
+are rounded. Triton's tiles are powers of two: channels are two tiles, 96 = 64 + 32.
 
 Sizes in pixels are never specialised on: a new resolution compiles nothing.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disable-error-code="import-untyped"
+# Triton's kernels are no Python functions, and their arguments no Python values.
 
 from __future__ import annotations
 
@@ -27,15 +31,15 @@ def load_input(
     x, pixel_row, tap_row, valid, k, channels: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_K] of the source: with TMA the rows from `tap_row` on, else row `pixel_row` + `tap_row` of each."""
+    """[BLOCK_M, BLOCK_K] of the source: with TMA the rows from `tap_row` on, else row `pixel_row` + `tap_row` each."""
     if TMA:
-        return x.load([tap_row, k])
+        tile = x.load([tap_row, k])
     else:
         column = k + tl.arange(0, BLOCK_K)
         rows = (pixel_row + tap_row).to(tl.int64)
-        return tl.load(
-            x + rows[:, None] * channels + column[None, :], mask=valid[:, None] & (column < channels)[None, :], other=0.0
-        )
+        mask = valid[:, None] & (column < channels)[None, :]
+        tile = tl.load(x + rows[:, None] * channels + column[None, :], mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -44,10 +48,11 @@ def load_weight(
 ):
     """[BLOCK_K, BLOCK_N] of the packed weights."""
     if TMA:
-        return weight.load([row, column])
+        tile = weight.load([row, column])
     else:
         rows = (row + tl.arange(0, BLOCK_K)).to(tl.int64)
-        return tl.load(weight + rows[:, None] * padded + (column + tl.arange(0, BLOCK_N))[None, :])
+        tile = tl.load(weight + rows[:, None] * padded + (column + tl.arange(0, BLOCK_N))[None, :])
+    return tile
 
 
 @triton.jit
@@ -59,7 +64,7 @@ def add_inputs(
     columns = column + tl.arange(0, BLOCK_N)
     acc += tl.load(bias + columns)[None, :]
     mask = valid[:, None] & (columns < channels)[None, :]
-    offset = out_row.to(tl.int64)[:, None] * channels + columns[None, :]
+    offset = out_row[:, None] * channels + columns[None, :]
     if RESIDUAL:
         acc += tl.load(out + residual_base * channels + offset, mask=mask, other=0.0).to(tl.float32)
     if RAW:
@@ -76,13 +81,13 @@ def store_normed(
     y = acc * scale[:, None] * tl.load(gamma + columns)[None, :]
     y = y * tl.sigmoid(y)
     mask = valid[:, None] & (columns < channels)[None, :]
-    offset = (base + out_row.to(tl.int64))[:, None] * channels + columns[None, :]
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+    offset = out_row[:, None] * channels + columns[None, :]
+    tl.store(out + base * channels + offset, y.to(out.dtype.element_ty), mask=mask)
 
 
 SIZES = [
     "in_slots", "residual_slots", "raw_slots", "normed_slots", "source_width", "source_rows", "height", "width",
-    "out_width", "out_rows", "tiles", "first_frame",
+    "out_width", "out_rows", "tiles",
 ]  # fmt: skip
 """Arguments of `conv_kernel` that are not specialised on."""
 
@@ -91,20 +96,19 @@ SIZES = [
 def conv_kernel(
     x0, x1, w00, w01, w10, w11, bias, gamma, out,
     in_slots, residual_slots, raw_slots, normed_slots,
-    source_width, source_rows, height, width, out_width, out_rows, tiles, first_frame,
+    source_width, source_rows, height, width, out_width, out_rows, tiles,
     CHANNELS_IN: tl.constexpr, CHANNELS: tl.constexpr, PADDED_IN: tl.constexpr, PADDED: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, OFFSET: tl.constexpr, TIME_STRIDE: tl.constexpr,
     SPACE_STRIDE: tl.constexpr, PHASES: tl.constexpr, HALVES: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     RESIDUAL: tl.constexpr, RAW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M pixels and N0 + N1 channels of one output frame.
 
-    x0, x1: the source [slots * source_rows, CHANNELS_IN] in tiles of K0 and K1 channels; w00 to w11: the weights in tiles
-    of K0 or K1 rows and N0 or N1 columns; descriptors with TMA, else pointers. out: the target pool, or with DENSE frames
-    [T, height, width, CHANNELS] of which this launch writes from `first_frame` on.
-    height, width: of the grid of pixels that share a kernel, which with PHASES 4 is a fourth of the target's.
+    x0, x1: the source [slots * source_rows, CHANNELS_IN] in tiles of K0 and K1 channels; w00 to w11: the weights in
+    tiles of K0 or K1 rows and N0 or N1 columns; descriptors with TMA, else pointers. out: the target pool, or with
+    DENSE frames [T, height, width, CHANNELS].
+    height, width: of the grid of pixels that share a kernel, which with PHASES 4 is half of the target's.
     tiles: of BLOCK_M pixels per frame, counted over rows of source_width pixels, or of `width` where SPACE_STRIDE is 2.
     """
     n_tiles: tl.constexpr = HALVES * PADDED // (N0 + N1)
@@ -148,7 +152,7 @@ def conv_kernel(
     acc0 = tl.zeros((BLOCK_M, N0), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_M, N1 if N1 > 0 else 16), dtype=tl.float32)
     weight_row = (phase + half) * taps * PADDED_IN
-    for step in tl.range(0, taps * chunks, flatten=FLATTEN):
+    for step in range(taps * chunks):
         k = step % chunks * (K0 + K1)
         tap = step // chunks
         kw = tap % KW
@@ -172,7 +176,7 @@ def conv_kernel(
 
     if DENSE:
         out_row = row * width + at
-        raw_base = (first_frame + frame).to(tl.int64) * height * width
+        raw_base = frame.to(tl.int64) * height * width
         residual_base = raw_base
         normed_base = raw_base
     else:

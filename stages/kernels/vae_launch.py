@@ -1,11 +1,12 @@
 """Launching the kernels of `stages/kernels/vae_conv.py`: the same functions as in `stages/models/vae_conv.py`."""
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +26,10 @@ class Tile:
     k: tuple[int, int]
     warps: int
     stages: int
+    n: tuple[int, int] | None = None
+    """Output channels per program, of those of which there are more than 256. None: as `split_width` says."""
+    registers: int | None = None
+    """At most so many per thread; None leaves it to the compiler."""
     tma: bool = True
     """Whether the tensor memory accelerator fetches; else threads do, which any GPU and any stride can."""
 
@@ -48,7 +53,8 @@ def choose_tile(layer: Conv, tma: bool) -> Tile:
 class Kernels:
     """Launches on the current device.
 
-    tiles: by name of a layer, for measuring; what is not there is chosen. tma: False on GPUs before compute capability 9.
+    tiles: by name of a layer, for measuring; what is not there is chosen. tma: False on GPUs before compute capability
+    9.0, which have none.
     """
 
     tma: bool
@@ -62,7 +68,7 @@ class Kernels:
         self._launch(
             layer, source, slots, pool.frames, target.gamma,
             (pack(target.residual), pack(target.raw), pack(target.normed)),
-            (pool.height // scale, pool.width // scale, pool.width + 2, pool.rows, 0),
+            (pool.height // scale, pool.width // scale, pool.width + 2, pool.rows),
             {
                 "DENSE": False, "RESIDUAL": bool(target.residual), "RAW": bool(target.raw),
                 "NORM": bool(target.normed),
@@ -73,7 +79,7 @@ class Kernels:
         """See `stages.models.vae_conv.conv_to_pixels`."""
         none = pack([])
         self._launch(
-            layer, source, slots, pixels, None, (none, none, none), (*pixels.shape[1:3], 0, 0, 0),
+            layer, source, slots, pixels, None, (none, none, none), (*pixels.shape[1:3], 0, 0),
             {"DENSE": True, "RESIDUAL": False, "RAW": True, "NORM": False},
         )  # fmt: skip
 
@@ -90,7 +96,7 @@ class Kernels:
         out_slots: tuple[int, int, int], sizes: tuple[int, ...], flags: dict[str, bool],
     ) -> None:  # fmt: skip
         tile = self.tiles.get(layer.name) or choose_tile(layer, self.tma)
-        n0, n1 = split_width(layer.channels)
+        n0, n1 = tile.n or split_width(layer.channels)
         padded_in, padded = layer.weight.shape[2:]
         assert padded % (n0 + n1) == 0 and padded_in % sum(tile.k) == 0, (layer.name, tile)
         height, width = sizes[:2]
@@ -101,18 +107,18 @@ class Kernels:
         conv_kernel[grid](
             *self._inputs(source, tile), *self._weights(layer, tile, (n0, n1)), layer.bias,
             layer.bias if gamma is None else gamma, out, pack(slots), *out_slots, source.width + 2, source.rows,
-            height, width, sizes[2], sizes[3], tiles, sizes[4], CHANNELS_IN=source.channels, CHANNELS=layer.channels,
+            height, width, sizes[2], sizes[3], tiles, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
             PADDED_IN=padded_in, PADDED=padded, KT=layer.taps[0], KH=layer.taps[1], KW=layer.taps[2],
             OFFSET=layer.offset, TIME_STRIDE=layer.time_stride, SPACE_STRIDE=layer.space_stride, PHASES=layer.phases,
             HALVES=layer.halves, BLOCK_M=tile.m, N0=n0, N1=n1, K0=tile.k[0], K1=tile.k[1], EPS=NORM_EPS, TMA=tile.tma,
-            FLATTEN=False, num_warps=tile.warps, num_stages=tile.stages, **flags,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **flags,
         )  # fmt: skip
 
     def _inputs(self, source: FramePool, tile: Tile) -> tuple[Any, Any]:
         matrix = source.frames.view(-1, source.channels)
         if not tile.tma:
             return matrix, None
-        return tuple(self._describe(matrix, tile.m, k) for k in tile.k)  # type: ignore[return-value]
+        return self._describe(matrix, tile.m, tile.k[0]), self._describe(matrix, tile.m, tile.k[1])
 
     def _weights(self, layer: Conv, tile: Tile, n: tuple[int, int]) -> tuple[Any, ...]:
         matrix = layer.weight.view(-1, layer.weight.shape[-1])

@@ -1,12 +1,12 @@
 """The decoder of `WanVae` on frame pools: the same computation, with convolutions that fuse what is around them.
 
-`FastDecoder` walks through the network with lists of slots (`stages/models/vae_frames.py`). Who computes is `Operations`:
-plain torch (`stages/models/vae_conv.py`), or Triton kernels (`stages/kernels/vae_launch.py`). Norm, SiLU and residual
-happen in the convolution before them, upsampling in the one after it.
+`FastDecoder` walks through the network with lists of slots (`stages/models/vae_frames.py`). Who computes is
+`Operations`: plain torch (`stages/models/vae_conv.py`), or Triton kernels (`stages/kernels/vae_launch.py`). Norm, SiLU
+and residual happen in the convolution before them, upsampling in the one after it.
 
 Frames go through the levels depth first and at most `groups[level]` at a time, so that memory depends on the size of a
-frame only, not on the length of a chunk or clip. How they are grouped does not change one bit of the result: each output
-pixel is a sum in an order of its own, and what torch computes is computed frame by frame.
+frame only, not on the length of a chunk or clip. How they are grouped does not change one bit of the result: each
+output pixel is a sum in an order of its own, and what torch computes is computed frame by frame.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.models import vae_conv
-from stages.models.vae import WanVae
+from stages.models.vae import UpBlock, WanVae
 from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, split_width, upsampling_conv
 from stages.models.vae_frames import ZERO_SLOT, FramePool
-from stages.models.vae_layers import FrameAttention, ResBlock, Upsample, pointwise
+from stages.models.vae_layers import CausalConv, ResBlock, RmsNorm, Upsample, pointwise
 
 GROUPS = (4, 4, 4, 4)
 """Frames per launch at each level, from the latents' size to the frames'. At most 4."""
@@ -127,12 +127,12 @@ class FastDecoder:
             raise ValueError(f"groups must be {len(vae.decoder.up_blocks)} numbers from 1 to 4, got {groups}")
         decoder, self.groups = vae.decoder, groups
         self._vae, self._operations, self._dtype = vae, operations, dtype
-        self.conv_in = causal_conv("conv_in", decoder.conv_in.weight, decoder.conv_in.bias, dtype)
+        self.conv_in = _causal("conv_in", decoder.conv_in, dtype)
         self.middle = [_block(f"mid_block.{i}", block, dtype) for i, block in enumerate(decoder.mid_block.resnets)]
-        self.attention: FrameAttention = copy.deepcopy(decoder.mid_block.attentions[0]).to(dtype)
+        self.attention = copy.deepcopy(decoder.mid_block.attentions[0]).to(dtype)
         self.levels = [_level(f"up_blocks.{i}", block, dtype) for i, block in enumerate(decoder.up_blocks)]
         self.norm_out = _gamma(decoder.norm_out)
-        self.conv_out = causal_conv("conv_out", decoder.conv_out.weight, decoder.conv_out.bias, dtype)
+        self.conv_out = _causal("conv_out", decoder.conv_out, dtype)
         self._capacity = self._count_slots()
 
     def clip(self, height: int, width: int) -> Clip:
@@ -140,8 +140,8 @@ class FastDecoder:
         return Clip(self._operations, height, width, self._dtype, self.conv_in.weight.device, self._capacity)
 
     def decode_chunk(self, latents: Tensor, clip: Clip) -> Tensor:
-        """The next t normalised latent frames [1, z, t, h, w] of `clip` -> pixels [1, 3, 4t, 8h, 8w] (4t-3 frames at the
-        clip's beginning), float32, clamped to [-1, 1]."""
+        """The next t normalised latent frames [1, z, t, h, w] of `clip` -> pixels [1, 3, 4t, 8h, 8w] (4t-3 frames at
+        the clip's beginning), float32, clamped to [-1, 1]."""
         config = self._vae.config
         if latents.shape[:2] != (1, config.z_dim) or latents.shape[3:] != (clip.height, clip.width):
             raise ValueError(
@@ -178,7 +178,9 @@ class FastDecoder:
         blocks, last = self.levels[level].blocks, level == len(self.levels) - 1
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             gamma = following.norm1 if following else self.norm_out if last else None
-            raw, normed = self._block(clip, level, block, raw, normed, raw=not (last and following is None), gamma=gamma)
+            raw, normed = self._block(
+                clip, level, block, raw, normed, raw=not (last and following is None), gamma=gamma
+            )
         if last:
             return self._finish(clip, level, normed, pixels)
         frames, pool = self._double(clip, level, raw), clip.pool(level, blocks[-1].conv2.channels)
@@ -212,7 +214,7 @@ class FastDecoder:
     def _block(
         self, clip: Clip, level: int, block: Block, x: list[int], normed: list[int], raw: bool, gamma: Tensor | None
     ) -> tuple[list[int], list[int]]:
-        """A residual block on frames and their norms; both are given up. Its output, and the norm of that by `gamma`."""
+        """A residual block on frames and their norms, which are given up. Its output, and the norm of it by `gamma`."""
         _, inner = self._causal(clip, block.conv1, level, normed, level, raw=False, gamma=block.norm2)
         pool = clip.pool(level, block.conv2.channels)
         if block.shortcut is not None:
@@ -226,7 +228,7 @@ class FastDecoder:
         self, clip: Clip, layer: Conv, level: int, frames: list[int], target: int, *, raw: bool, gamma: Tensor | None,
         residual: list[int] | None = None,
     ) -> tuple[list[int], list[int]]:  # fmt: skip
-        """A convolution that looks back in time, over its history and `frames`, which are given up, as `residual` is."""
+        """A convolution that looks back in time, over its history and `frames`. These and `residual` are given up."""
         pool = clip.pool(level, layer.channels_in)
         slots = [*clip.history.get(layer.name, [ZERO_SLOT] * 2), *frames]
         outputs = self._run(layer, pool, slots, clip.pool(target, layer.channels), residual or [], raw, gamma)
@@ -241,8 +243,8 @@ class FastDecoder:
         self, layer: Conv, source: FramePool, slots: list[int], pool: FramePool, residual: list[int], raw: bool,
         gamma: Tensor | None,
     ) -> tuple[list[int], list[int]]:  # fmt: skip
-        """Launch a convolution into new slots of `pool`: its output if `raw` (in place of `residual`), its norm by `gamma`
-        if there is one, in the same launch where one tile holds all channels."""
+        """A convolution into new slots of `pool`: its output if `raw` (in place of `residual`), its norm by `gamma` if
+        there is one, in the same launch where one tile holds all channels."""
         count = layer.frames_out(len(slots))
         fused = gamma is not None and sum(split_width(layer.channels)) >= layer.channels
         out = residual or (pool.take(count) if raw or not fused else [])
@@ -255,9 +257,7 @@ class FastDecoder:
             pool.give(out)
         return (out if raw else []), normed
 
-    def _norm(
-        self, pool: FramePool, frames: list[int], gamma: Tensor, into: list[int] | None = None
-    ) -> list[int]:
+    def _norm(self, pool: FramePool, frames: list[int], gamma: Tensor, into: list[int] | None = None) -> list[int]:
         """silu(norm(frames)) in new slots, or in those of `into`."""
         normed = pool.take(len(frames)) if into is None else into
         self._operations.norm_silu(pool, frames, gamma, normed)
@@ -272,7 +272,7 @@ class FastDecoder:
             pixels.copy_(self.attention(pixels[None, None])[0, 0])
 
     def _count_slots(self) -> dict[tuple[int, int], int]:
-        """Slots that each pool needs: what is taken at most while a clip's first chunks are decoded without computing."""
+        """Slots that each pool needs: what a clip's first chunks take at most. Nothing is computed."""
         meta, operations, self._operations = torch.device("meta"), self._operations, NoOperations()
         clip = Clip(self._operations, 1, 1, self._dtype, meta, None)
         for count in (1, *[2 * self.groups[0]] * 3):
@@ -282,33 +282,40 @@ class FastDecoder:
         return {key: pool.peak for key, pool in clip.pools.items()}
 
 
+def _causal(name: str, module: nn.Module, dtype: torch.dtype, offset: int = 0) -> Conv:
+    assert isinstance(module, CausalConv) and module.bias is not None
+    return causal_conv(name, module.weight, module.bias, dtype, offset=offset)
+
+
 def _block(name: str, block: nn.Module, dtype: torch.dtype) -> Block:
     assert isinstance(block, ResBlock)
     shortcut = block.conv_shortcut
     return Block(
         norm1=_gamma(block.norm1),
-        conv1=causal_conv(f"{name}.conv1", block.conv1.weight, block.conv1.bias, dtype),
+        conv1=_causal(f"{name}.conv1", block.conv1, dtype),
         norm2=_gamma(block.norm2),
-        conv2=causal_conv(f"{name}.conv2", block.conv2.weight, block.conv2.bias, dtype),
-        shortcut=None
-        if shortcut is None
-        else causal_conv(f"{name}.shortcut", shortcut.weight, shortcut.bias, dtype, offset=1),
+        conv2=_causal(f"{name}.conv2", block.conv2, dtype),
+        shortcut=None if shortcut is None else _causal(f"{name}.shortcut", shortcut, dtype, offset=1),
     )
 
 
 def _level(name: str, block: nn.Module, dtype: torch.dtype) -> Level:
+    assert isinstance(block, UpBlock)
     blocks = [_block(f"{name}.{i}", resnet, dtype) for i, resnet in enumerate(block.resnets)]
     double = upsample = None
     for module in block.upsamplers:
         assert isinstance(module, Upsample)
         conv = module.resample[1]
+        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
         upsample = upsampling_conv(f"{name}.upsample", conv.weight, conv.bias, dtype)
         if module.time_conv is not None:
+            assert module.time_conv.bias is not None
             double = doubling_conv(f"{name}.double", module.time_conv.weight, module.time_conv.bias, dtype)
     return Level(blocks, double, upsample)
 
 
 def _gamma(norm: nn.Module) -> Tensor:
+    assert isinstance(norm, RmsNorm)
     return pad_vector(norm.gamma.flatten())
 
 

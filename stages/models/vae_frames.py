@@ -1,7 +1,7 @@
 """Memory for the frames of a clip at one size and width: slots that convolutions read and write by number.
 
-A slot is one frame [H + 2, W + 2, C] with a border of zeros, so that a 3x3 convolution needs no padding and every tap of
-it is the same rows of memory at another offset. What a convolution remembers of a clip is the numbers of the two slots
+A slot is one frame [H + 2, W + 2, C] with a border of zeros, so that a 3x3 convolution needs no padding and every tap
+of it is the same rows of memory at another offset. What a convolution remembers of a clip is the numbers of the two slots
 that it read last: no frame is ever copied to be remembered, and the number of slots does not grow with the clip.
 """
 
@@ -31,7 +31,9 @@ class FramePool:
         self, channels: int, height: int, width: int, capacity: int | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         if capacity is not None and not 1 < capacity <= 1 << SLOT_BITS:
-            raise ValueError(f"a pool must have 2 to {1 << SLOT_BITS} slots, got {capacity}; decode fewer frames at once")
+            raise ValueError(
+                f"a pool must have 2 to {1 << SLOT_BITS} slots, got {capacity}; decode fewer frames at once"
+            )
         self.channels, self.height, self.width = channels, height, width
         self.frames = torch.zeros(capacity or 0, height + 2, width + 2, channels, dtype=dtype, device=device)
         """[slots, H + 2, W + 2, C]."""
