@@ -92,7 +92,7 @@ SIZES = [
 """Arguments of `conv_kernel` that are not specialised on."""
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["gamma"])
+@triton.jit(do_not_specialize=SIZES)
 def conv_kernel(
     x0, x1, w00, w01, w10, w11, bias, gamma, out,
     in_slots, residual_slots, raw_slots, normed_slots,

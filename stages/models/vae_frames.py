@@ -1,8 +1,8 @@
 """Memory for the frames of a clip at one size and width: slots that convolutions read and write by number.
 
-A slot is one frame [H + 2, W + 2, C] with a border of zeros, so that a 3x3 convolution needs no padding and every tap
-of it is the same rows of memory at another offset. What a convolution remembers of a clip is the numbers of the two slots
-that it read last: no frame is ever copied to be remembered, and the number of slots does not grow with the clip.
+A slot is one frame [H + 2, W + 2, C] with a border of zeros, so that a 3x3 convolution needs no padding, and each of
+its taps is the same rows of memory at another offset. What a convolution remembers of a clip is the numbers of the two
+slots that it read last: no frame is ever copied to be remembered, and the number of slots does not grow with the clip.
 """
 
 from __future__ import annotations
