@@ -14,8 +14,8 @@ from torch import Tensor
 from stages.kernels.vae_launch import Kernels, Tile, choose_tile
 from stages.models import vae_conv
 from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, upsampling_conv
-from stages.models.vae_fast import Operations, TorchOperations
 from stages.models.vae_frames import FramePool
+from stages.models.vae_walk import Operations, TorchOperations
 
 Log = Callable[[str], None]
 BF16 = torch.bfloat16

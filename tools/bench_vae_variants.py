@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stages.kernels.vae_launch import Kernels
 from stages.models.vae import WanVae
-from stages.models.vae_fast import FastDecoder
+from stages.models.vae_decode import FastDecoder
+from stages.models.vae_encode import FastEncoder
 from stages.vae import to_frames
 
 Run = Callable[[bool], list[Tensor]]
@@ -29,6 +30,8 @@ def make_variants(
         for name, group in groups.items():
             if part == "decode":
                 variants[f"fast n={chunk} groups {name}"] = fast_decode(vae, data, chunk, group)
+        if part == "encode":
+            variants[f"fast n={chunk}"] = fast_encode(vae, data, chunk)
     return variants
 
 
@@ -40,10 +43,26 @@ def diffusers_run(vae: WanVae, theirs: Any, data: Tensor, part: str) -> Tensor:
     return vae.normalise(theirs.encode(data.bfloat16()).latent_dist.mean)
 
 
+def fast_encode(vae: WanVae, frames: Tensor, chunk: int) -> Run:
+    """`FastEncoder` in bfloat16, the first frame and then frames of `chunk` latent frames per call."""
+    encoder = FastEncoder(vae, make_kernels(), torch.bfloat16)
+    height, width = frames.shape[3] // vae.config.spatial_stride, frames.shape[4] // vae.config.spatial_stride
+
+    def run(keep: bool) -> list[Tensor]:
+        clip = encoder.clip(height, width)
+        rest = frames[:, :, 1:].split(chunk * vae.config.temporal_stride, dim=2) if frames.shape[2] > 1 else ()
+        return [encoder.encode_chunk(part, clip) for part in (frames[:, :, :1], *rest)]
+
+    return run
+
+
+def make_kernels() -> Kernels:
+    return Kernels(tma=torch.cuda.get_device_capability()[0] >= 9)
+
+
 def fast_decode(vae: WanVae, latents: Tensor, chunk: int, groups: tuple[int, ...]) -> Run:
     """`FastDecoder` in bfloat16, `chunk` latent frames per call."""
-    major = torch.cuda.get_device_capability()[0]
-    decoder = FastDecoder(vae, Kernels(tma=major >= 9), torch.bfloat16, groups)
+    decoder = FastDecoder(vae, make_kernels(), torch.bfloat16, groups)
 
     def run(keep: bool) -> list[Tensor]:
         clip = decoder.clip(*latents.shape[3:])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stages.models.vae import WanVae
-from stages.models.vae_fast import FastDecoder, TorchOperations
+from stages.models.vae_decode import FastDecoder
+from stages.models.vae_walk import TorchOperations
 from tests.stages.kernels import vae_launches
 from tests.stages.models.test_vae import Compare, Harden, make_config, make_model, make_reference
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, upsampling_conv
-from stages.models.vae_fast import Operations, TorchOperations
 from stages.models.vae_frames import FramePool
+from stages.models.vae_walk import Operations, TorchOperations
 
 KINDS = ("causal", "wide", "narrow", "point", "double", "up", "down", "halve", "pixels", "norm")
 HEIGHT, WIDTH, SLOTS = 8, 16, [0, 4, 2, 1]

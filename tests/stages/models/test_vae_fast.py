@@ -18,9 +18,20 @@ from stages.models.vae_conv import (
     split_width,
     upsampling_conv,
 )
-from stages.models.vae_fast import FastDecoder, TorchOperations
+from stages.models.vae_decode import FastDecoder
+from stages.models.vae_encode import FastEncoder
 from stages.models.vae_frames import FramePool, pack
-from tests.stages.models.test_vae import SMALL, SMALL_22, Compare, Harden, make_config, make_model, make_reference
+from stages.models.vae_walk import TorchOperations
+from tests.stages.models.test_vae import (
+    SMALL,
+    SMALL_22,
+    Compare,
+    Harden,
+    make_config,
+    make_model,
+    make_reference,
+    random_frames,
+)
 
 FLOAT, CPU = torch.float32, torch.device("cpu")
 
@@ -45,6 +56,18 @@ def test_decodes_as_the_vae(chunk: int, vae: WanVae, relative_error: Compare) ->
     latents = random_latents(vae.config, 5)
     got = decode(FastDecoder(vae, TorchOperations(), FLOAT), latents, chunk)
     assert relative_error(got, vae.decode(latents)) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(17,), (1, 4, 12), (5, 8, 4)])
+def test_encodes_as_the_vae(sizes: tuple[int, ...], vae: WanVae, relative_error: Compare) -> None:
+    """17 frames, whole or in chunks, are the 5 latent frames of `WanVae`, to within 1e-5, however they are cut."""
+    frames = random_frames(17, 24, 40)
+    encoder = FastEncoder(vae, TorchOperations(), FLOAT)
+    clip = encoder.clip(3, 5)
+    got = torch.cat([encoder.encode_chunk(part, clip) for part in frames.split(list(sizes), dim=2)], dim=2)
+    assert relative_error(got, vae.encode(frames)) <= 1e-5
+    assert torch.equal(got, encoder.encode_chunk(frames, encoder.clip(3, 5)))
+    assert all(pool.capacity == pool.peak for pool in clip.pools.values())
 
 
 @pytest.mark.parametrize("groups", [(4, 4, 4, 4), (1, 2, 4, 1), (3, 1, 3, 2)])
@@ -107,6 +130,17 @@ def test_wrong_inputs(vae: WanVae) -> None:
         other = WanVae(SMALL_22)
     with pytest.raises(ValueError, match=r"of Wan2\.2's kind"):
         FastDecoder(other, TorchOperations(), FLOAT)
+    with pytest.raises(ValueError, match=r"of Wan2\.2's kind"):
+        FastEncoder(other, TorchOperations(), FLOAT)
+    encoder = FastEncoder(vae, TorchOperations(), FLOAT)
+    clip = encoder.clip(2, 2)
+    with pytest.raises(ValueError, match=r"must be \[1, 3, T, 16, 16\], got"):
+        encoder.encode_chunk(random_frames(1, 16, 24), clip)
+    with pytest.raises(ValueError, match=r"must be 4n\+1 in the first chunk, got 4"):
+        encoder.encode_chunk(random_frames(4, 16, 16), clip)
+    encoder.encode_chunk(random_frames(1, 16, 16), clip)
+    with pytest.raises(ValueError, match="must be 4n after the first chunk, got 5"):
+        encoder.encode_chunk(random_frames(5, 16, 16), clip)
 
 
 def test_the_folded_upsampling(relative_error: Compare) -> None:
