@@ -20,8 +20,8 @@ from stages.media import fit, read_frames, read_image, upright
 from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
+from stages.models.vae_codec import ClipCoder, Codec, choose_codec
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.vae_codec import ClipCoder, Codec, choose_codec
 from stages.weights import Network
 
 

@@ -59,7 +59,8 @@ class Kernels:
 
     tma: bool
     tiles: dict[str, Tile] = field(default_factory=dict)
-    _descriptors: dict[tuple[int, int, int], tuple[Tensor, Any]] = field(default_factory=dict)
+    _weights: dict[tuple[int, int, int], Any] = field(default_factory=dict)
+    """Descriptors of packed weights, by address and tile. They hold on to the weights."""
 
     def conv(self, layer: Conv, source: FramePool, slots: list[int], target: Target) -> None:
         """See `stages.models.vae_conv.conv`."""
@@ -95,7 +96,9 @@ class Kernels:
         self, layer: Conv, source: FramePool, slots: list[int], out: Tensor, gamma: Tensor | None,
         out_slots: tuple[int, int, int], sizes: tuple[int, ...], flags: dict[str, bool],
     ) -> None:  # fmt: skip
-        tile = self.tiles.get(layer.name) or choose_tile(layer, self.tma)
+        # The rows of what TMA fetches are multiples of 16 bytes.
+        tma = self.tma and source.channels * source.frames.element_size() % 16 == 0
+        tile = self.tiles.get(layer.name) or choose_tile(layer, tma)
         n0, n1 = tile.n or split_width(layer.channels)
         padded_in, padded = layer.weight.shape[2:]
         assert padded % (n0 + n1) == 0 and padded_in % sum(tile.k) == 0, (layer.name, tile)
@@ -105,7 +108,7 @@ class Kernels:
         frames = layer.frames_out(len(slots)) // layer.halves
         grid = (tiles * frames * layer.phases * layer.halves * padded // (n0 + n1),)
         conv_kernel[grid](
-            *self._inputs(source, tile), *self._weights(layer, tile, (n0, n1)), layer.bias,
+            *_describe_frames(source, tile), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
             layer.bias if gamma is None else gamma, out, pack(slots), *out_slots, source.width + 2, source.rows,
             height, width, sizes[2], sizes[3], tiles, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
             PADDED_IN=padded_in, PADDED=padded, KT=layer.taps[0], KH=layer.taps[1], KW=layer.taps[2],
@@ -114,25 +117,30 @@ class Kernels:
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **flags,
         )  # fmt: skip
 
-    def _inputs(self, source: FramePool, tile: Tile) -> tuple[Any, Any]:
-        matrix = source.frames.view(-1, source.channels)
-        if not tile.tma:
-            return matrix, None
-        return self._describe(matrix, tile.m, tile.k[0]), self._describe(matrix, tile.m, tile.k[1])
-
-    def _weights(self, layer: Conv, tile: Tile, n: tuple[int, int]) -> tuple[Any, ...]:
+    def _describe_weights(self, layer: Conv, tile: Tile, n: tuple[int, int]) -> tuple[Any, ...]:
         matrix = layer.weight.view(-1, layer.weight.shape[-1])
         if not tile.tma:
             return matrix, matrix, None, None
-        return tuple(self._describe(matrix, k, columns) for k in tile.k for columns in n)
+        descriptors = []
+        for rows in tile.k:
+            for columns in n:
+                key = matrix.data_ptr(), rows, columns
+                if key not in self._weights:
+                    self._weights[key] = _describe(matrix, rows, columns)
+                descriptors.append(self._weights[key])
+        return tuple(descriptors)
 
-    def _describe(self, matrix: Tensor, rows: int, columns: int) -> Any:
-        """The TMA descriptor of tiles of a matrix; None of tiles that are not used."""
-        if not rows or not columns:
-            return None
-        key = matrix.data_ptr(), rows, columns
-        found = self._descriptors.get(key)
-        if found is None or found[0].shape != matrix.shape:
-            found = matrix, TensorDescriptor.from_tensor(matrix, [rows, columns])
-            self._descriptors[key] = found
-        return found[1]
+
+def _describe_frames(source: FramePool, tile: Tile) -> tuple[Any, Any]:
+    matrix = source.frames.view(-1, source.channels)
+    if not tile.tma:
+        return matrix, None
+    for k in tile.k:
+        if (tile.m, k) not in source.views:
+            source.views[tile.m, k] = _describe(matrix, tile.m, k)
+    return source.views[tile.m, tile.k[0]], source.views[tile.m, tile.k[1]]
+
+
+def _describe(matrix: Tensor, rows: int, columns: int) -> Any:
+    """The TMA descriptor of tiles of a matrix; None of tiles that are not used."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if rows and columns else None

@@ -92,8 +92,8 @@ def pack_weight(groups: list[Tensor]) -> Tensor:
 
 
 def pad_vector(values: Tensor) -> Tensor:
-    """[..., C] -> [..., padded C] float32."""
-    return F.pad(values.float(), (0, padded_width(values.shape[-1]) - values.shape[-1])).contiguous()
+    """[..., C] -> [..., padded C] float32, in memory of its own."""
+    return F.pad(values.float(), (0, padded_width(values.shape[-1]) - values.shape[-1])).clone()
 
 
 def causal_conv(name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype, **fields: int) -> Conv:

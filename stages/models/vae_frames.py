@@ -7,6 +7,8 @@ slots that it read last: no frame is ever copied to be remembered, and the numbe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class FramePool:
         self.channels, self.height, self.width = channels, height, width
         self.frames = torch.zeros(capacity or 0, height + 2, width + 2, channels, dtype=dtype, device=device)
         """[slots, H + 2, W + 2, C]."""
+        self.views: dict[tuple[int, int], Any] = {}
+        """Tiles of `frames` as kernels describe them, which go when the frames go."""
         self.capacity = capacity
         self.peak = 1
         self._used = 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_walk import TorchOperations
-from tests.stages.kernels import vae_launches
+from tests.stages.models import vae_launches
 from tests.stages.models.test_vae import Compare, Harden, make_config, make_model, make_reference
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ def test_in_the_interpreter() -> None:
     """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined: every kind of
     convolution with TMA and without, and the norm, in float32."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.stages.kernels.vae_launches"]
+    command = [sys.executable, "-m", "tests.stages.models.vae_launches"]
     ran = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     errors = dict(line.rsplit(" ", 1) for line in ran.stdout.splitlines())

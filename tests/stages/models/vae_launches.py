@@ -1,4 +1,4 @@
-"""Launches of the VAE's kernels beside plain torch, which `test_vae_conv.py` compares.
+"""Launches of the VAE's kernels beside plain torch, which `test_vae_kernels.py` compares.
 
 Run as a program, prints the relative error of every kind of convolution with TMA and without.
 """

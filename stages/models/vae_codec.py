@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ipc.architecture import VaeConfig
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_encode import FastEncoder
@@ -39,6 +40,9 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """For people: what computes, and in which dtype."""
+
+    @property
+    def config(self) -> VaeConfig: ...
 
     def clip(self, height: int, width: int) -> ClipCoder:
         """A clip of height x width latents that has not begun."""
@@ -72,6 +76,10 @@ class PlainCodec:
     def name(self) -> str:
         return "plain torch, float32"
 
+    @property
+    def config(self) -> VaeConfig:
+        return self.vae.config
+
     def clip(self, height: int, width: int) -> PlainClip:
         return PlainClip(self.vae)
 
@@ -102,7 +110,10 @@ class FastClip:
 
 @dataclass
 class FastCodec:
-    """`FastDecoder` and `FastEncoder`, each with its own copy of the weights from its first use on."""
+    """`FastDecoder` and `FastEncoder`, each with its own copy of the weights from its first use on.
+
+    They are made of what `vae` is bound to then; it must be bound to the same whenever a clip of this codec goes on.
+    """
 
     vae: WanVae
     operations: Operations
@@ -111,6 +122,10 @@ class FastCodec:
     @property
     def name(self) -> str:
         return f"fused kernels, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def config(self) -> VaeConfig:
+        return self.vae.config
 
     @cached_property
     def decoder(self) -> FastDecoder:
