@@ -176,17 +176,18 @@ TILES: dict[int, list[Tile]] = {
         Tile(256, (32, 0), 8, 4), Tile(256, (32, 0), 8, 3), Tile(256, (32, 0), 8, 5), Tile(256, (64, 32), 8, 3),
         Tile(256, (32, 0), 8, 4, registers=128), Tile(128, (32, 0), 4, 4), Tile(128, (32, 0), 4, 3),
         Tile(128, (64, 32), 4, 2), Tile(128, (64, 32), 4, 3), Tile(128, (32, 0), 8, 4), Tile(512, (32, 0), 16, 4),
+        Tile(256, (32, 0), 8, 4, frames_inside=True), Tile(128, (32, 0), 4, 4, frames_inside=True),
     ],
     192: [
         Tile(128, (64, 0), 8, 4), Tile(128, (64, 0), 8, 3), Tile(128, (64, 0), 8, 2), Tile(128, (32, 0), 8, 4),
         Tile(128, (64, 0), 4, 4), Tile(256, (32, 0), 8, 4), Tile(256, (64, 0), 8, 3), Tile(256, (64, 0), 16, 3),
-        Tile(64, (64, 0), 4, 3),
+        Tile(64, (64, 0), 4, 3), Tile(128, (64, 0), 8, 4, frames_inside=True),
     ],
     384: [
         Tile(128, (64, 0), 8, 4), Tile(128, (64, 0), 4, 3), Tile(256, (64, 0), 8, 4), Tile(256, (64, 0), 8, 3),
         Tile(128, (64, 0), 8, 3, n=(128, 64)), Tile(128, (64, 0), 8, 4, n=(128, 64)),
         Tile(256, (64, 0), 8, 3, n=(128, 64)), Tile(128, (64, 0), 8, 3, n=(256, 128)),
-        Tile(128, (32, 0), 8, 4, n=(256, 128)),
+        Tile(128, (32, 0), 8, 4, n=(256, 128)), Tile(128, (64, 0), 8, 4, frames_inside=True),
     ],
 }  # fmt: skip
 """Ways to cut the 3x3x3 convolutions of a width."""
@@ -237,6 +238,7 @@ def main_cases(width: int) -> list[Case]:
 def brief(tile: Tile) -> str:
     n = f" n{tile.n[0]}+{tile.n[1]}" if tile.n else ""
     limit = f" r{tile.registers}" if tile.registers else ""
+    limit += " frames inside" if tile.frames_inside else ""
     return f"m{tile.m}{n} k{tile.k[0]}+{tile.k[1]} w{tile.warps} s{tile.stages}{limit}{'' if tile.tma else ' no TMA'}"
 
 

@@ -87,7 +87,7 @@ def store_normed(
 
 SIZES = [
     "in_slots", "residual_slots", "raw_slots", "normed_slots", "source_width", "source_rows", "height", "width",
-    "out_width", "out_rows", "tiles",
+    "out_width", "out_rows", "tiles", "frames",
 ]  # fmt: skip
 """Arguments of `conv_kernel` that are not specialised on."""
 
@@ -96,12 +96,13 @@ SIZES = [
 def conv_kernel(
     x0, x1, w00, w01, w10, w11, bias, gamma, out,
     in_slots, residual_slots, raw_slots, normed_slots,
-    source_width, source_rows, height, width, out_width, out_rows, tiles,
+    source_width, source_rows, height, width, out_width, out_rows, tiles, frames,
     CHANNELS_IN: tl.constexpr, CHANNELS: tl.constexpr, PADDED_IN: tl.constexpr, PADDED: tl.constexpr,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, OFFSET: tl.constexpr, TIME_STRIDE: tl.constexpr,
     SPACE_STRIDE: tl.constexpr, PHASES: tl.constexpr, HALVES: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     RESIDUAL: tl.constexpr, RAW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, TMA: tl.constexpr,
+    FRAMES_INSIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M pixels and N0 + N1 channels of one output frame.
 
@@ -109,6 +110,8 @@ def conv_kernel(
     tiles of K0 or K1 rows and N0 or N1 columns; descriptors with TMA, else pointers. out: the target pool, or with
     DENSE frames [T, height, width, CHANNELS].
     height, width: of the grid of pixels that share a kernel, which with PHASES 4 is half of the target's.
+    FRAMES_INSIDE: programs that follow one another make the same pixels of all frames, which read the same input; else
+    they go through one frame after the other.
     tiles: of BLOCK_M pixels per frame, counted over rows of source_width pixels, or of `width` where SPACE_STRIDE is 2.
     """
     n_tiles: tl.constexpr = HALVES * PADDED // (N0 + N1)
@@ -117,8 +120,13 @@ def conv_kernel(
     pid = tl.program_id(0)
     n_tile = pid % n_tiles
     phase = pid // n_tiles % PHASES
-    tile = pid // (n_tiles * PHASES) % tiles
-    frame = pid // (n_tiles * PHASES) // tiles
+    index = pid // (n_tiles * PHASES)
+    if FRAMES_INSIDE:
+        tile = index // frames
+        frame = index % frames
+    else:
+        tile = index % tiles
+        frame = index // tiles
     half = n_tile // (n_tiles // HALVES)
     column = n_tile % (n_tiles // HALVES) * (N0 + N1)
     down, right = OFFSET, OFFSET

@@ -30,6 +30,8 @@ class Tile:
     """Output channels per program, of those of which there are more than 256. None: as `split_width` says."""
     registers: int | None = None
     """At most so many per thread; None leaves it to the compiler."""
+    frames_inside: bool = False
+    """Whether the frames of a launch take turns tile by tile; see `conv_kernel`."""
     tma: bool = True
     """Whether the tensor memory accelerator fetches; else threads do, which any GPU and any stride can."""
 
@@ -110,10 +112,11 @@ class Kernels:
         conv_kernel[grid](
             *_describe_frames(source, tile), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
             layer.bias if gamma is None else gamma, out, pack(slots), *out_slots, source.width + 2, source.rows,
-            height, width, sizes[2], sizes[3], tiles, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
+            height, width, sizes[2], sizes[3], tiles, frames, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
             PADDED_IN=padded_in, PADDED=padded, KT=layer.taps[0], KH=layer.taps[1], KW=layer.taps[2],
             OFFSET=layer.offset, TIME_STRIDE=layer.time_stride, SPACE_STRIDE=layer.space_stride, PHASES=layer.phases,
             HALVES=layer.halves, BLOCK_M=tile.m, N0=n0, N1=n1, K0=tile.k[0], K1=tile.k[1], EPS=NORM_EPS, TMA=tile.tma,
+            FRAMES_INSIDE=tile.frames_inside,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **flags,
         )  # fmt: skip
 
