@@ -1,12 +1,13 @@
 """The vae stage: init frames to latents, and latents to frames chunk by chunk.
 
-The VAE runs in float32 on every device, as the original does; the image encoder in the dtype of the DiT.
+The VAE's weights are float32; `stages/models/vae_codec.py` says what computes with them. The image encoder runs in the
+dtype of the DiT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from stages.media import fit, read_frames, read_image, upright
 from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
-from stages.models.vae_layers import Cache
+from stages.models.vae_codec import ClipCoder, Codec, choose_codec
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
 from stages.weights import Network
 
@@ -28,7 +29,7 @@ from stages.weights import Network
 class Decoding:
     """A task whose latents are being decoded: what the causal convolutions remember, and the next chunk."""
 
-    cache: Cache = field(default_factory=dict)
+    clip: ClipCoder
     next: int = 0
 
 
@@ -45,6 +46,7 @@ class VaeStage:
         self._device = start.devices["vae"]
         self._chunk = start.decode_latents
         self._vae = vae
+        self._codec: tuple[str, Codec] | None = None
         self._image_encoder = image_encoder
         self._jobs: dict[str, Job] = {}
         self._decodings: dict[str, Decoding] = {}
@@ -101,18 +103,26 @@ class VaeStage:
         check_finite(vae.decode_chunk(latents, {}), "a rehearsed chunk has", "the VAE")
 
     def state(self) -> StageState:
-        held = sum(t.nbytes for decoding in self._decodings.values() for t in decoding.cache.values())
+        held = sum(decoding.clip.nbytes for decoding in self._decodings.values())
         return StageState(frozenset(self._jobs), held)
+
+    def _codec_of(self, job: Job) -> Codec:
+        """The codec with the version of the weights that the task wants, to which the VAE is bound. One version's is
+        kept; a decoding that has begun keeps its own."""
+        vae = self._vae.of(job)
+        if self._codec is None or self._codec[0] != self._vae.content:
+            self._codec = self._vae.content, choose_codec(vae, self._device)
+        return self._codec[1]
 
     def _encode(self, job: Job) -> None:
         """Put the latents of the init file as what the request wants it for; then the image tokens, if the DiT reads
         some."""
         assert job.init is not None, f"task {job.id} has nothing to encode"
         queue = self._links.outputs["init_latents"]
-        vae, latents = self._vae.of(job), []
-        cache: Cache = {}
-        for chunk in init_chunks(job, self._chunk * vae.config.temporal_stride):
-            latents.append(vae.encode_chunk(chunk.to(self._device), cache))
+        codec, latents = self._codec_of(job), []
+        clip = codec.clip(job.height // codec.config.spatial_stride, job.width // codec.config.spatial_stride)
+        for chunk in init_chunks(job, self._chunk * codec.config.temporal_stride):
+            latents.append(clip.encode(chunk.to(self._device)))
             self._links.beat()
         encoded = torch.cat(latents, dim=2).squeeze(0).float()
         check_finite(encoded, "the encoded init file has", "the VAE")
@@ -124,14 +134,14 @@ class VaeStage:
 
     def _decode(self, identity: str, index: int) -> None:
         """Put chunk `index`. Chunks before it are decoded again, silently, if this process has not."""
+        latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
+        codec = self._codec_of(self._jobs[identity])
         decoding = self._decodings.get(identity)
         if decoding is None or decoding.next > index:
-            decoding = self._decodings[identity] = Decoding()
-        vae = self._vae.of(self._jobs[identity])
-        latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
+            decoding = self._decodings[identity] = Decoding(codec.clip(*latents.shape[2:]))
         while decoding.next <= index:
             chunk = latents[:, decoding.next * self._chunk : (decoding.next + 1) * self._chunk]
-            pixels = vae.decode_chunk(chunk.unsqueeze(0).to(self._device), decoding.cache)
+            pixels = decoding.clip.decode(chunk.unsqueeze(0).to(self._device))
             decoding.next += 1
             self._links.beat()
         check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")

@@ -1,0 +1,151 @@
+"""Which code encodes and decodes clips, chosen once for a device.
+
+On a GPU with Triton, Wan2.1's VAE runs in bfloat16 with `FastDecoder` and `FastEncoder`. Else `WanVae` in float32, as
+in the original. The two differ by the rounding of bfloat16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ipc.architecture import VaeConfig
+from stages.models.vae import WanVae
+from stages.models.vae_decode import FastDecoder
+from stages.models.vae_encode import FastEncoder
+from stages.models.vae_layers import Cache
+from stages.models.vae_walk import Clip, Operations
+
+
+class ClipCoder(Protocol):
+    """One clip, chunk by chunk, in one direction: what it has seen is in its memory."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """See `WanVae.encode_chunk`."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `WanVae.decode_chunk`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory between chunks."""
+
+
+class Codec(Protocol):
+    @property
+    def name(self) -> str:
+        """For people: what computes, and in which dtype."""
+
+    @property
+    def config(self) -> VaeConfig: ...
+
+    def clip(self, height: int, width: int) -> ClipCoder:
+        """A clip of height x width latents that has not begun."""
+
+
+@dataclass(slots=True)
+class PlainClip:
+    """A clip in `WanVae`."""
+
+    vae: WanVae
+    cache: Cache = field(default_factory=dict)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.vae.encode_chunk(frames, self.cache)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode_chunk(latents, self.cache)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.cache.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PlainCodec:
+    """`WanVae` in the dtype of its weights."""
+
+    vae: WanVae
+
+    @property
+    def name(self) -> str:
+        return "plain torch, float32"
+
+    @property
+    def config(self) -> VaeConfig:
+        return self.vae.config
+
+    def clip(self, height: int, width: int) -> PlainClip:
+        return PlainClip(self.vae)
+
+
+@dataclass(slots=True)
+class FastClip:
+    """A clip in frame pools, which are made when its direction is known."""
+
+    codec: FastCodec
+    height: int
+    width: int
+    memory: Clip | None = None
+
+    def encode(self, frames: Tensor) -> Tensor:
+        if self.memory is None:
+            self.memory = self.codec.encoder.clip(self.height, self.width)
+        return self.codec.encoder.encode_chunk(frames, self.memory)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.memory is None:
+            self.memory = self.codec.decoder.clip(self.height, self.width)
+        return self.codec.decoder.decode_chunk(latents, self.memory)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.memory is None else self.memory.nbytes
+
+
+@dataclass
+class FastCodec:
+    """`FastDecoder` and `FastEncoder`, each with its own copy of the weights from its first use on.
+
+    They are made of what `vae` is bound to then; it must be bound to the same whenever a clip of this codec goes on.
+    """
+
+    vae: WanVae
+    operations: Operations
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"fused kernels, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def config(self) -> VaeConfig:
+        return self.vae.config
+
+    @cached_property
+    def decoder(self) -> FastDecoder:
+        return FastDecoder(self.vae, self.operations, self.dtype)
+
+    @cached_property
+    def encoder(self) -> FastEncoder:
+        return FastEncoder(self.vae, self.operations, self.dtype)
+
+    def clip(self, height: int, width: int) -> FastClip:
+        return FastClip(self, height, width)
+
+
+def choose_codec(vae: WanVae, device: str) -> Codec:
+    """The fast codec where it can run: Wan2.1's VAE on an NVIDIA GPU since Ampere, with Triton installed."""
+    if torch.device(device).type != "cuda" or torch.version.hip is not None or vae.config.is_residual:
+        return PlainCodec(vae)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0) or importlib.util.find_spec("triton") is None:
+        return PlainCodec(vae)
+    from stages.kernels.vae_launch import Kernels
+
+    return FastCodec(vae, Kernels(tma=capability >= (9, 0)), torch.bfloat16)

@@ -1,0 +1,74 @@
+"""The Triton kernels of the VAE against plain torch: in Triton's interpreter on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.models.vae import WanVae
+from stages.models.vae_decode import FastDecoder
+from stages.models.vae_walk import TorchOperations
+from tests.stages.models import vae_launches
+from tests.stages.models.test_vae import Compare, Harden, make_config, make_model, make_reference
+
+ROOT = Path(__file__).resolve().parents[3]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_in_the_interpreter() -> None:
+    """In a process of its own, because Triton reads TRITON_INTERPRET when a kernel is defined: every kind of
+    convolution with TMA and without, and the norm, in float32."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.stages.models.vae_launches"]
+    ran = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    errors = dict(line.rsplit(" ", 1) for line in ran.stdout.splitlines())
+    assert len(errors) == 2 * len(vae_launches.KINDS)
+    assert all(float(error) <= 1e-5 for error in errors.values()), errors
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("kind", vae_launches.KINDS)
+@pytest.mark.parametrize("tma", [True, False])
+def test_on_a_gpu(kind: str, tma: bool) -> None:
+    """The same compiled, in bfloat16: within its rounding."""
+    assert vae_launches.error_of(kind, tma, torch.device("cuda"), torch.bfloat16) <= 4e-3
+
+
+@pytest.fixture
+def vae(harden: Harden) -> WanVae:
+    config = make_config(96, 16, 1)
+    return make_model(config, harden(make_reference(config)).state_dict()).cuda()
+
+
+def decode(decoder: FastDecoder, latents: Tensor, chunk: int) -> Tensor:
+    clip = decoder.clip(*latents.shape[3:])
+    return torch.cat([decoder.decode_chunk(part, clip) for part in latents.split(chunk, dim=2)], dim=2)
+
+
+@pytest.mark.gpu
+@needs_triton
+@torch.inference_mode()
+def test_a_clip_on_a_gpu(vae: WanVae, relative_error: Compare) -> None:
+    """Wan2.1's widths with the kernels, in bfloat16, 6 latent frames: as near to float32 as plain torch with the same
+    rounding is, and the same bit for bit however the clip is cut, at any time, and at a second size."""
+    from stages.kernels.vae_launch import Kernels
+
+    decoder = FastDecoder(vae, Kernels(torch.cuda.get_device_capability()[0] >= 9), torch.bfloat16)
+    other = FastDecoder(vae, TorchOperations(), torch.bfloat16, (1, 2, 4, 1))
+    for size in ((10, 13), (9, 6)):
+        latents = torch.randn(1, 16, 6, *size, generator=torch.Generator().manual_seed(2)).cuda()
+        got, expected = decode(decoder, latents, 1), vae.decode(latents)
+        assert relative_error(got, expected) <= 1.1 * relative_error(decode(other, latents, 2), expected)
+        for chunk in (1, 2, 6):
+            assert torch.equal(decode(decoder, latents, chunk), got)
