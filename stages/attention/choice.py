@@ -143,7 +143,7 @@ def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
         began = time.perf_counter()
         call()
         return 1000 * (time.perf_counter() - began)
-    with torch.cuda.device(device):
+    with torch.cuda.device(torch.device(device).index or 0):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
