@@ -10,16 +10,15 @@ from __future__ import annotations
 import collections
 from typing import Literal
 
-import msgspec
-
 from engine.estimates import Policy
 from engine.events import Capacity, TaskSpec
 from engine.records import Key, Quantum, Slots, StageRecord, TaskRecord
+from engine.states import State
 from ipc.errors import Failure
 from ipc.messages import Phase, Seat, StageName
 
 
-class TaskState(msgspec.Struct, frozen=True, kw_only=True):
+class TaskState(State, frozen=True, kw_only=True):
     """A `TaskRecord`; the fields have its names."""
 
     spec: TaskSpec
@@ -42,7 +41,7 @@ class TaskState(msgspec.Struct, frozen=True, kw_only=True):
     key: Key
 
 
-class StageRecordState(msgspec.Struct, frozen=True, kw_only=True):
+class StageRecordState(State, frozen=True, kw_only=True):
     """A `StageRecord`. `outstanding`: id of the task, phase and number of each quantum."""
 
     name: Seat
@@ -54,7 +53,7 @@ class StageRecordState(msgspec.Struct, frozen=True, kw_only=True):
     failed_starts: int
 
 
-class SchedulerState(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulerState(State, frozen=True, kw_only=True):
     """A `Scheduler` between two events. `active` and `waiting` are ids in the order of the line."""
 
     capacity: Capacity

@@ -44,17 +44,23 @@ def run_engine(*arguments: str | Path, **more: str) -> subprocess.CompletedProce
 class EngineProcess:
     """`engine serve` in a process of its own, all stages in one more. `with` waits until it listens."""
 
-    def __init__(self, directory: Path, *options: str | Path) -> None:
+    def __init__(
+        self, directory: Path, *options: str | Path, tree: Path | None = None, placement: str = "fused", **more: str
+    ) -> None:
+        """`tree`: run what is there, not this checkout. `more`: variables of the environment."""
         self.exit_codes: tuple[int, ...] = (0,)
         """What the end of `with` accepts."""
         self.socket = directory / "engine.sock"
         self.log = directory / f"log-{time.monotonic_ns()}"
         self._output = directory / "output"
-        where = ("--socket", self.socket, "--state-dir", directory / "state", "--placement", "fused", "--device", "cpu")
+        where = ("--socket", self.socket, "--state-dir", directory / "state", "--device", "cpu")
+        where = (*where, "--placement", placement)
+        where_from = {} if tree is None else {"PYTHONPATH": str(tree)}
         with self.log.open("ab") as log, self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                command("serve", *where, *options), stdout=output, stderr=log, env=environment(), start_new_session=True
-            )
+                command("serve", *where, *options), stdout=output, stderr=log, env=environment(**where_from, **more),
+                start_new_session=True, cwd=tree,
+            )  # fmt: skip
 
     @property
     def output(self) -> str:
