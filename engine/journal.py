@@ -94,7 +94,9 @@ class Journal:
         return BadConfig(f"the journal in the state directory cannot be used: {error}")
 
     async def add(self, entry: Entry) -> None:
-        """Returns when the entry is on disk."""
+        """Returns when the entry is on disk. `OutputError` or `BadConfig` if it cannot be."""
+        if self._paused:  # it could not be opened again at once
+            await self.resume()
         row = (entry.job.id, entry.submitted_at, msgspec.msgpack.encode(entry))
         try:
             await self._on_thread(self._insert, row)

@@ -82,8 +82,10 @@ def rehearse(fd: int) -> None:
     try:
         document, fds = _receive(channel)
         asyncio.run(_build_only(decode(document), fds))
-    except (OSError, ValueError, EngineError) as error:
-        problem = f"{error}"[:MAX_PROBLEM] or type(error).__name__
+    except OSError as error:
+        problem = f"{error.strerror or type(error).__name__}"  # without the path that it carries
+    except (ValueError, EngineError) as error:
+        problem = f"{error}"[:MAX_PROBLEM]
     channel.send(ProgramRehearsed(problem=problem, engine=VERSION), timeout=RECEIVE_TIMEOUT)
     os._exit(0)
 

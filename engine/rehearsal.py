@@ -46,7 +46,7 @@ async def rehearse(document: bytes, fds: Sequence[int]) -> None:
             theirs.close()
             await asyncio.to_thread(_hear, ours, child)
     except OSError as error:
-        raise ReloadFailed(f"the new program could not be started: {error}; {GOES_ON}") from error
+        raise ReloadFailed(f"the new program could not be started: {error.strerror}; {GOES_ON}") from error
 
 
 def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:

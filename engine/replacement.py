@@ -109,7 +109,7 @@ class Replacement:
                 raise ServerUnavailable("the engine was told to stop")
             os.execve(PROGRAM[0], [*PROGRAM, str(document)], environment())
         except OSError as error:
-            raise ReloadFailed(f"the new program could not be started: {error}; {GOES_ON}") from error
+            raise ReloadFailed(f"the new program could not be started: {error.strerror}; {GOES_ON}") from error
         finally:
             for fd in fds.fds:
                 os.set_inheritable(fd, False)

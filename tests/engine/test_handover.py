@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections.abc import AsyncIterator
@@ -33,7 +34,9 @@ from engine.states import Descriptors
 from engine.supervisor import Supervisor
 from engine.tasks import Task, TaskPool
 from engine.weights import Versions, WeightStore
-from tests.engine.wire import RawClient
+from ipc.frames import FrameReader
+from ipc.messages import AnyServerMessage, Status
+from tests.engine.wire import RawClient, frame
 
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
@@ -165,6 +168,26 @@ async def test_a_document_survives_and_a_damaged_one_does_not(service: Service, 
     for _ in range(200):
         with pytest.raises(ValueError):
             decode(raw[: chance.randrange(len(raw))])
+    client.close()
+
+
+async def test_what_is_unsent_goes_over(service: Service, short_dir: Path, wait_until: Any) -> None:
+    """A client asks and does not read: the rest of the answer that fills its socket is in its state, to the byte."""
+    client = await asyncio.to_thread(RawClient, short_dir / "engine.sock")
+    (session,) = service.server.sessions.values()
+    client.socket.setblocking(False)
+    client.send(frame(type="status", ref=7, memory=True) * 250)
+    await wait_until(lambda: session.outgoing > 0, "an answer that waits to be read")
+    await asyncio.sleep(0.05)
+    state = session.state(Descriptors())
+    assert 0 < len(state.unsent) <= session.outgoing
+    received, complete = b"", FrameReader[AnyServerMessage](AnyServerMessage)
+    with contextlib.suppress(BlockingIOError):
+        while data := client.socket.recv(1 << 20):
+            received += data
+    answers = list(complete.feed(received + state.unsent))
+    assert not complete.unfinished
+    assert {(type(answer), answer.ref) for answer in answers} == {(Status, 7)}
     client.close()
 
 

@@ -123,13 +123,14 @@ def test_twenty_hand_overs_at_two_hundred_connects_a_second(
 
 
 def test_a_client_is_in_the_middle_of_everything(engine_process: EngineProcess, short_dir: Path) -> None:
-    """Half of a frame was sent, half of a thousand answers were read, a request is followed, a hello was not said:
-    after the hand-over each goes on where it was, and the end of the request is told once."""
+    """Half of a frame was sent, answers fill a socket and are not read, a request is followed, a hello was not said,
+    240 others are there: after the hand-over each goes on where it was, and the end of the request is told once."""
     engine = engine_process
     engine.wait_ready()
     client = Client(engine.socket)
     half, greedy, follower = (RawClient(engine.socket) for _ in range(3))
     silent = RawClient(engine.socket, greet=False)
+    crowd = [RawClient(engine.socket) for _ in range(240)]  # more descriptors than one packet carries
     accepted = follower.ask(frame(type="submit", ref=2, params=LONG | {"output": f"{short_dir}/v.mp4"}))
     question = frame(type="status", ref=7, memory=True)
     half.send(question[:9])
@@ -148,9 +149,10 @@ def test_a_client_is_in_the_middle_of_everything(engine_process: EngineProcess, 
     assert events[-1]["type"] == "done"
     assert {event["id"] for event in events} == {accepted["id"]}
     assert follower.ask(frame(type="list", ref=3))["type"] == "tasks"
+    assert all(client.ask(frame(type="list", ref=4))["ref"] == 4 for client in crowd)
     greedy.socket.shutdown(2)
     flood.join()
-    for each in (half, greedy, follower, silent):
+    for each in (half, greedy, follower, silent, *crowd):
         each.close()
 
 
@@ -204,7 +206,7 @@ BROKEN = {
     "takes another format": ("engine/handover.py", "FORMAT = 1", "FORMAT = 2", "format 1"),
     "does not know a field": ("engine/process.py", "    oom_kills: int\n", "", "oom_kills"),
     "wants a field": ("engine/tasks.py", "    finished: int\n", "    finished: int\n    lost: int\n", "lost"),
-    "has other seats": ("engine/crew.py", '"writer": None}\n        self._posts', '}\n        self._posts', "seats"),
+    "has other seats": ("engine/devices.py", "{\"text\": device,", "{\"text\": None,", "seats"),
     "finds fault": ("engine/scheduler.py", "        return problems\n", '        return ["a fault"]\n', "a fault"),
     "loses descriptors": (
         "engine/crew.py", "        self.placed.put_back(state.placed, fds)\n", "", "descriptors are of nothing",
@@ -230,7 +232,7 @@ def test_a_program_that_cannot_go_on(tree: Path, short_dir: Path, read_video: An
         engine.wait_ready()
         client = Client(engine.socket)
         follower = clients.enter_context(RawClient(engine.socket))
-        request = LONG | {"steps": 200, "output": f"{short_dir}/v.mp4"}
+        request = LONG | {"steps": 1000, "num_frames": 33, "output": f"{short_dir}/v.mp4"}
         accepted = follower.ask(frame(type="submit", ref=2, params=request))
         before, files = stage_pids(client), engine.open_files()
         for wrong, (file, old, new, word) in BROKEN.items():

@@ -17,7 +17,7 @@ import pytest
 from engine.client import Client
 from engine.paths import BACKLOG, SocketClaim
 from engine.systemd import Notify, activated_socket
-from ipc.errors import BadConfig
+from ipc.errors import BadConfig, Busy
 from tests.engine.wire import WAIT, EngineProcess, RawClient, frame, hello
 
 UNITS = Path(__file__).parents[2] / "configs" / "system"
@@ -78,6 +78,8 @@ def test_a_service_with_a_socket_of_systemd(short_dir: Path, manager: Manager, l
         manager.pid = engine.process.pid
         assert manager.hear() == {"STATUS": "loading wan-demo"}
         assert (early.receive() or {})["type"] == "welcome"
+        with pytest.raises(Busy, match="still loading"):
+            Client(engine.socket).reload_supervisor()
         ready = manager.hear()
         assert (ready["READY"], ready["MAINPID"], ready["STATUS"]) == ("1", str(manager.pid), "serving wan-demo")
         before = time.monotonic_ns() // 1000
