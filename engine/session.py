@@ -326,7 +326,7 @@ class Session:
                 return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
             case ReplaceStages(ref=ref, stages=stages):
                 self._check_owner("replace its processes")
-                log.info("process %d asked for new processes of %s", self._pid, ", ".join(stages) or "all stages")
+                log.info("process %d asked for new processes of %s", self.pid, ", ".join(stages) or "all stages")
                 return msgspec.structs.replace(await self._supervisor.replace_stages(stages), ref=ref)
             case Rollback(ref=ref, when=when):
                 self._check_owner("change what it serves")

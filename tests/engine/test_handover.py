@@ -45,12 +45,14 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back",
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen",
         "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
+        "_successors _replacing "
         "_changed _watcher _left_to_start",
     ),
     StageProcess: (
-        "seats epoch ready outstanding knows _outbox _body counter _popen _channel _pidfd pid _killed _oom_kills",
+        "seats epoch ready outstanding knows leaving _outbox _body counter _popen _channel _pidfd pid _killed "
+        "_oom_kills",
         "_on_report _on_exit _loop _writing outside exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
