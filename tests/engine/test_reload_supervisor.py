@@ -80,6 +80,7 @@ def entries(directory: Path) -> int:
         return int(journal.execute("SELECT count(*) FROM tasks").fetchone()[0])
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_twenty_hand_overs_at_two_hundred_connects_a_second(
     engine_process: EngineProcess, short_dir: Path, read_video: Any
@@ -156,6 +157,7 @@ def test_a_client_is_in_the_middle_of_everything(engine_process: EngineProcess, 
         each.close()
 
 
+@pytest.mark.timeout(300)
 def test_a_stage_dies_while_the_program_is_replaced(short_dir: Path, read_video: Any) -> None:
     """While the program is replaced, twice, the dit is killed, and the spare that is to take its place or has: the dit
     comes back, and the video is that of an undisturbed engine."""
