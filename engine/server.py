@@ -31,6 +31,10 @@ HOLD_TIMEOUT = 3.0
 """Seconds for which clients are held for the sake of one whose request takes long to be looked at: less than they have
 for their hello."""
 
+PATIENCE = 2.0
+"""Seconds since a client left for which the next one waits in the backlog for a place, before it is refused one. All
+who came while the program was replaced are taken up at once, and they may be more than there are places."""
+
 ACCEPT_RETRY = 0.1
 """Seconds until the next try when the kernel cannot make a connection."""
 
@@ -78,6 +82,10 @@ class Server:
         self._reload = reload
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()
+        """Set when the next client leaves."""
+        self._left_at = 0.0
+        """When one last did, or might have: the start."""
         self.gate = asyncio.Event()
         """While it is not set, no message of a client is taken up: `hold`."""
         self.gate.set()
@@ -89,6 +97,7 @@ class Server:
 
     def _listen_on(self, listener: socket.socket) -> None:
         self._listener = listener
+        self._left_at = asyncio.get_running_loop().time()
         self._accepting = asyncio.get_running_loop().create_task(self._accept(listener), name="accept")
 
     async def stop(self) -> None:
@@ -119,6 +128,7 @@ class Server:
         """Take connections, one per turn of the loop, so that a thousand at once delay nobody by more than one."""
         with listener, Spare() as spare:
             while True:
+                await self._wait_for_a_place()
                 try:
                     connection, _ = listener.accept()
                 except BlockingIOError:
@@ -129,6 +139,15 @@ class Server:
                 else:
                     self._connected(connection)
                     await asyncio.sleep(0)
+
+    async def _wait_for_a_place(self) -> None:
+        """Until there is one, or nobody has left for a while."""
+        loop = asyncio.get_running_loop()
+        while len(self.sessions) >= self.limits.clients and (until := self._left_at + PATIENCE) > loop.time():
+            left = self._left
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await left.wait()
 
     def _connected(self, connection: socket.socket) -> None:
         pid, uid = peer_ids(connection)
@@ -146,7 +165,13 @@ class Server:
     def _serve(self, session: Session, pid: int) -> None:
         task = asyncio.get_running_loop().create_task(session.run(), name=f"client-{pid}")
         self.sessions[task] = session
-        task.add_done_callback(self.sessions.pop)
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        del self.sessions[task]
+        self._left_at = asyncio.get_running_loop().time()
+        self._left.set()
+        self._left = asyncio.Event()
 
     def handle_shutdown(self, drain: bool) -> None:
         (self.drain_asked if drain else self.stop_asked).set()

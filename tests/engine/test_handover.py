@@ -70,7 +70,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     ),
     Server: (
         "sessions _listener",
-        "supervisor limits drain_asked stop_asked _users _claim _reload _accepting gate",
+        "supervisor limits drain_asked stop_asked _users _claim _reload _accepting _left _left_at gate",
     ),
     Session: (
         "following _socket _frames _decoded _pace _rest _unsaid _then _reload_ref _greeted _last_words _follow_first "

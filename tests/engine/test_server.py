@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -368,3 +369,17 @@ async def test_clients_are_held_for_a_while_at_most(short_dir: Path, monkeypatch
         assert (await slow)["error"]["code"] == "bad_request"
         await server.hold()
         server.release()
+
+
+async def test_a_crowd_is_taken_up_as_others_leave(short_dir: Path) -> None:
+    """Ten times as many clients as there are places come at once, ask and leave: nobody is refused."""
+
+    def ask() -> str:
+        with RawClient(short_dir / "engine.sock") as client:
+            return str(client.ask(STATUS)["type"])
+
+    async with serving(short_dir, Limits(clients=4)):
+        with ThreadPoolExecutor(40) as pool:
+            loop = asyncio.get_running_loop()
+            answers = await asyncio.gather(*(loop.run_in_executor(pool, ask) for _ in range(40)))
+    assert answers == ["status"] * 40
