@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Protocol
 
 
 def run_module(module: str, *arguments: str, given: bytes = b"", timeout: float) -> subprocess.CompletedProcess[bytes]:
@@ -23,4 +25,50 @@ def python_path() -> str:
     """PYTHONPATH for child processes: they must import this very installation, wherever it was found."""
     root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
-    return root if not inherited else f"{root}{os.pathsep}{inherited}"
+    if not inherited or inherited.split(os.pathsep)[0] == root:
+        return inherited or root
+    return f"{root}{os.pathsep}{inherited}"
+
+
+class Child(Protocol):
+    """A process of ours: a `subprocess.Popen`, or an `AdoptedChild`."""
+
+    pid: int
+    returncode: int | Any
+    """None until it was reaped."""
+
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> int: ...
+
+
+class AdoptedChild:
+    """A child that the program before this one, in this same process, has spawned. Resource handling: it is a zombie
+    until `poll` or `wait` reaps it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """How it ended, if it has."""
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int:
+        status = self._reap(0)
+        assert status is not None, "a child that was waited for has ended"
+        return status
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except ChildProcessError:
+                pid, status = self.pid, -1  # reaped by someone else: how it ended is not known
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status) if status >= 0 else status
+        return self.returncode

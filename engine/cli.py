@@ -182,17 +182,26 @@ def reload(
         typer.Option(help="text, dit, vae or writer: a new process with the code now on disk; again for each."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="New processes for all stages.")] = False,
+    supervisor: Annotated[
+        bool, typer.Option("--supervisor", help="The engine's own program, by the one that is on disk now.")
+    ] = False,
     socket: Socket = None,
     as_json: Json = False,
 ) -> None:
     """Serve other weights, or run the code now on disk, without a restart and without failing a request."""
     from engine.client import Client
-    from engine.display import print_reloaded, print_replaced
+    from engine.display import print_reloaded, print_replaced, print_taken_over
     from engine.operator import read_canary, read_stages, read_when
 
     client = Client(socket)
-    if (checkpoint is not None) + bool(stage or every) != 1:
-        raise BadConfig("say what to reload: --checkpoint DIR for weights, or --stage NAME or --all for processes")
+    if (checkpoint is not None) + bool(stage or every) + supervisor != 1:
+        raise BadConfig(
+            "say what to reload: --checkpoint DIR for weights, --stage NAME or --all for processes, or --supervisor"
+        )
+    if supervisor:
+        taken_over = client.reload_supervisor()
+        _print_json(taken_over) if as_json else print_taken_over(taken_over)
+        return
     if checkpoint is None:
         replaced = client.replace_stages(read_stages(() if every else stage or ()))
         _print_json(replaced) if as_json else print_replaced(replaced)

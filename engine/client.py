@@ -36,6 +36,7 @@ from ipc.messages import (
     Progress,
     Reload,
     Reloaded,
+    ReloadSupervisor,
     Replaced,
     ReplaceStages,
     Rollback,
@@ -44,6 +45,7 @@ from ipc.messages import (
     Status,
     Submit,
     Subscribe,
+    SupervisorReloaded,
     TaskEvent,
     TaskInfo,
     TaskList,
@@ -169,6 +171,12 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(ListVersions(ref=0), VersionList).versions
 
+    def reload_supervisor(self) -> SupervisorReloaded:
+        """Replace the engine's own program by the one that is on disk now. `ReloadFailed` if that cannot go on: the
+        running one does."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
+
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         with Connection(self.socket, self._deadlines) as connection:
@@ -288,6 +296,12 @@ class AsyncClient:
         """The versions of weights that are served, were before, or are still used."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return (await connection.ask(ListVersions(ref=0), VersionList)).versions
+
+    async def reload_supervisor(self) -> SupervisorReloaded:
+        """Replace the engine's own program by the one that is on disk now. `ReloadFailed` if that cannot go on: the
+        running one does."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
 
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""

@@ -22,11 +22,12 @@ from engine.devices import compute_dtype, compute_threads, compute_tokens, devic
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
-from engine.posts import Posts
-from engine.process import Body, StageProcess, encode_start
+from engine.posts import Posts, PostState
+from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
 from engine.spare import Spare
+from engine.states import Descriptors, State
 from engine.successor import successor
-from engine.weights import Versions, WeightStore
+from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import Failure, StageFailed, from_failure
@@ -83,6 +84,23 @@ class Owner(Protocol):
     def handle_gone(self, seat: Seat, error: Failure) -> None: ...
 
 
+class CrewState(State, frozen=True, kw_only=True):
+    """A `Crew` that is replacing nothing. `pending`: seats to be started again, and the seconds until then."""
+
+    posts: list[PostState]
+    processes: list[ProcessState]
+    placed: list[PlacedState]
+    weights: VersionsState
+    source: str
+    versions: dict[str, str]
+    loading: list[LoadProgress]
+    epoch: int
+    spare: BodyState | None
+    pending: list[tuple[tuple[Seat, ...], float]]
+    held_back: list[tuple[Seat, ...]]
+    chosen: Chosen | None
+
+
 class Crew:
     """All stage processes."""
 
@@ -128,6 +146,8 @@ class Crew:
         self._replacing = asyncio.Lock()
         self._held_back: list[tuple[Seat, ...]] = []
         """To be started when what they would read is placed."""
+        self._left_to_start: list[tuple[tuple[Seat, ...], float]] = []
+        """By `resume`, with the seconds until then."""
         self._stopping = False
         self._changed = asyncio.Event()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
@@ -247,6 +267,54 @@ class Crew:
         for process in self._posts.processes():
             process.kill()
         self._spare.kill()
+
+    # From one program to the next.
+
+    @property
+    def is_replacing(self) -> bool:
+        """A process is taking the place of another."""
+        return self._replacing.locked() or bool(self._successors)
+
+    def state(self, fds: Descriptors) -> CrewState:
+        """All processes and what is known of them."""
+        now = self._loop.time()
+        return CrewState(
+            posts=self._posts.state(), processes=[process.state(fds) for process in self._posts.processes()],
+            placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
+            loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
+            pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
+            held_back=self._held_back, chosen=self._chosen,
+        )  # fmt: skip
+
+    def put_back(self, state: CrewState, fds: Descriptors) -> None:
+        """Have the processes of the program before this one; they are not touched before `resume`. ValueError if they
+        do not fit the seats that there are."""
+        self._watcher.cancel()
+        self._posts.put_back(state.posts)
+        for each in state.processes:
+            body = Body.restored(each.body, fds)
+            process = StageProcess(body, each.seats, each.epoch, None, (), self._on_report, self._on_exit)
+            process.put_back(each, fds)
+            for post in self._posts.of(each.seats):
+                post.process = process
+        self.placed.put_back(state.placed, fds)
+        self.weights.put_back(state.weights)
+        self._source = state.source
+        self.versions.update(state.versions)
+        self._loading.update({progress.component: progress for progress in state.loading})
+        self._epoch = state.epoch
+        self._spare.put_back(state.spare, fds)
+        self._held_back, self._chosen = list(state.held_back), state.chosen
+        self._left_to_start = list(state.pending)
+
+    def resume(self) -> None:
+        """Go on: listen to the processes, start those that were to be started."""
+        for process in self._posts.processes():
+            process.resume()
+        for seats, delay in self._left_to_start:
+            self._pending[seats] = self._loop.call_later(max(0.0, delay), self.start, seats)
+        self._left_to_start = []
+        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     @property
     def spare_pid(self) -> int | None:

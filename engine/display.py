@@ -27,6 +27,7 @@ from ipc.messages import (
     Reloaded,
     Replaced,
     StageStatus,
+    SupervisorReloaded,
     TaskInfo,
     VersionInfo,
 )
@@ -417,6 +418,11 @@ def print_replaced(done: Replaced) -> None:
     """`engine reload --stage`."""
     for seat, pid in done.pids.items():
         print(f"{seat}: process {pid}, ready {done.seconds[seat]:.2f} s after its predecessor had left")
+
+
+def print_taken_over(done: SupervisorReloaded) -> None:
+    """`engine reload --supervisor`."""
+    print(f"engine {done.engine} has taken over; nothing was answered for {done.paused:.2f} s")
 
 
 def print_versions(found: Sequence[VersionInfo]) -> None:

@@ -51,9 +51,9 @@ class Estimates:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._ratio: dict[Phase, float] = dict.fromkeys(PHASES, 1.0)
+        self.ratio: dict[Phase, float] = dict.fromkeys(PHASES, 1.0)
         """In use for every task."""
-        self._learnt: dict[Phase, float] = {}
+        self.learnt: dict[Phase, float] = {}
 
     def observe(self, spec: TaskSpec, phase: Phase, seconds: float) -> bool:
         """Learn from a measured quantum. True if the estimates of all tasks have changed."""
@@ -61,18 +61,18 @@ class Estimates:
         if expected <= 0 or seconds <= 0:
             return False
         ratio = seconds / expected
-        learnt = self._learnt.get(phase, ratio)
+        learnt = self.learnt.get(phase, ratio)
         learnt += LEARNING * (ratio - learnt)
-        self._learnt[phase] = learnt
-        if abs(learnt - self._ratio[phase]) <= NOTICEABLE * self._ratio[phase]:
+        self.learnt[phase] = learnt
+        if abs(learnt - self.ratio[phase]) <= NOTICEABLE * self.ratio[phase]:
             return False
-        self._ratio[phase] = learnt
+        self.ratio[phase] = learnt
         return True
 
     def update(self, task: TaskRecord) -> None:
         """Set the task's `seconds` and `key` from where it is."""
         left: dict[Phase, float] = {
-            phase: (total - task.done[phase]) * task.spec.cost.get(phase, 0.0) * self._ratio[phase]
+            phase: (total - task.done[phase]) * task.spec.cost.get(phase, 0.0) * self.ratio[phase]
             for phase, total in task.total.items()
         }
         task.seconds = left["text"] + left["encode"] + left["denoise"] + max(left["decode"], left["write"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import sqlite3
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from engine.states import Descriptors, State
 from ipc.errors import BadConfig, OutputError
 from ipc.messages import Job
 
@@ -49,15 +51,29 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     deadline_at: float | None
 
 
+class JournalState(State, frozen=True, kw_only=True):
+    """A `Journal` that is closed, but not given up. `claim` is the place of its descriptor."""
+
+    ended: list[str]
+    """Tasks that are still to be taken off the disk."""
+    claim: int
+
+
 class Journal:
     """Accepted and unfinished tasks, on disk."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, state: JournalState | None = None, fds: Descriptors | None = None) -> None:
+        """`state`: what the program before this one, whose journal it was, has left to be done."""
         self._path = directory / "journal.sqlite3"
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._connection: sqlite3.Connection | None = None
         self._ended: set[str] = set()
         """Tasks that have ended and are not known to be off the disk."""
+        self._claim = -1
+        """A descriptor of the directory, locked: the right to this journal, also while the file is closed."""
+        self._paused = False
+        if state is not None and fds is not None:
+            self._ended, self._claim = set(state.ended), fds.take(state.claim)
 
     async def open(self) -> list[Entry]:
         """Open or make the journal; returns what an earlier run left unfinished, oldest first.
@@ -72,12 +88,15 @@ class Journal:
 
     @staticmethod
     def _unusable(error: Exception) -> BadConfig:
-        if isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+        busy = isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+        if busy or isinstance(error, BlockingIOError):
             return BadConfig("another engine uses this state directory: give this one its own --state-dir")
         return BadConfig(f"the journal in the state directory cannot be used: {error}")
 
     async def add(self, entry: Entry) -> None:
-        """Returns when the entry is on disk."""
+        """Returns when the entry is on disk. `OutputError` or `BadConfig` if it cannot be."""
+        if self._paused:  # it could not be opened again at once
+            await self.resume()
         row = (entry.job.id, entry.submitted_at, msgspec.msgpack.encode(entry))
         try:
             await self._on_thread(self._insert, row)
@@ -88,6 +107,8 @@ class Journal:
         """The task has ended; returns when that is on disk. `OutputError` if it cannot be written; the next call and
         `close` try again."""
         self._ended.add(identity)
+        if self._paused:
+            return
         try:
             await self._on_thread(self._remove_ended)
         except sqlite3.Error as error:
@@ -103,13 +124,36 @@ class Journal:
         if self._connection is not None:
             await self._on_thread(self._close, self._connection)
             self._connection = None
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
         self._thread.shutdown(wait=False)
+
+    async def pause(self) -> None:
+        """Close the file, and nothing else: the next program is to open it. What ends meanwhile is kept for that."""
+        assert self._connection is not None, "the journal is not open"
+        self._paused = True
+        await self._on_thread(self._close, self._connection)
+        self._connection = None
+
+    async def resume(self) -> None:
+        """After `pause`: there is no next program."""
+        try:
+            await self._on_thread(self._open)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
+        self._paused = False
+
+    def state(self, fds: Descriptors) -> JournalState:
+        return JournalState(ended=sorted(self._ended), claim=fds.put(self._claim))
 
     async def _on_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
     def _open(self) -> list[Entry]:
         make_directory(self._path.parent)
+        if self._claim < 0:
+            self._claim = _claim(self._path.parent)
         self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
         self._path.chmod(0o600)
         # One engine per journal: two would both carry out what is in it.
@@ -117,6 +161,7 @@ class Journal:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(_SCHEMA)
+        self._remove_ended()
         rows = self._connection.execute("SELECT id, entry FROM tasks ORDER BY submitted_at, rowid").fetchall()
         return [entry for row in rows if (entry := self._decode(*row)) is not None]
 
@@ -150,6 +195,17 @@ class Journal:
     def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
         assert self._connection is not None, "the journal is not open"
         self._connection.execute(statement, values)
+
+
+def _claim(directory: Path) -> int:
+    """A locked descriptor of the directory. BlockingIOError if another engine has it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def make_directory(directory: Path) -> None:

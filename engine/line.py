@@ -22,7 +22,7 @@ class Line:
         self.active: list[TaskRecord] = []
         """As many as there are slots for inputs and latents."""
         self.waiting: list[TaskRecord] = []
-        self._estimates = Estimates(policy)
+        self.estimates = Estimates(policy)
 
     def __iter__(self) -> Iterator[TaskRecord]:
         """The active tasks and the first of the waiting, best first."""
@@ -40,7 +40,7 @@ class Line:
         return self.active + self.waiting
 
     def join(self, task: TaskRecord) -> None:
-        self._estimates.update(task)
+        self.estimates.update(task)
         bisect.insort(self.waiting, task, key=_by_key)
 
     def admit(self, task: TaskRecord) -> None:
@@ -58,19 +58,19 @@ class Line:
 
     def measured(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
         """An active task has had a quantum done in `seconds`: its place changes, and that of those it overtakes."""
-        anew = self._estimates.observe(task.spec, phase, seconds)
+        anew = self.estimates.observe(task.spec, phase, seconds)
         for tasks in (self.active, self.waiting):
             for other in tasks:
                 if other.arrival < task.arrival:
-                    self._estimates.overtake(other, seconds)
+                    self.estimates.overtake(other, seconds)
                 if anew:
-                    self._estimates.update(other)
+                    self.estimates.update(other)
             tasks.sort(key=_by_key)
         self.moved(task)
 
     def moved(self, task: TaskRecord) -> None:
         """An active task has more or less to do than before."""
-        self._estimates.update(task)
+        self.estimates.update(task)
         self.active.sort(key=_by_key)
 
     def seconds_left(self, task: TaskRecord) -> float | None:

@@ -16,6 +16,7 @@ import msgspec
 
 from engine.events import Capacity
 from engine.params import ModelParams
+from engine.states import Descriptors, State
 from ipc.messages import Holding, QueueSpec, QueueStatistics, Seat, StageName, StateSpec, stage_of
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.state import StateSlots, state_payload_bytes
@@ -101,6 +102,16 @@ def device_sizes(model: ModelParams) -> DeviceSizes:
     }
 
 
+class MemoryState(State, frozen=True, kw_only=True):
+    """An `EngineMemory`; of each queue and of the states, the places of their descriptors."""
+
+    queues: list[QueueSpec]
+    fds: list[list[int]]
+    state: StateSpec
+    state_fds: list[int]
+    on_device: bool
+
+
 class EngineMemory:
     """Queues and state slots of one engine. Making them raises OSError when memory or descriptors are lacking."""
 
@@ -126,6 +137,28 @@ class EngineMemory:
                 self.queues[name] = queue
             self.state = StateSlots.create(*sizes.states, shared=dits > 1, on=device.get("state"))
             undo.pop_all()
+
+    def state_of(self, fds: Descriptors) -> MemoryState:
+        """What it is made of, for the program that takes the place of this one."""
+        return MemoryState(
+            queues=[queue.spec for queue in self.queues.values()],
+            fds=[fds.put_all(queue.fds) for queue in self.queues.values()],
+            state=self.state.spec, state_fds=fds.put_all(self.state.fds), on_device=self.on_device,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: MemoryState, fds: Descriptors) -> EngineMemory:
+        """The memory that the program before has made. ValueError if something of it does not fit."""
+        made = cls.__new__(cls)
+        made.on_device = state.on_device
+        found = dict(zip((spec.name for spec in state.queues), zip(state.queues, state.fds, strict=True), strict=True))
+        if found.keys() != ROUTES.keys():
+            raise ValueError(f"the queues are {', '.join(found)}; expected {', '.join(ROUTES)}")
+        made.queues = {
+            name: TensorQueue.adopt(spec, fds.take_all(places)) for name in ROUTES for spec, places in (found[name],)
+        }
+        made.state = StateSlots.adopt(state.state, fds.take_all(state.state_fds))
+        return made
 
     def specs(self, stages: Collection[StageName]) -> list[QueueSpec]:
         """What a process with these stages attaches to; `fds` gives the descriptors in the same order."""

@@ -17,12 +17,15 @@ import struct
 from pathlib import Path
 from types import TracebackType
 
+from engine.states import Descriptors, State
 from ipc.errors import BadConfig
 
 MAX_SOCKET_PATH = 107
 """Bytes of `sockaddr_un.sun_path`, less its final NUL."""
 
-BACKLOG = 128
+BACKLOG = 4096
+"""Connections that wait to be accepted; the system's `net.core.somaxconn` may allow fewer. While the program is
+replaced nobody accepts: 200 connections a second for some seconds find room."""
 
 _UCRED = struct.Struct("3i")
 
@@ -79,6 +82,15 @@ def check_directory(directory: Path, shared: bool = False) -> None:
         )
 
 
+class ClaimState(State, frozen=True, kw_only=True):
+    """A `SocketClaim`; `lock` is the place of its descriptor."""
+
+    path: str
+    lock: int
+    shared: bool
+    bound: bool
+
+
 class SocketClaim:
     """The right to serve at one path, from construction to `close`.
 
@@ -94,6 +106,17 @@ class SocketClaim:
         self._bound = False
         check_directory(path.parent, shared)
         self._lock = _take_lock(path)
+
+    def state(self, fds: Descriptors) -> ClaimState:
+        return ClaimState(path=str(self.path), lock=fds.put(self._lock), shared=self._shared, bound=self._bound)
+
+    @classmethod
+    def restored(cls, state: ClaimState, fds: Descriptors) -> SocketClaim:
+        """The claim of the program before this one, which never let go of it."""
+        made = cls.__new__(cls)
+        made.path, made._shared, made._bound = Path(state.path), state.shared, state.bound
+        made._lock = fds.take(state.lock)
+        return made
 
     def bind(self) -> socket.socket:
         """A listening socket at the path; a stale one is removed first."""
@@ -111,6 +134,16 @@ class SocketClaim:
             listener.close()
             raise BadConfig(f"cannot listen on {self.path}: {error.strerror}") from error
         self._bound = True
+        return listener
+
+    def take(self, listener: socket.socket) -> socket.socket:
+        """In place of `bind`: a socket that listens at the path already, made by who has started this program and keeps
+        it. `BadConfig` if it is of another path, or open to more users than it should be."""
+        if listener.getsockname() != os.fspath(self.path):
+            raise BadConfig(f"the socket that was passed is at {listener.getsockname()!r}; expected {self.path}")
+        mode, wanted = stat.S_IMODE(self.path.lstat().st_mode), 0o666 if self._shared else 0o600
+        if mode & ~wanted:
+            raise BadConfig(f"the socket {self.path} has mode {mode:04o}; expected {wanted:04o}: set SocketMode")
         return listener
 
     def close(self) -> None:

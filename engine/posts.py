@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
 from engine.process import StageProcess, resident_bytes
+from engine.states import State
 from ipc.errors import Failure
 from ipc.messages import LoadProgress, Seat, StageStatus, stage_of
 
@@ -42,6 +43,19 @@ class Post(msgspec.Struct, eq=False):
         )  # fmt: skip
 
 
+class PostState(State, frozen=True, kw_only=True):
+    """A `Post` without its process; the fields have its names."""
+
+    name: Seat
+    device: str | None
+    state: StageState
+    restarts: int
+    quanta: int
+    busy_seconds: float
+    error: Failure | None
+    loading: LoadProgress | None
+
+
 class Posts:
     """All seats of one engine, in the order of the stages."""
 
@@ -56,6 +70,23 @@ class Posts:
 
     def __getitem__(self, seat: Seat) -> Post:
         return self._posts[seat]
+
+    def state(self) -> list[PostState]:
+        return [
+            PostState(
+                name=post.name, device=post.device, state=post.state, restarts=post.restarts, quanta=post.quanta,
+                busy_seconds=post.busy_seconds, error=post.error, loading=post.loading,
+            )
+            for post in self
+        ]  # fmt: skip
+
+    def put_back(self, state: Sequence[PostState]) -> None:
+        """Know of the seats what the program before this one knew. ValueError if those were others."""
+        if [(post.name, post.device) for post in state] != [(post.name, post.device) for post in self]:
+            raise ValueError(f"the seats are {[post.name for post in state]}; expected {list(self._posts)}")
+        for post, known in zip(self, state, strict=True):
+            post.state, post.restarts, post.quanta = known.state, known.restarts, known.quanta
+            post.busy_seconds, post.error, post.loading = known.busy_seconds, known.error, known.loading
 
     def of(self, seats: tuple[Seat, ...]) -> list[Post]:
         return [self._posts[seat] for seat in seats]

@@ -22,7 +22,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from engine.child import python_path
+from engine.child import AdoptedChild, Child, python_path
+from engine.states import Descriptors, State
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
@@ -34,6 +35,31 @@ WORKER = "stages.worker"
 
 MAX_OUTBOX = 4096
 """Messages waiting for a process that is in a long quantum; the scheduler's bounds keep it far below this."""
+
+
+class BodyState(State, frozen=True, kw_only=True):
+    """A `Body`; what is no pid is the place of a descriptor."""
+
+    pid: int
+    pidfd: int
+    counter: int
+    channel: int
+
+
+class ProcessState(State, frozen=True, kw_only=True):
+    """A `StageProcess`."""
+
+    body: BodyState
+    seats: tuple[Seat, ...]
+    epoch: int
+    ready: bool
+    outstanding: int
+    knows: list[tuple[str, str]]
+    outbox: list[tuple[bytes, list[int]]]
+    """Packets that it has not read the ones before of, and the places of the descriptors that go with each."""
+    killed: bool
+    leaving: bool
+    oom_kills: int
 
 
 class Body:
@@ -49,7 +75,7 @@ class Body:
             ours, theirs = Channel.pair()
             undo.callback(ours.close)
             with theirs:
-                self.popen = spawn(WORKER, theirs)
+                self.popen: Child = spawn(WORKER, theirs)
             undo.callback(self._reap)
             # Now, not when it becomes a stage or dies: there may be no descriptor to spare by then.
             self.pidfd = os.pidfd_open(self.popen.pid)
@@ -57,6 +83,23 @@ class Body:
             self.vmstat = io.FileIO("/proc/vmstat")
             undo.pop_all()
         self.channel: Channel[AnyStageReport] = Channel(ours, AnyStageReport)
+
+    @classmethod
+    def restored(cls, state: BodyState, fds: Descriptors) -> Body:
+        """A process that the program before this one has spawned."""
+        made = cls.__new__(cls)
+        made.popen = AdoptedChild(state.pid)
+        made.pidfd = fds.take(state.pidfd)
+        made.counter = ProgressCounter.adopt(fds.take(state.counter))
+        made.channel = Channel(socket.socket(fileno=fds.take(state.channel)), AnyStageReport)
+        made.vmstat = io.FileIO("/proc/vmstat")
+        return made
+
+    def state(self, fds: Descriptors) -> BodyState:
+        return BodyState(
+            pid=self.popen.pid, pidfd=fds.put(self.pidfd), counter=fds.put(self.counter.fd),
+            channel=fds.put(self.channel.fileno()),
+        )  # fmt: skip
 
     def prepare(self, device: str) -> None:
         """Make a spare of it: have it load what every stage needs."""
@@ -92,13 +135,14 @@ class StageProcess:
         body: Body,
         seats: tuple[Seat, ...],
         epoch: int,
-        start: bytes,
+        start: bytes | None,
         fds: Sequence[int],
         on_report: Callable[[StageProcess, AnyStageReport, list[int]], None],
         on_exit: Callable[[StageProcess, int], None],
     ) -> None:
         """Take over a process, new or spare, and send `start`, the packet that `encode_start` has made. `fds` are the
-        descriptors of the queues, the state slots and the placed weights, in order.
+        descriptors of the queues, the state slots and the placed weights, in order. None: the program before this
+        one has sent it; `put_back` comes next.
 
         Raises OSError, and ends the process, when the system does not let it be told or watched."""
         self.seats = seats
@@ -126,15 +170,42 @@ class StageProcess:
         self._killed = False
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())
+        self._oom_kills = 0
+        if start is not None:
+            self._begin(start, fds)
+
+    def _begin(self, start: bytes, fds: Sequence[int]) -> None:
         with contextlib.ExitStack() as undo:
-            undo.callback(body.end)
-            self._oom_kills = oom_kills(body.vmstat)
+            undo.callback(self._body.end)
+            self._oom_kills = oom_kills(self._body.vmstat)
             with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
                 self._channel.try_send_packet(start, [self.counter.fd, *fds])
             self._loop.add_reader(self._channel.fileno(), self._readable)
             undo.callback(self._loop.remove_reader, self._channel.fileno())
             self._loop.add_reader(self._pidfd, self._died)
             undo.pop_all()
+
+    # From one program to the next.
+
+    def state(self, fds: Descriptors) -> ProcessState:
+        return ProcessState(
+            body=self._body.state(fds), seats=self.seats, epoch=self.epoch, ready=self.ready,
+            outstanding=self.outstanding, knows=sorted(self.knows), killed=self._killed, leaving=self.leaving,
+            oom_kills=self._oom_kills,
+            outbox=[(packet, fds.put_all(with_it)) for packet, with_it in self._outbox],
+        )  # fmt: skip
+
+    def put_back(self, state: ProcessState, fds: Descriptors) -> None:
+        """Be what it was under the program before this one; it is not touched before `resume`."""
+        self.ready, self.outstanding, self.knows = state.ready, state.outstanding, set(state.knows)
+        self._killed, self.leaving, self._oom_kills = state.killed, state.leaving, state.oom_kills
+        self._outbox.extend((packet, fds.take_all(with_it)) for packet, with_it in state.outbox)
+
+    def resume(self) -> None:
+        """Listen, and say what was left unsaid."""
+        self._loop.add_reader(self._channel.fileno(), self._readable)
+        self._loop.add_reader(self._pidfd, self._died)
+        self._flush()
 
     def seat(self, stage: StageName) -> Seat:
         """Where it is this stage."""

@@ -81,6 +81,11 @@ class Reloader:
         """Of the reload that is under way."""
 
     @property
+    def is_busy(self) -> bool:
+        """A reload is under way, or waits."""
+        return self._turn.locked()
+
+    @property
     def _versions(self) -> Versions:
         return self._crew.weights
 

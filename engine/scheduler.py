@@ -60,6 +60,7 @@ from engine.records import (
     TaskRecord,
     check_outstanding,
 )
+from engine.scheduler_state import SchedulerState, put_back, state_of_stage, state_of_task, task_of_state
 from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
 from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName
 
@@ -87,6 +88,7 @@ class Scheduler:
     """
 
     def __init__(self, capacity: Capacity, policy: Policy = "shortest") -> None:
+        self._capacity, self._policy = capacity, policy
         self._ledger = Ledger(capacity)
         self._line = Line(policy, self._ledger.dits)
         self._stages: dict[Seat, StageRecord] = {seat: StageRecord(seat) for seat in capacity.devices}
@@ -480,6 +482,44 @@ class Scheduler:
         if live != len(self._line.active) + len(self._line.waiting):
             problems.append(f"{live} tasks have not ended, but {self.running} are active and {self.waiting} waiting")
         return problems
+
+    # From one program to the next.
+
+    def state(self) -> SchedulerState:
+        """All that it knows."""
+        return SchedulerState(
+            capacity=self._capacity, policy=self._policy,
+            tasks=[state_of_task(task) for task in self._tasks.values()],
+            stages=[state_of_stage(stage) for stage in self._stages.values()],
+            active=[task.id for task in self._line.active], waiting=[task.id for task in self._line.waiting],
+            ratio=self._line.estimates.ratio, learnt=self._line.estimates.learnt, arrivals=self._arrivals,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: SchedulerState) -> Scheduler:
+        """The scheduler that goes on from there. ValueError if the state contradicts itself."""
+        made = cls(state.capacity, state.policy)
+        made._tasks = {task.spec.id: task_of_state(task) for task in state.tasks}
+        made._arrivals = state.arrivals
+        try:
+            made._put_back(state)
+        except KeyError as error:
+            raise ValueError(f"the scheduler's state speaks of {error}, which is not in it") from error
+        if problems := made.check():
+            raise ValueError(f"the scheduler's state is not in order: {'; '.join(problems)}")
+        return made
+
+    def _put_back(self, state: SchedulerState) -> None:
+        for stage in state.stages:
+            put_back(self._stages[stage.name], stage, self._tasks)
+        self._line.active = [self._tasks[identity] for identity in state.active]
+        self._line.waiting = [self._tasks[identity] for identity in state.waiting]
+        self._line.estimates.ratio, self._line.estimates.learnt = dict(state.ratio), dict(state.learnt)
+        for task in self._tasks.values():
+            for slots, count in task.holds.items():
+                self._ledger.held[slots] += count
+            if task.spec.deadline is not None and not task.ended:
+                bisect.insort(self._deadlines, (task.spec.deadline, task.arrival, task))
 
     def _by_device(self, capacity: Capacity) -> list[list[StageRecord]]:
         """Stages that share a compute token, in the order in which a task's next quantum is looked for: nearest to the

@@ -12,18 +12,47 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from engine.params import SystemParams
 from engine.paths import SocketClaim, peer_ids
-from engine.session import Limits, Session, refusal
+from engine.session import Limits, Session, SessionState, refusal
+from engine.states import Descriptors, State
 from engine.supervisor import Supervisor
+from engine.waiting import readable
 from ipc.errors import BadConfig, Busy, EngineError, PermissionDenied
 from ipc.frames import encode_frame
+
+HOLD_INTERVAL = 0.002
+"""Seconds between two looks at whether all messages are answered."""
+
+HOLD_TIMEOUT = 3.0
+"""Seconds for which clients are held for the sake of one whose request takes long to be looked at: less than they have
+for their hello."""
+
+PATIENCE = 2.0
+"""Seconds since a client left for which the next one waits in the backlog for a place, before it is refused one. All
+who came while the program was replaced are taken up at once, and they may be more than there are places."""
 
 ACCEPT_RETRY = 0.1
 """Seconds until the next try when the kernel cannot make a connection."""
 
 log = logging.getLogger(__name__)
+
+
+class ServerState(State, frozen=True, kw_only=True):
+    """A `Server`; `listener` is the place of its descriptor."""
+
+    listener: int
+    sessions: list[SessionState]
+
+
+class Restored(NamedTuple):
+    """What a server goes on with."""
+
+    listener: socket.socket
+    sessions: list[Session]
 
 
 class Server:
@@ -34,7 +63,14 @@ class Server:
     the connection ends.
     """
 
-    def __init__(self, supervisor: Supervisor, claim: SocketClaim, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        claim: SocketClaim,
+        limits: Limits | None = None,
+        reload: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`reload` replaces the program of this process; None: it is another program's, which embeds the engine."""
         self.supervisor = supervisor
         self.limits = limits or Limits()
         self.drain_asked = asyncio.Event()
@@ -43,12 +79,25 @@ class Server:
         """A client asked to stop now."""
         self._users = served_users(supervisor.params)
         self._claim = claim
+        self._reload = reload
+        self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()
+        """Set when the next client leaves."""
+        self._left_at = 0.0
+        """When one last did, or might have: the start."""
+        self.gate = asyncio.Event()
+        """While it is not set, no message of a client is taken up: `hold`."""
+        self.gate.set()
         self.sessions: dict[asyncio.Task[None], Session] = {}
 
-    async def start(self) -> None:
-        """Listen. Raises `BadConfig` if the path cannot be bound."""
-        listener = self._claim.bind()
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Listen, on a socket of our own or on one that was passed to us. Raises `BadConfig` if that cannot be."""
+        self._listen_on(self._claim.bind() if listener is None else self._claim.take(listener))
+
+    def _listen_on(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._left_at = asyncio.get_running_loop().time()
         self._accepting = asyncio.get_running_loop().create_task(self._accept(listener), name="accept")
 
     async def stop(self) -> None:
@@ -77,17 +126,28 @@ class Server:
 
     async def _accept(self, listener: socket.socket) -> None:
         """Take connections, one per turn of the loop, so that a thousand at once delay nobody by more than one."""
-        loop = asyncio.get_running_loop()
         with listener, Spare() as spare:
             while True:
+                await self._wait_for_a_place()
                 try:
-                    connection, _ = await loop.sock_accept(listener)
+                    connection, _ = listener.accept()
+                except BlockingIOError:
+                    await readable(listener)
                 except OSError as error:
                     told = error.errno == errno.EMFILE and spare.refuse(listener)
                     await asyncio.sleep(0 if told else ACCEPT_RETRY)
                 else:
                     self._connected(connection)
                     await asyncio.sleep(0)
+
+    async def _wait_for_a_place(self) -> None:
+        """Until there is one, or nobody has left for a while."""
+        loop = asyncio.get_running_loop()
+        while len(self.sessions) >= self.limits.clients and (until := self._left_at + PATIENCE) > loop.time():
+            left = self._left
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await left.wait()
 
     def _connected(self, connection: socket.socket) -> None:
         pid, uid = peer_ids(connection)
@@ -100,13 +160,66 @@ class Server:
             log.warning("refused a connection of process %d, user %d: %s", pid, uid, error)
             _dismiss(connection, error)
             return
-        session = Session(self.supervisor, self.limits, connection, (pid, uid), self._shutdown_asked)
+        self._serve(Session(self.supervisor, self.limits, connection, (pid, uid), self), pid)
+
+    def _serve(self, session: Session, pid: int) -> None:
         task = asyncio.get_running_loop().create_task(session.run(), name=f"client-{pid}")
         self.sessions[task] = session
-        task.add_done_callback(self.sessions.pop)
+        task.add_done_callback(self._gone)
 
-    def _shutdown_asked(self, drain: bool) -> None:
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        del self.sessions[task]
+        self._left_at = asyncio.get_running_loop().time()
+        self._left.set()
+        self._left = asyncio.Event()
+
+    def handle_shutdown(self, drain: bool) -> None:
         (self.drain_asked if drain else self.stop_asked).set()
+
+    async def handle_reload(self) -> None:
+        if self._reload is None:
+            raise PermissionDenied("this engine is part of another program, which alone can replace itself")
+        await self._reload()
+
+    # From one program to the next.
+
+    async def hold(self) -> None:
+        """Take up no more messages, and wait until those that were are answered. They wait in the clients' sockets
+        until `release`. `Busy` if that takes too long."""
+        end = asyncio.get_running_loop().time() + HOLD_TIMEOUT
+        self.gate.clear()
+        while not all(session.is_between_messages for session in self.sessions.values()):
+            if asyncio.get_running_loop().time() > end:
+                raise Busy(f"a request is still being looked at after {HOLD_TIMEOUT:g} s; try again", HOLD_TIMEOUT)
+            await asyncio.sleep(HOLD_INTERVAL)
+
+    def release(self) -> None:
+        self.gate.set()
+
+    def state(self, fds: Descriptors) -> ServerState:
+        """Everything about the clients, for the program that takes the place of this one."""
+        assert self._listener is not None, "there are clients only once the server listens"
+        return ServerState(
+            listener=fds.put(self._listener.fileno()),
+            sessions=[session.state(fds) for session in self.sessions.values() if not session.is_over],
+        )  # fmt: skip
+
+    def put_back(self, state: ServerState, fds: Descriptors, paused: float) -> Restored:
+        """The listening socket and the sessions of the program before this one; they are not touched before
+        `resume`. `paused`: seconds since that program stopped answering."""
+        listener = socket.socket(fileno=fds.take(state.listener))
+        sessions = []
+        for each in state.sessions:
+            connection = socket.socket(fileno=fds.take(each.socket))
+            session = Session(self.supervisor, self.limits, connection, peer_ids(connection), self)
+            session.put_back(each, paused)
+            sessions.append(session)
+        return Restored(listener, sessions)
+
+    def resume(self, restored: Restored) -> None:
+        for session in restored.sessions:
+            self._serve(session, session.pid)
+        self._listen_on(restored.listener)
 
 
 def served_users(params: SystemParams) -> frozenset[int]:

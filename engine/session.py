@@ -3,6 +3,9 @@
 No bytes wait in this process: what a client sends stays in its socket until the message before it is answered, and what
 it does not read stays with the one frame that is being sent. So its memory here is 64 KiB and one frame, and one small
 event per task that it follows.
+
+Between two turns of the loop a session is plain data (`SessionState`): bytes are read and sent by calls that do not
+wait (`engine/waiting.py`). That is how the program that takes the place of this one goes on with it.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
+from typing import Protocol
 
 import msgspec
 
 from engine.decode import decode_strictly
 from engine.params import UserParams
+from engine.states import Descriptors, State
 from engine.supervisor import Supervisor
 from engine.version import VERSION
+from engine.waiting import readable, writable
 from ipc.errors import (
     BadRequest,
     Busy,
@@ -37,6 +43,8 @@ from ipc.messages import (
     AnyClientMessage,
     AnyServerMessage,
     Cancel,
+    Done,
+    Failed,
     GetStatus,
     Hello,
     ListTasks,
@@ -44,12 +52,14 @@ from ipc.messages import (
     Ok,
     Refused,
     Reload,
+    ReloadSupervisor,
     ReplaceStages,
     Rollback,
     Shutdown,
     Status,
     Submit,
     Subscribe,
+    SupervisorReloaded,
     TaskInfo,
     TaskList,
     VersionList,
@@ -101,6 +111,49 @@ class Pace:
         self._since = now
         return max(0.0, -self._left / self._rate)
 
+    def wait(self, now: float) -> float:
+        """The seconds until the next message may be answered."""
+        return max(0.0, -self.left(now) / self._rate)
+
+    def left(self, now: float) -> float:
+        """Messages that may be answered at once; below zero: that must be waited for."""
+        return min(self._burst, self._left + (now - self._since) * self._rate)
+
+    def set_left(self, left: float) -> None:
+        self._left = left
+
+
+class Host(Protocol):
+    """What a session asks of the server that it belongs to."""
+
+    gate: asyncio.Event
+    """While it is not set, no message is taken up."""
+
+    def handle_shutdown(self, drain: bool) -> None:
+        """A client asked for the end."""
+
+    def handle_reload(self) -> Awaitable[None]:
+        """A client asked for the new program. Comes back only with an `EngineError`, or if it is cancelled."""
+
+
+class SessionState(State, frozen=True, kw_only=True):
+    """A session between two turns of the loop. Deadlines begin anew."""
+
+    socket: int
+    """Place of the descriptor."""
+    greeted: bool
+    buffer: bytes
+    """Read and not answered."""
+    unsent: bytes
+    """Of the frame that is being sent, and the answer that waits for it."""
+    last_words: bool
+    """After what is unsent, the connection ends."""
+    follow: list[str]
+    """Tasks whose end was not said."""
+    pace_left: float
+    reload_ref: int | None
+    """Of the message that asked for the new program, if this client did: the new program answers it."""
+
 
 class Session:
     """One client, from its first byte to its last.
@@ -109,14 +162,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        supervisor: Supervisor,
-        limits: Limits,
-        connection: socket.socket,
-        peer: tuple[int, int],
-        on_shutdown: Callable[[bool], None],
+        self, supervisor: Supervisor, limits: Limits, connection: socket.socket, peer: tuple[int, int], host: Host
     ) -> None:
-        """`peer`: its pid and uid. `on_shutdown` is told that it asked for the end, and whether after draining."""
+        """`peer`: its pid and uid."""
         self.following: dict[str, asyncio.Task[None]] = {}
         self.outgoing = 0
         """Bytes of the frame that is being sent."""
@@ -125,28 +173,45 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._socket = connection
         self._socket.setblocking(False)
-        self._pid, self._uid = peer
-        self._on_shutdown = on_shutdown
+        self.pid, self._uid = peer
+        self._host = host
         self._pace = Pace(self._limits.burst, self._limits.rate, self._loop.time())
         self._frames: FrameReader[AnyClientMessage] = FrameReader(AnyClientMessage)
         self._decoded: Iterator[AnyClientMessage] = iter(())
         self._sending = asyncio.Lock()
         self._broken = False
         """A frame was not sent to its end: nothing that could be said now would be understood."""
+        self._rest = memoryview(b"")
+        """Of the frame that is being sent."""
+        self._unsaid: AnyServerMessage | None = None
+        """The answer, until its frame is being sent."""
+        self._then: AnyClientMessage | None = None
+        """The message whose answer is not sent to its end; what follows from it happens then."""
+        self._taken_up = False
+        """A message is being answered, which is nowhere but in the coroutine that does it."""
+        self._reload_ref: int | None = None
+        self._greeted = False
+        self._last_words = False
+        self._follow_first: list[str] = []
+        """Tasks that were followed under the program before this one."""
+        self._ends_said: set[str] = set()
+        """Tasks whose end is being sent, or was."""
+        self._complete_by: float | None = None
 
     async def run(self) -> None:
         """Greet, then answer until the client leaves, errs, or stops reading."""
         try:
-            if await self._greet():
+            await self._say_the_rest()
+            if not self._last_words and (self._greeted or await self._greet()):
                 while await self._answer_one():
                     pass
         except ProtocolError as error:
-            log.warning("process %d broke the protocol: %s", self._pid, _shortened(str(error), MAX_REASON))
+            log.warning("process %d broke the protocol: %s", self.pid, _shortened(str(error), MAX_REASON))
             with contextlib.suppress(OSError):
-                await self._send(refusal(None, error))
+                await self._say_last(refusal(None, error))
         except OSError:
             # The client left, or left its answers unread (TimeoutError is an OSError): nobody is there to be told.
-            log.debug("process %d is gone", self._pid)
+            log.debug("process %d is gone", self.pid)
         finally:
             await self._close()
 
@@ -155,11 +220,12 @@ class Session:
 
         Everything here may happen without waiting for anything, so others get their turn by the sleep, if only of 0.
         """
+        await asyncio.sleep(self._pace.wait(self._loop.time()))
         message = await self._receive()
         if message is None:
             return False
         await self._handle(message)
-        await asyncio.sleep(self._pace.delay(self._loop.time()))
+        self._pace.delay(self._loop.time())
         return True
 
     async def _greet(self) -> bool:
@@ -178,27 +244,37 @@ class Session:
                 f"the client speaks version {hello.version} of the protocol and this engine ({VERSION}) speaks version "
                 f"{PROTOCOL_VERSION}: use the client that comes with this engine"
             )
-            await self._send(refusal(hello.ref, error))
+            await self._say_last(refusal(hello.ref, error))
             return False
-        model = self._supervisor.model.name
-        await self._send(Welcome(ref=hello.ref, version=PROTOCOL_VERSION, engine=VERSION, model=model, pid=os.getpid()))
+        model, pid = self._supervisor.model.name, os.getpid()
+        self._greeted = True
+        await self._reply(hello, Welcome(ref=hello.ref, version=PROTOCOL_VERSION, engine=VERSION, model=model, pid=pid))
         return True
 
     async def _receive(self) -> AnyClientMessage | None:
         """The next message; None when the client has closed its side."""
-        complete_by: float | None = None
-        while (message := next(self._decoded, None)) is None:
-            if self._frames.unfinished and complete_by is None:
-                complete_by = self._loop.time() + self._limits.frame
+        while True:
+            await self._host.gate.wait()
+            if (message := next(self._decoded, None)) is not None:
+                self._complete_by, self._taken_up = None, True
+                return message
+            if self._frames.unfinished and self._complete_by is None:
+                self._complete_by = self._loop.time() + self._limits.frame
             try:
-                async with asyncio.timeout_at(complete_by):
-                    data = await self._loop.sock_recv(self._socket, READ_BYTES)
-            except TimeoutError:
-                raise ProtocolError(f"a frame was not complete after {self._limits.frame:g} seconds") from None
-            if not data:
-                return None
-            self._decoded = self._frames.feed(data)
-        return message
+                data = self._socket.recv(READ_BYTES)
+            except BlockingIOError:
+                await self._wait_for_more()
+            else:
+                if not data:
+                    return None
+                self._decoded = self._frames.feed(data)
+
+    async def _wait_for_more(self) -> None:
+        try:
+            async with asyncio.timeout_at(self._complete_by):
+                await readable(self._socket)
+        except TimeoutError:
+            raise ProtocolError(f"a frame was not complete after {self._limits.frame:g} seconds") from None
 
     async def _handle(self, message: AnyClientMessage) -> None:
         """Answer one message; what follows from the answer happens after it was sent."""
@@ -209,14 +285,23 @@ class Session:
         except EngineError as error:
             reply = refusal(message.ref, error)
         except Exception:
-            log.exception("answering %r of process %d failed", _tag(message), self._pid)
+            log.exception("answering %r of process %d failed", _tag(message), self.pid)
             reply = Refused(ref=message.ref, error=Failure(EngineError.code, "the engine failed; its log says more"))
+        await self._reply(message, reply)
+        if (identity := _followed(message, reply)) is not None:
+            self._follow(identity)
+        if isinstance(message, Shutdown) and isinstance(reply, Ok):
+            self._host.handle_shutdown(message.drain)
+
+    async def _reply(self, message: AnyClientMessage, reply: AnyServerMessage) -> None:
+        self._unsaid, self._then, self._taken_up = reply, message, False
+        self._follow_first = [identity] if (identity := _followed(message, reply)) is not None else []
         await self._send(reply)
-        match message, reply:
-            case (Submit(subscribe=True), Accepted(id=identity)) | (Subscribe(id=identity), Ok()):
-                self._follow(identity)
-            case Shutdown(drain=drain), Ok():
-                self._on_shutdown(drain)
+        self._then, self._follow_first = None, []
+
+    async def _say_last(self, reply: AnyServerMessage) -> None:
+        self._unsaid, self._last_words, self._taken_up = reply, True, False
+        await self._send(reply)
 
     async def _answer(self, message: AnyClientMessage) -> AnyServerMessage:
         match message:
@@ -237,11 +322,11 @@ class Session:
                 return Status(ref=ref, status=self._supervisor.status(), memory=held)
             case Reload(ref=ref):
                 self._check_owner("change what it serves")
-                log.info("process %d asked for a reload of %s", self._pid, message.checkpoint)
+                log.info("process %d asked for a reload of %s", self.pid, message.checkpoint)
                 return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
             case ReplaceStages(ref=ref, stages=stages):
                 self._check_owner("replace its processes")
-                log.info("process %d asked for new processes of %s", self._pid, ", ".join(stages) or "all stages")
+                log.info("process %d asked for new processes of %s", self.pid, ", ".join(stages) or "all stages")
                 return msgspec.structs.replace(await self._supervisor.replace_stages(stages), ref=ref)
             case Rollback(ref=ref, when=when):
                 self._check_owner("change what it serves")
@@ -250,14 +335,27 @@ class Session:
                 return VersionList(ref=ref, versions=self._supervisor.versions())
             case Shutdown(ref=ref):
                 self._check_owner("stop it")
-                log.info("process %d asked for a shutdown (drain=%s)", self._pid, message.drain)
+                log.info("process %d asked for a shutdown (drain=%s)", self.pid, message.drain)
                 return Ok(ref=ref)
+            case ReloadSupervisor(ref=ref):
+                return await self._reload_program(ref)
             case Hello():
                 raise ProtocolError("a second 'hello' came; it is the first message only")
 
     def _check_owner(self, what: str) -> None:
         if self._uid != os.geteuid():
             raise PermissionDenied(f"only the user who started this engine may {what}")
+
+    async def _reload_program(self, ref: int) -> AnyServerMessage:
+        """If all goes well, the answer is the new program's."""
+        self._check_owner("replace its program")
+        log.info("process %d asked for the program that is on disk now", self.pid)
+        self._reload_ref = ref
+        try:
+            await self._host.handle_reload()
+        finally:
+            self._reload_ref = None
+        raise AssertionError("a hand-over comes back with an error only")
 
     async def _submit(self, message: Submit) -> Accepted:
         if message.subscribe:
@@ -272,9 +370,9 @@ class Session:
         try:
             accepted = await self._supervisor.submit(decode_strictly(UserParams, given, BadRequest, "the request"))
         except EngineError as error:
-            log.info("refused a request of process %d: %s", self._pid, _shortened(str(error), MAX_REASON))
+            log.info("refused a request of process %d: %s", self.pid, _shortened(str(error), MAX_REASON))
             raise
-        log.info("accepted %s of process %d, position %d", accepted.id, self._pid, accepted.position)
+        log.info("accepted %s of process %d, position %d", accepted.id, self.pid, accepted.position)
         return msgspec.structs.replace(accepted, ref=message.ref)
 
     def _check_may_follow(self) -> None:
@@ -286,7 +384,11 @@ class Session:
         if identity not in self.following:
             task = asyncio.get_running_loop().create_task(self._send_events(identity), name=f"events-{identity}")
             self.following[identity] = task
-            task.add_done_callback(lambda _: self.following.pop(identity))
+            task.add_done_callback(lambda _: self._forget(identity))
+
+    def _forget(self, identity: str) -> None:
+        del self.following[identity]
+        self._ends_said.discard(identity)
 
     async def _send_events(self, identity: str) -> None:
         try:
@@ -295,7 +397,7 @@ class Session:
         except NotFound:
             log.warning("%s was forgotten before its events could be sent", identity)
         except OSError:
-            log.debug("process %d left before the end of %s", self._pid, identity)
+            log.debug("process %d left before the end of %s", self.pid, identity)
 
     async def _send(self, message: AnyServerMessage) -> None:
         """Hand one frame to the kernel, to its last byte. Cuts off a client that does not read.
@@ -306,18 +408,73 @@ class Session:
             if self._broken:
                 raise ConnectionResetError("the client is gone")
             frame = encode_frame(message)
-            self.outgoing, self._broken = len(frame), True
-            try:
-                async with asyncio.timeout(self._limits.drain):
-                    await self._loop.sock_sendall(self._socket, frame)
-                self._broken = False
-            except TimeoutError:
-                log.warning("process %d left its answers unread for %g seconds; cut off", self._pid, self._limits.drain)
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)  # `run`, which may wait for a message, sees the end
-                raise
-            finally:
-                self.outgoing = 0
+            if message is self._unsaid:
+                self._unsaid = None
+            elif isinstance(message, Done | Failed):
+                self._ends_said.add(message.id)
+            await self._send_frame(frame)
+
+    async def _send_frame(self, frame: bytes) -> None:
+        """With `_sending` held."""
+        self.outgoing, self._broken, self._rest = len(frame), True, memoryview(frame)
+        try:
+            async with asyncio.timeout(self._limits.drain):
+                while self._rest:
+                    try:
+                        self._rest = self._rest[self._socket.send(self._rest) :]
+                    except BlockingIOError:
+                        await writable(self._socket)
+            self._broken = False
+        except TimeoutError:
+            log.warning("process %d left its answers unread for %g seconds; cut off", self.pid, self._limits.drain)
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # `run`, which may wait for a message, sees the end
+            raise
+        finally:
+            self.outgoing, self._rest = 0, memoryview(b"")
+
+    # From one program to the next.
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Its state is all there is of it: no message is being answered, but perhaps the one that asks for this."""
+        answering = self._taken_up and self._reload_ref is None
+        return not answering and not isinstance(self._then, Shutdown)
+
+    @property
+    def is_over(self) -> bool:
+        """Its socket is closed."""
+        return self._socket.fileno() < 0
+
+    def state(self, fds: Descriptors) -> SessionState:
+        unsent = bytes(self._rest) + (encode_frame(self._unsaid) if self._unsaid is not None else b"")
+        following = [identity for identity in self.following if identity not in self._ends_said]
+        return SessionState(
+            socket=fds.put(self._socket.fileno()), greeted=self._greeted, buffer=self._frames.rest, unsent=unsent,
+            last_words=self._last_words, follow=following + self._follow_first,
+            pace_left=self._pace.left(self._loop.time()), reload_ref=self._reload_ref,
+        )  # fmt: skip
+
+    def put_back(self, state: SessionState, paused: float) -> None:
+        """Before `run`: go on where the session was under the program before this one. `paused`: seconds since then."""
+        self._greeted, self._last_words = state.greeted, state.last_words
+        self._decoded = self._frames.feed(state.buffer)
+        self._follow_first = list(state.follow)
+        self._pace.set_left(state.pace_left)
+        self._rest = memoryview(state.unsent)
+        if state.reload_ref is not None:
+            self._unsaid = SupervisorReloaded(ref=state.reload_ref, engine=VERSION, paused=paused)
+
+    async def _say_the_rest(self) -> None:
+        """What the program before this one has left unsent, then the answer to who asked for this one."""
+        if self._rest:
+            async with self._sending:
+                await self._send_frame(bytes(self._rest))
+        if self._unsaid is not None:
+            await self._send(self._unsaid)
+        following, self._follow_first = self._follow_first, []
+        for identity in following:
+            self._follow(identity)
 
     async def _close(self) -> None:
         """End what uses the socket, then the socket: the client still gets what the kernel has."""
@@ -329,6 +486,14 @@ class Session:
                 await asyncio.wait(following)
         finally:
             self._socket.close()
+
+
+def _followed(message: AnyClientMessage, reply: AnyServerMessage) -> str | None:
+    """The task whose events come after this answer."""
+    match message, reply:
+        case (Submit(subscribe=True), Accepted(id=identity)) | (Subscribe(id=identity), Ok()):
+            return identity
+    return None
 
 
 def fitting(tasks: Iterable[TaskInfo]) -> tuple[list[TaskInfo], int]:

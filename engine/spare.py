@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from engine.process import Body
+from engine.process import Body, BodyState
+from engine.states import Descriptors
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,13 @@ class Spare:
         log.warning("the spare process ended with status %s", body.popen.returncode)
         body.end()
         return None
+
+    def state(self, fds: Descriptors) -> BodyState | None:
+        return None if self._body is None else self._body.state(fds)
+
+    def put_back(self, state: BodyState | None, fds: Descriptors) -> None:
+        """Have the spare of the program before this one."""
+        self._body = None if state is None else Body.restored(state, fds)
 
     def kill(self) -> None:
         """SIGKILL; `end` has then only to reap."""

@@ -17,13 +17,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
-from engine.crew import Crew, OnLoading
+from engine.crew import Crew, CrewState, OnLoading
 from engine.device_memory import make_device_memory
 from engine.devices import resolve_devices
 from engine.events import (
@@ -47,16 +47,19 @@ from engine.events import (
     TaskDropped,
     Tick,
 )  # fmt: skip
-from engine.journal import Entry, Journal
-from engine.memory import EngineMemory, capacity, device_sizes
+from engine.journal import Entry, Journal, JournalState
+from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
 from engine.models import load_model
-from engine.params import SystemParams, UserParams
+from engine.params import ModelParams, SystemParams, UserParams
 from engine.process import resident_bytes
 from engine.records import PHASES_OF
 from engine.reload import Reloader
 from engine.scheduler import Scheduler
-from engine.tasks import Task, TaskPool, task_spec
+from engine.scheduler_state import SchedulerState
+from engine.states import Descriptors, State
+from engine.tasks import PoolState, Task, TaskPool, task_spec
 from engine.version import VERSION
+from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import (
     BadConfig,
@@ -109,6 +112,34 @@ IDLE_CHECK = 1.0
 """Seconds without a task after which the shared memory and the accounts are looked through."""
 
 
+class Opened(NamedTuple):
+    """What is found before anything is started."""
+
+    model: ModelParams
+    device: str
+    dit_devices: tuple[str, ...]
+    checkpoint: Checkpoint
+
+
+def look_up(params: SystemParams) -> Opened:
+    """The model, its devices and its files. Raises `BadConfig` and `BadCheckpoint`."""
+    model = load_model(params.model)
+    return Opened(model, *resolve_devices(params), open_model(model, params))
+
+
+class SupervisorState(State, frozen=True, kw_only=True):
+    """A `Supervisor` that is serving, between two turns of the loop, with no request being looked at."""
+
+    params: SystemParams
+    opened: Opened
+    pool: PoolState
+    scheduler: SchedulerState
+    memory: MemoryState
+    crew: CrewState
+    journal: JournalState | None
+    started_at: float
+
+
 class Supervisor:
     """Serves one model. `async with` starts and stops it; every method belongs to the loop that started it.
 
@@ -117,11 +148,10 @@ class Supervisor:
     at `submit`, before anything is allocated; what happens to an accepted task comes as its last event.
     """
 
-    def __init__(self, params: SystemParams | None = None) -> None:
+    def __init__(self, params: SystemParams | None = None, opened: Opened | None = None) -> None:
+        """`opened`: what the program before this one has found; None: it is looked for now."""
         self.params = params or SystemParams()
-        self.model = load_model(self.params.model)
-        self.device, self.dit_devices = resolve_devices(self.params)
-        self.checkpoint = open_model(self.model, self.params)
+        self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
         self._admitting = 0
         self._outputs: set[str] = set()
@@ -252,6 +282,84 @@ class Supervisor:
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
+
+    # From one program to the next.
+
+    @property
+    def is_serving(self) -> bool:
+        """It has been started, and nobody has asked for its end."""
+        return self._phase == "open"
+
+    @property
+    def is_reloading(self) -> bool:
+        """Weights or stages are being exchanged."""
+        return self._reloader.is_busy or self._crew.is_replacing
+
+    def state(self, fds: Descriptors) -> SupervisorState:
+        """All that it has and knows. The journal is closed first: `pause`."""
+        assert self._phase == "open", "only a supervisor that serves is handed over"
+        return SupervisorState(
+            params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
+            pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
+            crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
+            started_at=self._started_at,
+        )  # fmt: skip
+
+    @classmethod
+    def restored(cls, state: SupervisorState, fds: Descriptors) -> Supervisor:
+        """What goes on where the program before this one was; nothing is touched before `resume`. ValueError if
+        something does not fit."""
+        made = cls(state.params, state.opened)
+        made._loop = asyncio.get_running_loop()
+        made._started_at = state.started_at
+        made._pool.put_back(state.pool)
+        unfinished = made._pool.unfinished()
+        made._outputs = {task.job.output for task in unfinished}
+        if unfinished:
+            made._idle.clear()
+        if (journal := state.journal) is not None and made.params.state_dir is not None:
+            made._journal = Journal(Path(made.params.state_dir), journal, fds)
+        else:
+            made._journal = None
+        made._memory = EngineMemory.restored(state.memory, fds)
+        made._crew = Crew(
+            made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, made
+        )  # fmt: skip
+        made._crew.put_back(state.crew, fds)
+        made._reloader = Reloader(made, made._crew)
+        made._scheduler = Scheduler.restored(state.scheduler)
+        made._check_restored(state)
+        return made
+
+    def _check_restored(self, state: SupervisorState) -> None:
+        """The parts are of one whole."""
+        seats = state.scheduler.capacity.devices.keys()
+        if seats != self._crew.tokens.keys():
+            raise ValueError(f"the scheduler's seats are {', '.join(seats)}; expected {', '.join(self._crew.tokens)}")
+        scheduled = {task.spec.id for task in state.scheduler.tasks if not task.ended}
+        if scheduled != (known := {task.id for task in self._pool.unfinished()}):
+            raise ValueError(f"{len(scheduled ^ known)} tasks are either scheduled or known, but not both")
+
+    async def pause(self) -> None:
+        """Before the hand-over: put everything on disk and close the journal. Requests must be held back."""
+        if self._journal is not None:
+            await self._journal.pause()
+
+    async def unpause(self) -> None:
+        """There is no next program: go on."""
+        if self._journal is not None:
+            await self._journal.resume()
+
+    async def resume(self) -> None:
+        """Go on where the program before this one was. `BadConfig` if the journal cannot be opened."""
+        entries = await self._journal.open() if self._journal is not None else []
+        self._phase = "open"
+        if self._journal is not None and (lost := self._outputs - {entry.job.output for entry in entries}):
+            log.error("integrity: %d unfinished requests are not in the journal", len(lost))
+        self._crew.resume()
+        self._dispatch(Tick())
+        if self._idle.is_set():
+            self._loop.call_later(IDLE_CHECK, self._check_when_idle)
 
     # Requests.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from engine.events import TaskSpec
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
+from engine.states import State
 from ipc.errors import Failure, NotFound
 from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo, WeightChange
 
@@ -90,6 +91,30 @@ class Task:
         self._changed = asyncio.Event()
 
 
+class PooledTask(State, frozen=True, kw_only=True):
+    """A `Task`; the fields have its names."""
+
+    job: Job
+    spec: TaskSpec
+    params: dict[str, Any]
+    submitted_at: float
+    progress: Progress
+    seconds: dict[Phase, float]
+    metadata: dict[str, Any]
+    weights: dict[str, str]
+    changes: list[WeightChange]
+    ended: Done | Failed | None
+
+
+class PoolState(State, frozen=True, kw_only=True):
+    """A `TaskPool`. `ended`: ids, in the order of their ends."""
+
+    tasks: list[PooledTask]
+    ended: list[str]
+    finished: int
+    failed: int
+
+
 class TaskPool:
     """All tasks this supervisor knows; unfinished ones and the last `KEPT_FINISHED` that ended."""
 
@@ -130,6 +155,27 @@ class TaskPool:
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
+
+    def state(self) -> PoolState:
+        tasks = [
+            PooledTask(
+                job=t.job, spec=t.spec, params=t.params, submitted_at=t.submitted_at, progress=t.progress,
+                seconds=dict(t.seconds), metadata=t.metadata, weights=t.weights, changes=t.changes, ended=t.ended,
+            )
+            for t in self
+        ]  # fmt: skip
+        return PoolState(tasks=tasks, ended=list(self._ended), finished=self.finished, failed=self.failed)
+
+    def put_back(self, state: PoolState) -> None:
+        """Know what the program before this one knew."""
+        for known in state.tasks:
+            task = Task(known.job, known.spec, known.params, known.submitted_at)
+            task.progress, task.metadata, task.ended = known.progress, known.metadata, known.ended
+            task.seconds.update(known.seconds)
+            task.weights, task.changes = known.weights, known.changes
+            self.add(task)
+        self._ended.extend(state.ended)
+        self.finished, self.failed = state.finished, state.failed
 
 
 def task_spec(job: Job, model: ModelParams, priority: int, deadline: float | None, on_gpu: bool) -> TaskSpec:

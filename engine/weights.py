@@ -9,12 +9,21 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from engine.checkpoint import EXPERTS
+from engine.states import Descriptors, State
 from ipc.messages import Component, Holding, WeightVersion
 from ipc.payload import place_name
 
 
 class Placed(NamedTuple):
     """One version of a component, in memory of a device ("cpu", "cuda:0")."""
+
+    device: str
+    version: WeightVersion
+    fd: int
+
+
+class PlacedState(State, frozen=True, kw_only=True):
+    """A `Placed`; `fd` is the place of its descriptor."""
 
     device: str
     version: WeightVersion
@@ -42,6 +51,15 @@ class WeightStore:
         """The versions of these components that are placed on a device, in the order in which they were placed; the
         descriptors stay owned by this object."""
         return [(p.version, p.fd) for p in self if p.device == device and p.version.component in components]
+
+    def state(self, fds: Descriptors) -> list[PlacedState]:
+        """What is placed, for the program that takes the place of this one."""
+        return [PlacedState(device=p.device, version=p.version, fd=fds.put(p.fd)) for p in self]
+
+    def put_back(self, state: Iterable[PlacedState], fds: Descriptors) -> None:
+        """Hold what the program before this one held."""
+        for placed in state:
+            self.keep(placed.device, placed.version, fds.take(placed.fd))
 
     def find(self, device: str, component: str, content: str) -> Placed | None:
         return self._placed.get((device, component, content))
@@ -78,6 +96,16 @@ class Source(NamedTuple):
     """Its files; None if it came from another program's memory."""
 
 
+class VersionsState(State, frozen=True, kw_only=True):
+    """A `Versions`; the fields have its names. Of `sources` and `served`, the keys are (component, content hash)."""
+
+    serving: dict[str, str]
+    previous: dict[str, str] | None
+    pinned: bool
+    sources: list[tuple[tuple[str, str], Source]]
+    served: list[tuple[tuple[str, str], int]]
+
+
 class Versions:
     """Which version of each component new tasks get, and which they got before. A pure object."""
 
@@ -92,6 +120,18 @@ class Versions:
         """(component, content hash) -> where it was read from."""
         self.served: collections.Counter[tuple[str, str]] = collections.Counter()
         """Videos made with a version."""
+
+    def state(self) -> VersionsState:
+        return VersionsState(
+            serving=self.serving, previous=self.previous, pinned=self.pinned, sources=list(self.sources.items()),
+            served=list(self.served.items()),
+        )  # fmt: skip
+
+    def put_back(self, state: VersionsState) -> None:
+        """Serve what the program before this one served."""
+        self.serving, self.previous, self.pinned = state.serving, state.previous, state.pinned
+        self.sources = dict(state.sources)
+        self.served.update(dict(state.served))
 
     def loaded(self, weights: Mapping[str, str], label: str, components: Mapping[str, Component]) -> None:
         """A stage is up, and has these bound: what it read itself, if nobody has flipped."""

@@ -31,6 +31,11 @@ class ProgressCounter:
         """The counter behind a descriptor that another process made."""
         return cls(SharedMemory.attach(fd, PAGE_BYTES))
 
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """`attach` that takes over the descriptor."""
+        return cls(SharedMemory.adopt(fd, PAGE_BYTES))
+
     @property
     def fd(self) -> int:
         return self._memory.fd

@@ -98,6 +98,12 @@ class StageFailed(EngineError):
     code = "stage_failed"
 
 
+class ReloadFailed(EngineError):
+    """What was to take the place of something cannot; what is there goes on. The operator must look at the new one."""
+
+    code = "reload_failed"
+
+
 class NumericalError(EngineError):
     """The model produced values that are not finite; the message names the step."""
 
@@ -151,8 +157,8 @@ _BY_CODE: dict[str, type[EngineError]] = {
     cls.code: cls
     for cls in (
         EngineError, BadRequest, BadCheckpoint, BadConfig, Busy, NotFound, Cancelled, DeadlineExceeded, OutputError,
-        PoisonedRequest, StageFailed, NumericalError, OutOfMemory, Superseded, CanaryFailed, ProtocolError,
-        VersionMismatch, PermissionDenied, ServerUnavailable,
+        PoisonedRequest, StageFailed, ReloadFailed, NumericalError, OutOfMemory, Superseded, CanaryFailed,
+        ProtocolError, VersionMismatch, PermissionDenied, ServerUnavailable,
     )
 }  # fmt: skip
 

@@ -42,6 +42,11 @@ class FrameReader(Generic[T]):
         self._error: str | None = None
 
     @property
+    def rest(self) -> bytes:
+        """What came and was not yielded as a message: whole frames and the beginning of one."""
+        return bytes(self._buffer)
+
+    @property
     def unfinished(self) -> bool:
         """Whether bytes of a frame are here whose rest is still to come."""
         return bool(self._buffer)

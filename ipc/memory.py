@@ -83,6 +83,13 @@ class SharedMemory:
             raise ValueError("shared memory: its size is not sealed")
         return cls(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), size)
 
+    @classmethod
+    def adopt(cls, fd: int, size: int) -> Self:
+        """`attach` that takes over the descriptor."""
+        memory = cls.attach(fd, size)
+        os.close(fd)
+        return memory
+
     @property
     def fd(self) -> int:
         """The descriptor, to be passed to another process; stays owned by this object."""

@@ -159,6 +159,10 @@ class ListVersions(ClientMessage, frozen=True, tag="versions", kw_only=True):
     pass
 
 
+class ReloadSupervisor(ClientMessage, frozen=True, tag="reload_supervisor", kw_only=True):
+    """Owner only. Replace the supervisor's program by the one that is on disk now, in the same process."""
+
+
 AnyClientMessage = (
     Hello
     | Submit
@@ -171,6 +175,7 @@ AnyClientMessage = (
     | ReplaceStages
     | Rollback
     | ListVersions
+    | ReloadSupervisor
 )
 
 
@@ -207,6 +212,14 @@ class Refused(ServerMessage, frozen=True, tag="refused", kw_only=True):
 
 class Ok(ServerMessage, frozen=True, tag="ok", kw_only=True):
     pass
+
+
+class SupervisorReloaded(ServerMessage, frozen=True, tag="supervisor_reloaded", kw_only=True):
+    """Said by the new program, once it has everything. `engine` is its version; `paused` the seconds for which nothing
+    was answered."""
+
+    engine: str
+    paused: float
 
 
 class TaskList(ServerMessage, frozen=True, tag="tasks", kw_only=True):
@@ -272,7 +285,19 @@ class VersionList(ServerMessage, frozen=True, tag="version_list", kw_only=True):
 
 
 AnyServerMessage = (
-    Welcome | Accepted | Refused | Ok | TaskList | Status | Progress | Done | Failed | Reloaded | Replaced | VersionList
+    Welcome
+    | Accepted
+    | Refused
+    | Ok
+    | TaskList
+    | Status
+    | Progress
+    | Done
+    | Failed
+    | Reloaded
+    | Replaced
+    | VersionList
+    | SupervisorReloaded
 )
 TaskEvent = Progress | Done | Failed
 
@@ -776,6 +801,24 @@ class MemoryReply(msgspec.Struct, frozen=True, kw_only=True):
     """`problem` is empty if all went well."""
 
     problem: str
+
+
+# The supervisor -> the process that rehearses its replacement (`engine/rehearsal.py`), and back.
+
+
+class RehearseProgram(msgspec.Struct, frozen=True, tag_field="type", tag="rehearse_program", kw_only=True):
+    """Descriptors come with it: of all packets together, that of the document, and those that it speaks of in their
+    order."""
+
+    more: bool
+    """Another packet follows."""
+
+
+class ProgramRehearsed(msgspec.Struct, frozen=True, tag_field="type", tag="program_rehearsed", kw_only=True):
+    """`problem` is empty if the program of version `engine` could go on with what it was given."""
+
+    problem: str
+    engine: str
 
 
 # `engine check` -> the process that examines a checkpoint, and back, as JSON.

@@ -98,6 +98,14 @@ def make_payload(name: str, slots: int, slot_bytes: int, on: DeviceFd | None) ->
     return MappedPayload(SharedMemory.create(name, payload_bytes(slots, slot_bytes)), slot_bytes)
 
 
+def adopt_payload(slots: int, slot_bytes: int, fd: int, device: int | None) -> Payload:
+    """The room that a program before this one has made, in the hands of who only holds it: takes over the descriptor.
+    ValueError if it has another size."""
+    if device is not None:
+        return HeldPayload(fd)
+    return MappedPayload(SharedMemory.adopt(fd, payload_bytes(slots, slot_bytes)), slot_bytes)
+
+
 def attach_payload(slots: int, slot_bytes: int, fds: list[int], device: int | None) -> Payload:
     """The payload behind these descriptors, on this GPU or in host memory; all of it is mapped now, so that no later
     access faults."""

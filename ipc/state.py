@@ -7,7 +7,7 @@ so a process that is killed at any instruction leaves one whole state: the old o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,7 +15,16 @@ from typing import Self
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import PAGE_BYTES, SharedMemory, fence, round_up
 from ipc.messages import Holding, StateSpec
-from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, payload_bytes, place_name
+from ipc.payload import (
+    DeviceFd,
+    Payload,
+    Room,
+    adopt_payload,
+    attach_payload,
+    make_payload,
+    payload_bytes,
+    place_name,
+)
 
 FDS_PER_STATE = 2
 """Header memfd, payload memfd (or GPU memory's descriptor)."""
@@ -117,6 +126,18 @@ class StateSlots:
             if problem := states._header_problem():
                 raise ValueError(problem)
             undo.pop_all()
+        return states
+
+    @classmethod
+    def adopt(cls, spec: StateSpec, fds: Sequence[int]) -> Self:
+        """The supervisor's handle, made again by the program that takes the place of the one that had it: takes over
+        the descriptors. ValueError if they do not fit the spec."""
+        header, payload_fd = fds
+        headers = SharedMemory.adopt(header, (spec.slots + 1) * PAGE_BYTES)
+        payload = adopt_payload(2 * spec.slots, _half_bytes(spec.slot_bytes), payload_fd, spec.device)
+        states = cls(spec, headers, payload)
+        if problem := states._header_problem():
+            raise ValueError(problem)
         return states
 
     @property

@@ -15,14 +15,14 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 from ipc.layout import MAX_U64, tensor_bytes
 from ipc.messages import Holding, QueueSpec, QueueStatistics
-from ipc.payload import DeviceFd, Payload, Room, attach_payload, make_payload, place_name
+from ipc.payload import DeviceFd, Payload, Room, adopt_payload, attach_payload, make_payload, place_name
 from ipc.slot_table import MAX_PROCESSES, Key, Side, SlotState, SlotTable
 
 FDS_PER_QUEUE = 4
@@ -155,6 +155,16 @@ class TensorQueue:
             undo.pop_all()
         table.enter(role, number, epoch)
         return cls(spec, role, table, payload, ready_fd, free_fd, epoch=epoch, number=number)
+
+    @classmethod
+    def adopt(cls, spec: QueueSpec, fds: Sequence[int]) -> Self:
+        """The supervisor's handle, made again by the program that takes the place of the one that had it: takes over
+        the descriptors. ValueError if they do not fit the spec."""
+        header, payload_fd, ready_fd, free_fd = fds
+        table = SlotTable.attach(header, spec.slots, spec.slot_bytes)
+        os.close(header)
+        payload = adopt_payload(spec.slots, spec.slot_bytes, payload_fd, spec.device)
+        return cls(spec, "supervisor", table, payload, ready_fd, free_fd)
 
     @property
     def spec(self) -> QueueSpec:

@@ -83,6 +83,7 @@ for ask in (
     lambda: client.submit(UserParams(prompt="x", output=sys.argv[3] + "/v.mp4")).position,
     lambda: client.submit(UserParams(prompt="x", output="/tmp/v.mp4")).position,
     lambda: client.shutdown(),
+    lambda: client.reload_supervisor(),
 ):
     try:
         print(ask())
@@ -102,14 +103,14 @@ def talk_as(uid: int, path: Path, root: Path) -> list[str]:
 
 @as_root
 def test_a_listed_user_is_served_and_no_other(short_dir: Path) -> None:
-    """Of two users one is listed: it gets status and may submit below the root, and may not shut down; the other is
-    refused every time."""
+    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down or reload; the
+    other is refused every time."""
     root = short_dir / "root"
     root.mkdir()
     os.chmod(short_dir, 0o711)
     with EngineProcess(short_dir, "--allow-uid", str(NOBODY), "--output-root", root) as engine:
-        assert talk_as(NOBODY, engine.socket, root) == ["wan-demo", "0", "bad_request", "permission_denied"]
-        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 4
+        assert talk_as(NOBODY, engine.socket, root) == ["wan-demo", "0", "bad_request"] + ["permission_denied"] * 2
+        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 5
         with RawClient(engine.socket) as client:
             assert client.ask(STATUS)["type"] == "status"
 

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from engine.paths import SocketClaim
 from engine.server import Server
 from engine.session import LISTED_PROMPT, Limits, fitting
 from engine.supervisor import Supervisor
+from ipc.errors import BadRequest, Busy
 from ipc.frames import MAX_FRAME
 from ipc.messages import TaskInfo
 from tests.engine.wire import RawClient, environment, frame
@@ -329,3 +332,54 @@ async def test_it_serves_on_any_loop_and_leaves_signals_alone(short_dir: Path) -
     async with serving(short_dir):
         assert (await in_thread(short_dir, lambda c: c.ask(STATUS)))["type"] == "status"
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before
+
+
+async def test_an_engine_in_another_program_is_not_replaced(short_dir: Path) -> None:
+    """Its program is its host's: `permission_denied`."""
+    async with serving(short_dir):
+        reply = await in_thread(short_dir, lambda c: c.ask(frame(type="reload_supervisor", ref=4)))
+        assert (reply["ref"], reply["error"]["code"]) == (4, "permission_denied")
+
+
+async def test_clients_are_held_for_a_while_at_most(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the server holds its clients, nobody is answered. As one's request takes too long to be looked at, that
+    ends with `busy`, and after the release everybody is answered."""
+    monkeypatch.setattr("engine.server.HOLD_TIMEOUT", 0.3)
+    looking, seen = threading.Event(), threading.Event()
+
+    def check(user: object) -> None:
+        looking.set()
+        seen.wait()
+        raise BadRequest("nothing")
+
+    async with serving(short_dir) as server:
+        monkeypatch.setattr(server.supervisor, "check", check)
+        slow = asyncio.create_task(
+            in_thread(short_dir, lambda c: c.ask(frame(type="submit", ref=1, params={"prompt": "x"})))
+        )
+        await asyncio.to_thread(looking.wait)
+        with pytest.raises(Busy, match="still being looked at"):
+            await server.hold()
+        other = asyncio.create_task(in_thread(short_dir, lambda c: c.ask(STATUS), greet=True))
+        await asyncio.sleep(0.2)
+        assert not other.done()
+        server.release()
+        assert (await other)["type"] == "status"
+        seen.set()
+        assert (await slow)["error"]["code"] == "bad_request"
+        await server.hold()
+        server.release()
+
+
+async def test_a_crowd_is_taken_up_as_others_leave(short_dir: Path) -> None:
+    """Ten times as many clients as there are places come at once, ask and leave: nobody is refused."""
+
+    def ask() -> str:
+        with RawClient(short_dir / "engine.sock") as client:
+            return str(client.ask(STATUS)["type"])
+
+    async with serving(short_dir, Limits(clients=4)):
+        with ThreadPoolExecutor(40) as pool:
+            loop = asyncio.get_running_loop()
+            answers = await asyncio.gather(*(loop.run_in_executor(pool, ask) for _ in range(40)))
+    assert answers == ["status"] * 40

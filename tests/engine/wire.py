@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,17 +45,31 @@ def run_engine(*arguments: str | Path, **more: str) -> subprocess.CompletedProce
 class EngineProcess:
     """`engine serve` in a process of its own, all stages in one more. `with` waits until it listens."""
 
-    def __init__(self, directory: Path, *options: str | Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *options: str | Path,
+        tree: Path | None = None,
+        placement: str = "fused",
+        through: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
+        **more: str,
+    ) -> None:
+        """`tree`: run what is there, not this checkout. `through`: a command that executes what follows it. `more`:
+        variables of the environment."""
         self.exit_codes: tuple[int, ...] = (0,)
         """What the end of `with` accepts."""
         self.socket = directory / "engine.sock"
         self.log = directory / f"log-{time.monotonic_ns()}"
         self._output = directory / "output"
-        where = ("--socket", self.socket, "--state-dir", directory / "state", "--placement", "fused", "--device", "cpu")
+        where = ("--socket", self.socket, "--state-dir", directory / "state", "--device", "cpu")
+        where = (*where, "--placement", placement)
+        where_from = {} if tree is None else {"PYTHONPATH": str(tree)}
         with self.log.open("ab") as log, self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                command("serve", *where, *options), stdout=output, stderr=log, env=environment(), start_new_session=True
-            )
+                [*through, *command("serve", *where, *options)], pass_fds=pass_fds, stdout=output, stderr=log,
+                env=environment(**where_from, **more), start_new_session=True, cwd=tree,
+            )  # fmt: skip
 
     @property
     def output(self) -> str:

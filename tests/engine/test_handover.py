@@ -1,0 +1,232 @@
+"""The document of a hand-over: whole, strict, and of one format."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine import handover
+from engine.crew import Crew
+from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
+from engine.journal import Journal
+from engine.memory import EngineMemory
+from engine.params import SystemParams, UserParams
+from engine.paths import ClaimState, SocketClaim
+from engine.posts import Post, Posts, PostState
+from engine.process import Body, StageProcess
+from engine.records import StageRecord, TaskRecord
+from engine.reload import Reloader
+from engine.scheduler import Scheduler
+from engine.scheduler_state import StageRecordState, TaskState
+from engine.serve import Service
+from engine.server import Server
+from engine.session import Session
+from engine.spare import Spare
+from engine.states import Descriptors
+from engine.supervisor import Supervisor
+from engine.tasks import Task, TaskPool
+from engine.weights import Versions, WeightStore
+from ipc.frames import FrameReader
+from ipc.messages import AnyServerMessage, Status
+from tests.engine.wire import RawClient, frame
+
+HANDED_OVER: dict[type, tuple[str, str]] = {
+    Supervisor: (
+        "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
+        "_scheduler",
+        "_admitting _background _no_admissions _closed _timer _loop _reloader",
+    ),
+    Crew: (
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen",
+        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
+        "_successors _replacing "
+        "_changed _watcher _left_to_start",
+    ),
+    StageProcess: (
+        "seats epoch ready outstanding knows leaving _outbox _body counter _popen _channel _pidfd pid _killed "
+        "_oom_kills",
+        "_on_report _on_exit _loop _writing outside exited _seen",
+    ),
+    Body: ("counter popen pidfd channel", "vmstat"),
+    Spare: ("_body", "_wanted _device"),
+    Posts: ("_posts", "groups"),
+    WeightStore: ("_placed", ""),
+    Versions: ("serving previous pinned sources served", ""),
+    Reloader: ("", "_host _crew _turn _overtaken _candidates loading"),
+    EngineMemory: ("on_device queues state", ""),
+    Journal: ("_ended _claim", "_path _thread _connection _paused"),
+    TaskPool: ("_tasks _ended finished failed", ""),
+    Task: ("job spec params submitted_at progress seconds metadata weights changes ended", "_changed"),
+    Scheduler: (
+        "_capacity _policy _line _stages _tasks _deadlines _arrivals _ledger", "_seats _devices _sharing _actions",
+    ),
+    Server: (
+        "sessions _listener",
+        "supervisor limits drain_asked stop_asked _users _claim _reload _accepting _left _left_at gate",
+    ),
+    Session: (
+        "following _socket _frames _decoded _pace _rest _unsaid _then _reload_ref _greeted _last_words _follow_first "
+        "_ends_said pid _uid",
+        "outgoing _supervisor _limits _loop _host _sending _broken _taken_up _complete_by",
+    ),
+    SocketClaim: ("path _shared _bound _lock", ""),
+    Service: ("supervisor server announced _claim", "notify"),
+}  # fmt: skip
+"""Class -> what of it goes to the next program, and what is made anew there."""
+
+
+def attributes(thing: Any) -> set[str]:
+    return set(thing.__struct_fields__) if isinstance(thing, msgspec.Struct) else set(vars(thing))
+
+
+@pytest.fixture
+async def service(short_dir: Path) -> AsyncIterator[Service]:
+    """A whole engine in this process, with a client and a task."""
+    params = SystemParams(placement="fused", device="cpu", threads=1, state_dir=str(short_dir / "state"))
+    with SocketClaim(short_dir / "engine.sock") as claim:
+        service = Service(Supervisor(params), claim)
+        await service.start()
+        try:
+            yield service
+        finally:
+            await service.supervisor.stop()
+            await service.server.stop()
+
+
+async def with_a_client(service: Service, short_dir: Path) -> RawClient:
+    client = await asyncio.to_thread(RawClient, short_dir / "engine.sock")
+    await service.supervisor.submit(UserParams(prompt="x", output=str(short_dir / "v.mp4")))
+    return client
+
+
+async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
+    """Every attribute of everything that is handed over is either handed over or made anew: who adds one must say
+    which, and if it is handed over, raise `FORMAT`."""
+    client = await with_a_client(service, short_dir)
+    supervisor, server = service.supervisor, service.server
+    crew = supervisor._crew
+    process = crew._posts.processes()[0]
+    task = next(iter(supervisor._pool))
+    things: list[Any] = [
+        service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
+        crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
+        supervisor._pool, task, supervisor._scheduler, service._claim,
+    ]  # fmt: skip
+    assert {type(thing) for thing in things} == set(HANDED_OVER)
+    for thing in things:
+        handed_over, anew = (set(names.split()) for names in HANDED_OVER[type(thing)])
+        assert attributes(thing) == handed_over | anew, type(thing).__name__
+        assert not handed_over & anew
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("record", "state", "besides"),
+    [(TaskRecord, TaskState, set()), (StageRecord, StageRecordState, set()), (Post, PostState, {"process"})],
+)
+def test_records_and_their_states_have_the_same_fields(record: Any, state: Any, besides: set[str]) -> None:
+    """A field that one has and the other has not would be forgotten."""
+    fields = record.__slots__ if hasattr(record, "__slots__") else ()
+    names = set(record.__struct_fields__) if issubclass(record, msgspec.Struct) else set(fields)
+    assert names - besides == set(state.__struct_fields__)
+
+
+async def test_a_document_survives_and_a_damaged_one_does_not(service: Service, short_dir: Path) -> None:
+    """Encoded and decoded, in a memfd and out of it, it is the same. Of 3,000 with random damage, each is read or is a
+    `ValueError`, nothing else; of another format, cut short, or with an unknown field, it is always refused."""
+    client = await with_a_client(service, short_dir)
+    fds = Descriptors()
+    document = service.state(fds, 1.0)
+    raw = encode(document)
+    memory = in_memory(raw)
+    assert from_memory(memory) == raw
+    os.close(memory)
+    again = decode(raw)
+    assert again == document
+    assert decode(encode(again)) == document
+    assert len(document.server.sessions) == len(document.supervisor.pool.tasks) == 1
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1} and this program takes format {FORMAT}"):
+        decode(encode(msgspec.structs.replace(document, format=FORMAT + 1)))
+    with pytest.raises(ValueError, match="unknown field `surprise`"):
+        decode(msgspec.msgpack.encode(msgspec.msgpack.decode(raw) | {"surprise": 1}))
+    chance, refused = random.Random(4), 0
+    for _ in range(3000):
+        damaged = bytearray(raw)
+        for _ in range(chance.randint(1, 8)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        try:
+            assert isinstance(decode(bytes(damaged)), Handover)
+        except ValueError:
+            refused += 1
+    assert refused > 1000
+    for _ in range(200):
+        with pytest.raises(ValueError):
+            decode(raw[: chance.randrange(len(raw))])
+    client.close()
+
+
+async def test_what_is_unsent_goes_over(service: Service, short_dir: Path, wait_until: Any) -> None:
+    """A client asks and does not read: the rest of the answer that fills its socket is in its state, to the byte."""
+    client = await asyncio.to_thread(RawClient, short_dir / "engine.sock")
+    (session,) = service.server.sessions.values()
+    client.socket.setblocking(False)
+    client.send(frame(type="status", ref=7, memory=True) * 250)
+    await wait_until(lambda: session.outgoing > 0, "an answer that waits to be read")
+    await asyncio.sleep(0.05)
+    state = session.state(Descriptors())
+    assert 0 < len(state.unsent) <= session.outgoing
+    received, complete = b"", FrameReader[AnyServerMessage](AnyServerMessage)
+    with contextlib.suppress(BlockingIOError):
+        while data := client.socket.recv(1 << 20):
+            received += data
+    answers = list(complete.feed(received + state.unsent))
+    assert not complete.unfinished
+    assert {(type(answer), answer.ref) for answer in answers} == {(Status, 7)}
+    client.close()
+
+
+def test_a_document_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length is looked at before it is read."""
+    monkeypatch.setattr(handover, "MAX_DOCUMENT", 10)
+    memory = in_memory(b"12345678901")
+    with open(memory, "rb"), pytest.raises(ValueError, match="11 bytes; expected at most 10"):
+        from_memory(memory)
+
+
+def test_descriptors_are_taken_once_and_all() -> None:
+    """A place that is taken twice, or is not there, or that nobody takes, is an error: something would be lost."""
+    with open("/dev/null", "rb") as file:
+        given = Descriptors()
+        assert given.put_all([file.fileno()] * 2) == [0, 1]
+        taken = Descriptors(given.fds)
+        assert taken.take(1) == file.fileno()
+        for place in (1, 2, -1):
+            with pytest.raises(ValueError, match=f"descriptor {place} of 2"):
+                taken.take(place)
+        with pytest.raises(ValueError, match="1 of 2 descriptors"):
+            taken.check_all_taken()
+        taken.take(0)
+        taken.check_all_taken()
+
+
+def test_a_claim_is_the_same_claim(short_dir: Path) -> None:
+    """Under the next program nobody else can take the path, and at its end the socket is gone."""
+    claim = SocketClaim(short_dir / "engine.sock")
+    listener = claim.bind()
+    fds = Descriptors()
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(claim.state(fds)), type=ClaimState)
+    next_claim = SocketClaim.restored(state, Descriptors(fds.fds))
+    with pytest.raises(Exception, match="already running"):
+        SocketClaim(short_dir / "engine.sock")
+    next_claim.close()
+    listener.close()
+    assert not (short_dir / "engine.sock").exists()
+    SocketClaim(short_dir / "engine.sock").close()
