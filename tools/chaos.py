@@ -2,6 +2,7 @@
 
     python -m tools.chaos kills --kills 1000 --requests 2000       # SIGKILL of random stages at random moments
     python -m tools.chaos kills --dits 3                           # the same with three dits
+    python -m tools.chaos kills --gpus 2                           # with a dit on each of two GPUs
     python -m tools.chaos stops --stops 100                        # SIGSTOP: stages that hang
     python -m tools.chaos restarts --kills 200                     # SIGKILL of the supervisor
     python -m tools.chaos leaks --requests 10000 --kills 500       # what is left after many requests and restarts
@@ -255,7 +256,7 @@ async def run(arguments: argparse.Namespace) -> Tally:
         async with timed(arguments.seed) as tally:
             match arguments.what:
                 case "kills":
-                    params = SystemParams(dit_devices=("cpu",) * arguments.dits if arguments.dits > 1 else ())
+                    params = SystemParams(dit_devices=dit_devices(arguments.dits, arguments.gpus))
                     await kills(tally, folder, arguments.requests, arguments.kills, params)
                 case "stops":
                     params = SystemParams(stage_deadline=2.0, start_deadline=20.0)
@@ -271,6 +272,13 @@ async def run(arguments: argparse.Namespace) -> Tally:
     return tally
 
 
+def dit_devices(dits: int, gpus: int) -> tuple[str, ...]:
+    """Empty: one, wherever the engine puts it."""
+    if gpus:
+        return tuple(f"cuda:{number}" for number in range(gpus))
+    return ("cpu",) * dits if dits > 1 else ()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "stops", "restarts", "leaks", "overload", "soak"))
@@ -279,6 +287,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--dits", type=int, default=1, help="for kills: so many, on a CPU")
+    parser.add_argument("--gpus", type=int, default=0, help="for kills: a dit on each of so many GPUs")
     parser.add_argument("--minutes", type=float, default=1.0, help="of overload and soak")
     arguments = parser.parse_args()
     try:
