@@ -62,6 +62,7 @@ async def kills(
 ) -> None:
     """`count` SIGKILLs (or SIGSTOPs) of random stages at random moments, spread over `requests` requests."""
     dice = random.Random(tally.seed)
+    resolve_device("auto")  # the driver's management library keeps what it opens the first time
     before = Footprint.of_this_process()
     async with Supervisor(params) as supervisor:
         load = Load(supervisor, folder, tally)
