@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import traceback
@@ -11,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stages.kernels.vae_launch import Kernels, Tile, choose_tile
+from stages.kernels.vae_launch import WIDE_FROM, Kernels, Tile, choose_tile
 from stages.models import vae_conv
-from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, upsampling_conv
+from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, narrow_conv, pad_vector, upsampling_conv
 from stages.models.vae_frames import FramePool
 from stages.models.vae_walk import Operations, TorchOperations
 
@@ -45,9 +46,13 @@ def make(kind: str, channels_in: int, channels: int) -> Conv:
         return causal_conv(
             name, noise(channels, channels_in, 3, 3, 3) / (27 * channels_in) ** 0.5, noise(channels), BF16
         )
+    if kind == "narrow":
+        return narrow_conv(
+            name, noise(channels, channels_in, 3, 3, 3) / (27 * channels_in) ** 0.5, noise(channels), BF16
+        )
     if kind == "point":
         weight = noise(channels, channels_in, 1, 1, 1) / channels_in**0.5
-        return causal_conv(name, weight, noise(channels), BF16, offset=1)
+        return causal_conv(name, weight, noise(channels), BF16, offset=(1, 1))
     if kind == "double":
         weight = noise(2 * channels, channels_in, 3, 1, 1) / (3 * channels_in) ** 0.5
         return doubling_conv(name, weight, noise(2 * channels), BF16)
@@ -57,10 +62,10 @@ def make(kind: str, channels_in: int, channels: int) -> Conv:
         )
     if kind == "down":
         weight = noise(channels, channels_in, 1, 3, 3) / (9 * channels_in) ** 0.5
-        return causal_conv(name, weight, noise(channels), BF16, offset=1, space_stride=2)
+        return causal_conv(name, weight, noise(channels), BF16, offset=(1, 1), space_stride=2)
     assert kind == "halve", kind
     weight = noise(channels, channels_in, 3, 1, 1) / (3 * channels_in) ** 0.5
-    return causal_conv(name, weight, noise(channels), BF16, offset=1, time_stride=2)
+    return causal_conv(name, weight, noise(channels), BF16, offset=(1, 1), time_stride=2)
 
 
 def cases() -> list[Case]:
@@ -77,7 +82,7 @@ def cases() -> list[Case]:
         Case(make("causal", 192, 384), raw=True),
         Case(make("causal", 96, 192), norm=True),
         Case(make("causal", 16, 384), raw=True),
-        Case(make("causal", 96, 3), pixels=True),
+        Case(make("narrow", 96, 3), pixels=True),
         Case(make("causal", 48, 24), raw=True, norm=True),
         Case(make("point", 192, 384), raw=True),
         Case(make("double", 384, 384), raw=True),
@@ -152,66 +157,60 @@ def error_of(case: Case, kernels: Kernels) -> float:
 
 
 def check_kernels(log: Log) -> None:
-    """Every case with the tile that is chosen for it, and without TMA; then the norm."""
-    for case in cases():
-        for tma in (True, False):
-            began = time.perf_counter()
-            try:
-                error = error_of(case, Kernels(tma))
-            except Exception:
-                log(f"kernel {describe(case)} tma={tma}: FAILED\n{traceback.format_exc()}")
-                continue
-            verdict = "ok" if error < TOLERANCE else "WRONG"
-            log(f"kernel {describe(case)} tma={tma}: error {error:.2e} {verdict}, {time.perf_counter() - began:.1f} s")
+    """Every case with the tiles that are chosen for it on small and on large frames, and without TMA; then the norm."""
+    kernels = {"": Kernels(True), " as on large frames": Kernels(True, wide_from=0), " without TMA": Kernels(False)}
+    for case, (how, operations) in itertools.product(cases(), kernels.items()):
+        began = time.perf_counter()
+        try:
+            error = error_of(case, operations)
+        except Exception:
+            log(f"FAIL kernel {describe(case)}{how}\n{traceback.format_exc()}")
+            continue
+        verdict = "ok  " if error < TOLERANCE else "FAIL"
+        log(f"{verdict} kernel {describe(case)}{how}: error {error:.2e}, {time.perf_counter() - began:.1f} s")
     ours, theirs = (fill(FramePool(384, 20, 36, 5, BF16, DEVICE), 3) for _ in range(2))
     gamma = pad_vector(1 + 0.2 * torch.randn(384, device=DEVICE))
     Kernels(True).norm_silu(ours, [1, 2], gamma, [3, 2])
     vae_conv.norm_silu(theirs, [1, 2], gamma, [3, 2])
     error = float((ours.frames.float() - theirs.frames.float()).norm() / theirs.frames.float().norm())
-    log(f"kernel norm 384: error {error:.2e} {'ok' if error < TOLERANCE else 'WRONG'}")
+    log(f"{'ok  ' if error < TOLERANCE else 'FAIL'} kernel norm 384: error {error:.2e}")
 
 
-TILES: dict[int, list[Tile]] = {
-    96: [
-        Tile(256, (32, 0), 8, 4), Tile(256, (32, 0), 8, 3), Tile(256, (32, 0), 8, 5), Tile(256, (64, 32), 8, 3),
-        Tile(256, (32, 0), 8, 4, registers=128), Tile(128, (32, 0), 4, 4), Tile(128, (32, 0), 4, 3),
-        Tile(128, (64, 32), 4, 2), Tile(128, (64, 32), 4, 3), Tile(128, (32, 0), 8, 4), Tile(512, (32, 0), 16, 4),
-        Tile(256, (32, 0), 8, 4, frames_inside=True), Tile(128, (32, 0), 4, 4, frames_inside=True),
+TILES: dict[str, list[Tile]] = {
+    "causal 96->96": [
+        Tile(256, 32, 8, 4, registers=128), Tile(256, 32, 8, 4, registers=128, frames_inside=True),
+        Tile(128, 32, 4, 4), Tile(128, 32, 4, 4, frames_inside=True), Tile(128, 32, 4, 4, registers=128),
     ],
-    192: [
-        Tile(128, (64, 0), 8, 4), Tile(128, (64, 0), 8, 3), Tile(128, (64, 0), 8, 2), Tile(128, (32, 0), 8, 4),
-        Tile(128, (64, 0), 4, 4), Tile(256, (32, 0), 8, 4), Tile(256, (64, 0), 8, 3), Tile(256, (64, 0), 16, 3),
-        Tile(64, (64, 0), 4, 3), Tile(128, (64, 0), 8, 4, frames_inside=True),
+    "causal 192->192": [
+        Tile(256, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 64, 8, 4, frames_inside=True),
     ],
-    384: [
-        Tile(128, (64, 0), 8, 4), Tile(128, (64, 0), 4, 3), Tile(256, (64, 0), 8, 4), Tile(256, (64, 0), 8, 3),
-        Tile(128, (64, 0), 8, 3, n=(128, 64)), Tile(128, (64, 0), 8, 4, n=(128, 64)),
-        Tile(256, (64, 0), 8, 3, n=(128, 64)), Tile(128, (64, 0), 8, 3, n=(256, 128)),
-        Tile(128, (32, 0), 8, 4, n=(256, 128)), Tile(128, (64, 0), 8, 4, frames_inside=True),
+    "causal 384->384": [
+        Tile(128, 64, 8, 3, n=(256, 128)), Tile(128, 64, 8, 3, n=(256, 128), frames_inside=True),
+        Tile(128, 64, 8, 4, n=(128, 64)), Tile(128, 64, 8, 4),
     ],
+    "up 192->96": [Tile(256, 64, 8, 4), Tile(128, 32, 4, 4), Tile(128, 64, 4, 3)],
 }  # fmt: skip
-"""Ways to cut the 3x3x3 convolutions of a width."""
+"""Ways to cut convolutions; what is not here is timed as it is cut."""
 
-LEVELS = {96: (480, 832, 4), 192: (240, 416, 4), 384: (120, 208, 2)}
-"""Height, width and frames of one latent frame at 480p."""
+LEVELS = {96: [(480, 832, 4)], 192: [(240, 416, 4)], 384: [(120, 208, 2), (60, 104, 1)]}
+"""Width -> height, width and frames of one latent frame at 480p."""
 
 
 def sweep_tiles(log: Log, width: int) -> None:
-    """The convolutions of a width, each way to cut them, right and how fast. Then the others that are chosen for it."""
-    main = main_cases(width)
-    others = [case for case in cases() if case.layer.channels_in == width and case.layer.name != main[0].layer.name]
-    for case in main:
-        launch = Launch(case, *LEVELS[width])
-        for tile in TILES[width]:
-            time_tile(log, launch, tile)
-    for case in others:
-        time_tile(log, Launch(case, *LEVELS[width]), choose_tile(case.layer, True))
+    """The convolutions that read a width, each way to cut them: right, and how fast."""
+    for case, (height, columns, frames) in itertools.product(cases(), LEVELS[width]):
+        if case.layer.channels_in != width:
+            continue
+        launch = Launch(case, height, columns, frames)
+        chosen = choose_tile(case.layer, True, residual=case.residual, wide=height * columns >= WIDE_FROM)
+        for tile in TILES.get(case.layer.name, [chosen]):
+            time_tile(log, launch, tile, f"{height}x{columns}x{frames}, {'chosen' if tile == chosen else 'other'}")
 
 
-def time_tile(log: Log, launch: Launch, tile: Tile) -> None:
+def time_tile(log: Log, launch: Launch, tile: Tile, note: str) -> None:
     """One line: speed, error, and the time of the first launch, compilation included."""
-    what = f"tile {describe(launch.case)} {brief(tile)}"
-    kernels = Kernels(True, {launch.case.layer.name: tile})
+    what = f"tile {describe(launch.case)} {brief(tile)} ({note})"
+    kernels = Kernels(True, tiles={launch.case.layer.name: tile})
     try:
         began = time.perf_counter()
         launch.run(kernels)
@@ -220,26 +219,18 @@ def time_tile(log: Log, launch: Launch, tile: Tile) -> None:
         error = error_of(launch.case, kernels)
         seconds = median_seconds(lambda: launch.run(kernels))
     except Exception as broken:
-        log(f"{what}: FAILED {type(broken).__name__}: {str(broken)[:200]}")
+        log(f"FAIL {what}: {type(broken).__name__}: {str(broken)[:200]}")
         return
-    verdict = "" if error < TOLERANCE else " WRONG"
+    verdict = "" if error < TOLERANCE else ", FAIL"
     rate = f"{launch.flops / seconds / 1e12:.0f} TFLOP/s, {seconds * 1e3:.3f} ms"
     log(f"{what}: {rate}, error {error:.1e}{verdict}, first {began:.1f} s")
-
-
-def main_cases(width: int) -> list[Case]:
-    """The two launches that take most of the time."""
-    layer = make("causal", width, width)
-    if width == 384:
-        return [Case(layer, residual=True, raw=True)]
-    return [Case(layer, norm=True), Case(layer, residual=True, raw=True, norm=True)]
 
 
 def brief(tile: Tile) -> str:
     n = f" n{tile.n[0]}+{tile.n[1]}" if tile.n else ""
     limit = f" r{tile.registers}" if tile.registers else ""
     limit += " frames inside" if tile.frames_inside else ""
-    return f"m{tile.m}{n} k{tile.k[0]}+{tile.k[1]} w{tile.warps} s{tile.stages}{limit}{'' if tile.tma else ' no TMA'}"
+    return f"m{tile.m}{n} k{tile.k} w{tile.warps} s{tile.stages}{limit}{'' if tile.tma else ' no TMA'}"
 
 
 def median_seconds(run: Callable[[], None], rounds: int = 20) -> float:

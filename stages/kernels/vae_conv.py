@@ -94,28 +94,28 @@ SIZES = [
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_kernel(
-    x0, x1, w00, w01, w10, w11, bias, gamma, out,
+    x, w0, w1, bias, gamma, out,
     in_slots, residual_slots, raw_slots, normed_slots,
     source_width, source_rows, height, width, out_width, out_rows, tiles, frames,
     CHANNELS_IN: tl.constexpr, CHANNELS: tl.constexpr, PADDED_IN: tl.constexpr, PADDED: tl.constexpr,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, OFFSET: tl.constexpr, TIME_STRIDE: tl.constexpr,
-    SPACE_STRIDE: tl.constexpr, PHASES: tl.constexpr, HALVES: tl.constexpr, DENSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, DOWN: tl.constexpr, RIGHT: tl.constexpr,
+    TIME_STRIDE: tl.constexpr, SPACE_STRIDE: tl.constexpr, PHASES: tl.constexpr, HALVES: tl.constexpr,
+    DENSE: tl.constexpr, BLOCK_M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, BLOCK_K: tl.constexpr,
     RESIDUAL: tl.constexpr, RAW: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, TMA: tl.constexpr,
     FRAMES_INSIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M pixels and N0 + N1 channels of one output frame.
 
-    x0, x1: the source [slots * source_rows, CHANNELS_IN] in tiles of K0 and K1 channels; w00 to w11: the weights in
-    tiles of K0 or K1 rows and N0 or N1 columns; descriptors with TMA, else pointers. out: the target pool, or with
-    DENSE frames [T, height, width, CHANNELS].
+    x: the source [slots * source_rows, CHANNELS_IN] in tiles of BLOCK_K channels; w0, w1: the weights in tiles of
+    BLOCK_K rows and N0 or N1 columns; descriptors with TMA, else pointers. out: the target pool, or with DENSE frames
+    [T, height, width, CHANNELS]. DOWN, RIGHT: `Conv.offset`.
     height, width: of the grid of pixels that share a kernel, which with PHASES 4 is half of the target's.
     FRAMES_INSIDE: programs that follow one another make the same pixels of all frames, which read the same input; else
     they go through one frame after the other.
     tiles: of BLOCK_M pixels per frame, counted over rows of source_width pixels, or of `width` where SPACE_STRIDE is 2.
     """
     n_tiles: tl.constexpr = HALVES * PADDED // (N0 + N1)
-    chunks: tl.constexpr = PADDED_IN // (K0 + K1)
+    chunks: tl.constexpr = PADDED_IN // BLOCK_K
     taps: tl.constexpr = KT * KH * KW
     pid = tl.program_id(0)
     n_tile = pid % n_tiles
@@ -129,7 +129,7 @@ def conv_kernel(
         frame = index // tiles
     half = n_tile // (n_tiles // HALVES)
     column = n_tile % (n_tiles // HALVES) * (N0 + N1)
-    down, right = OFFSET, OFFSET
+    down, right = DOWN, RIGHT
     if PHASES == 4:
         down, right = phase // 2, phase % 2
 
@@ -161,26 +161,19 @@ def conv_kernel(
     acc1 = tl.zeros((BLOCK_M, N1 if N1 > 0 else 16), dtype=tl.float32)
     weight_row = (phase + half) * taps * PADDED_IN
     for step in range(taps * chunks):
-        k = step % chunks * (K0 + K1)
+        k = step % chunks * BLOCK_K
         tap = step // chunks
         kw = tap % KW
         kh = tap // KW % KH
         kt = tap // (KW * KH)
         base = tl.where(kt == 0, base0, tl.where(kt == 1, base1, base2))
         tap_row = base + first_row + (down + kh) * source_width + right + kw
-        a = load_input(x0, pixel_row, tap_row, valid, k, CHANNELS_IN, BLOCK_M, K0, TMA)
-        b0 = load_weight(w00, weight_row + tap * PADDED_IN + k, column, PADDED, K0, N0, TMA)
+        a = load_input(x, pixel_row, tap_row, valid, k, CHANNELS_IN, BLOCK_M, BLOCK_K, TMA)
+        b0 = load_weight(w0, weight_row + tap * PADDED_IN + k, column, PADDED, BLOCK_K, N0, TMA)
         acc0 = tl.dot(a, b0, acc0, input_precision="ieee")
         if N1 > 0:
-            b1 = load_weight(w01, weight_row + tap * PADDED_IN + k, column + N0, PADDED, K0, N1, TMA)
+            b1 = load_weight(w1, weight_row + tap * PADDED_IN + k, column + N0, PADDED, BLOCK_K, N1, TMA)
             acc1 = tl.dot(a, b1, acc1, input_precision="ieee")
-        if K1 > 0:
-            c = load_input(x1, pixel_row, tap_row, valid, k + K0, CHANNELS_IN, BLOCK_M, K1, TMA)
-            d0 = load_weight(w10, weight_row + tap * PADDED_IN + k + K0, column, PADDED, K1, N0, TMA)
-            acc0 = tl.dot(c, d0, acc0, input_precision="ieee")
-            if N1 > 0:
-                d1 = load_weight(w11, weight_row + tap * PADDED_IN + k + K0, column + N0, PADDED, K1, N1, TMA)
-                acc1 = tl.dot(c, d1, acc1, input_precision="ieee")
 
     if DENSE:
         out_row = row * width + at

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,12 @@ NORM_ROWS = 8
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the work of a convolution is cut: pixels and input channels (as one or two powers of two) per step."""
+    """How the work of a convolution is cut."""
 
     m: int
-    k: tuple[int, int]
+    """Pixels per program."""
+    k: int
+    """Input channels per step."""
     warps: int
     stages: int
     n: tuple[int, int] | None = None
@@ -36,19 +39,30 @@ class Tile:
     """Whether the tensor memory accelerator fetches; else threads do, which any GPU and any stride can."""
 
 
-def choose_tile(layer: Conv, tma: bool) -> Tile:
-    """The tile for a layer's widths."""
+WIDE_FROM = 12800
+"""Pixels of a frame from which one program makes all of 384 channels. It reads each pixel once, but of smaller frames
+there are fewer such programs than an H100 has multiprocessors."""
+
+
+def choose_tile(layer: Conv, tma: bool, *, residual: bool, wide: bool) -> Tile:
+    """The fastest tile on an H100 for what a launch does (docs/performance.md). residual: it reads one; wide: frames
+    are of `WIDE_FROM` pixels at least."""
     channels_in = padded_width(layer.channels_in)
+    k = next(k for k in (64, 32, 16) if channels_in % k == 0)
     n = sum(split_width(layer.channels))
     if not tma or layer.space_stride != 1:
-        k = next(k for k in (32, 16) if channels_in % k == 0)
-        return Tile(128, (k, 0), 8 if n >= 128 else 4, 3, tma=False)
-    k = next(k for k in (64, 32, 16) if channels_in % k == 0)
+        return Tile(128, min(k, 32), 8 if n >= 128 else 4, 3, tma=False)
     if n <= 32:
-        return Tile(128, (k, 0), 4, 4)
-    if n <= 128 and layer.channels > 128:
-        return Tile(128, (k, 0), 8, 4)
-    return Tile(256 if n < 128 else 128, (k, 0), 8, 4)
+        return Tile(128, k, 4, 4)
+    long = math.prod(layer.taps) == 27
+    if n < 128:
+        # Where the sums are short beside what is read and stored after them, small programs hide one behind another.
+        return Tile(256, min(k, 32), 8, 4, registers=128) if long and not residual else Tile(128, min(k, 32), 4, 4)
+    if long and k == 64 and padded_width(layer.channels) % 384 == 0:
+        return Tile(128, k, 8, 3, n=(256, 128)) if wide else Tile(128, k, 8, 4, n=(128, 64))
+    if long and k == 64 and n == 192 and not residual:
+        return Tile(256, k, 8, 3)
+    return Tile(128, k, 8, 4)
 
 
 @dataclass(slots=True)
@@ -56,10 +70,11 @@ class Kernels:
     """Launches on the current device.
 
     tiles: by name of a layer, for measuring; what is not there is chosen. tma: False on GPUs before compute capability
-    9.0, which have none.
+    9.0, which have none. wide_from: as `WIDE_FROM`; another one lets a small frame try the kernels of a large one.
     """
 
     tma: bool
+    wide_from: int = WIDE_FROM
     tiles: dict[str, Tile] = field(default_factory=dict)
     _weights: dict[tuple[int, int, int], Any] = field(default_factory=dict)
     """Descriptors of packed weights, by address and tile. They hold on to the weights."""
@@ -100,50 +115,48 @@ class Kernels:
     ) -> None:  # fmt: skip
         # The rows of what TMA fetches are multiples of 16 bytes.
         tma = self.tma and source.channels * source.frames.element_size() % 16 == 0
-        tile = self.tiles.get(layer.name) or choose_tile(layer, tma)
+        height, width = sizes[:2]
+        tile = self.tiles.get(layer.name) or choose_tile(
+            layer, tma, residual=flags["RESIDUAL"], wide=height * width >= self.wide_from
+        )
         n0, n1 = tile.n or split_width(layer.channels)
         padded_in, padded = layer.weight.shape[2:]
-        assert padded % (n0 + n1) == 0 and padded_in % sum(tile.k) == 0, (layer.name, tile)
-        height, width = sizes[:2]
+        assert padded % (n0 + n1) == 0 and padded_in % tile.k == 0, (layer.name, tile)
         pixels = height * (source.width + 2 if layer.space_stride == 1 else width)
         tiles = -(-pixels // tile.m)
         frames = layer.frames_out(len(slots)) // layer.halves
         grid = (tiles * frames * layer.phases * layer.halves * padded // (n0 + n1),)
         conv_kernel[grid](
-            *_describe_frames(source, tile), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
+            _describe_frames(source, tile), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
             layer.bias if gamma is None else gamma, out, pack(slots), *out_slots, source.width + 2, source.rows,
             height, width, sizes[2], sizes[3], tiles, frames, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
             PADDED_IN=padded_in, PADDED=padded, KT=layer.taps[0], KH=layer.taps[1], KW=layer.taps[2],
-            OFFSET=layer.offset, TIME_STRIDE=layer.time_stride, SPACE_STRIDE=layer.space_stride, PHASES=layer.phases,
-            HALVES=layer.halves, BLOCK_M=tile.m, N0=n0, N1=n1, K0=tile.k[0], K1=tile.k[1], EPS=NORM_EPS, TMA=tile.tma,
-            FRAMES_INSIDE=tile.frames_inside,
+            DOWN=layer.offset[0], RIGHT=layer.offset[1], TIME_STRIDE=layer.time_stride, SPACE_STRIDE=layer.space_stride,
+            PHASES=layer.phases, HALVES=layer.halves, BLOCK_M=tile.m, N0=n0, N1=n1, BLOCK_K=tile.k, EPS=NORM_EPS,
+            TMA=tile.tma, FRAMES_INSIDE=tile.frames_inside,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers, **flags,
         )  # fmt: skip
 
     def _describe_weights(self, layer: Conv, tile: Tile, n: tuple[int, int]) -> tuple[Any, ...]:
         matrix = layer.weight.view(-1, layer.weight.shape[-1])
         if not tile.tma:
-            return matrix, matrix, None, None
-        descriptors = []
-        for rows in tile.k:
-            for columns in n:
-                key = matrix.data_ptr(), rows, columns
-                if key not in self._weights:
-                    self._weights[key] = _describe(matrix, rows, columns)
-                descriptors.append(self._weights[key])
-        return tuple(descriptors)
+            return matrix, matrix
+        for columns in n:
+            key = matrix.data_ptr(), tile.k, columns
+            if key not in self._weights:
+                self._weights[key] = _describe(matrix, tile.k, columns)
+        return tuple(self._weights[matrix.data_ptr(), tile.k, columns] for columns in n)
 
 
-def _describe_frames(source: FramePool, tile: Tile) -> tuple[Any, Any]:
+def _describe_frames(source: FramePool, tile: Tile) -> Any:
     matrix = source.frames.view(-1, source.channels)
     if not tile.tma:
-        return matrix, None
-    for k in tile.k:
-        if (tile.m, k) not in source.views:
-            source.views[tile.m, k] = _describe(matrix, tile.m, k)
-    return source.views[tile.m, tile.k[0]], source.views[tile.m, tile.k[1]]
+        return matrix
+    if (tile.m, tile.k) not in source.views:
+        source.views[tile.m, tile.k] = _describe(matrix, tile.m, tile.k)
+    return source.views[tile.m, tile.k]
 
 
 def _describe(matrix: Tensor, rows: int, columns: int) -> Any:
-    """The TMA descriptor of tiles of a matrix; None of tiles that are not used."""
-    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if rows and columns else None
+    """The TMA descriptor of tiles of a matrix; None of no columns."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if columns else None

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.vae import UpBlock, WanVae
-from stages.models.vae_conv import Conv, doubling_conv, upsampling_conv
+from stages.models.vae_conv import Conv, doubling_conv, narrow_conv, sum_columns, upsampling_conv
 from stages.models.vae_frames import ZERO_SLOT
-from stages.models.vae_layers import Upsample, pointwise
+from stages.models.vae_layers import CausalConv, Upsample, pointwise
 from stages.models.vae_walk import Block, Clip, NoOperations, Operations, Walker, make_block, make_causal, make_gamma
 
 GROUPS = (4, 4, 4, 4)
@@ -51,7 +51,9 @@ class FastDecoder(Walker):
         self.conv_in = make_causal("conv_in", decoder.conv_in, dtype)
         self.levels = [_level(f"up_blocks.{i}", block, dtype) for i, block in enumerate(decoder.up_blocks)]
         self.norm_out = make_gamma(decoder.norm_out)
-        self.conv_out = make_causal("conv_out", decoder.conv_out, dtype)
+        conv_out = decoder.conv_out
+        assert isinstance(conv_out, CausalConv) and conv_out.bias is not None
+        self.conv_out = narrow_conv("conv_out", conv_out.weight, conv_out.bias, dtype)
         self._capacity = self._count_slots()
 
     def clip(self, height: int, width: int) -> Clip:
@@ -113,7 +115,11 @@ class FastDecoder(Walker):
     def _finish(self, clip: Clip, level: int, normed: list[int], pixels: Tensor) -> int:
         pool = clip.pool(level, self.conv_out.channels_in)
         slots = [*clip.history.get(self.conv_out.name, [ZERO_SLOT] * 2), *normed]
-        self._operations.conv_to_pixels(self.conv_out, pool, slots, pixels[: len(normed)])
+        if pool.capacity is not None:
+            pixels = pixels[: len(normed)]
+            parts = pixels.new_empty(*pixels.shape[:3], self.conv_out.channels)
+            self._operations.conv_to_pixels(self.conv_out, pool, slots, parts)
+            sum_columns(parts, pixels)
         self._remember(clip, self.conv_out, pool, slots)
         return len(normed)
 

@@ -144,7 +144,7 @@ def _stages(modules: list[nn.Module], dtype: torch.dtype) -> list[Stage]:
         conv = module.resample[1]
         assert isinstance(conv, nn.Conv2d) and conv.bias is not None
         space = causal_conv(
-            f"{name}.space", conv.weight[:, :, None], conv.bias, dtype, offset=1, space_stride=2
+            f"{name}.space", conv.weight[:, :, None], conv.bias, dtype, offset=(1, 1), space_stride=2
         )  # fmt: skip
         time = None if module.time_conv is None else _halve_time(f"{name}.time", module.time_conv, dtype)
         stages.append(Stage(blocks, space, time))
@@ -154,4 +154,4 @@ def _stages(modules: list[nn.Module], dtype: torch.dtype) -> list[Stage]:
 
 def _halve_time(name: str, conv: nn.Conv3d, dtype: torch.dtype) -> Conv:
     assert conv.bias is not None
-    return causal_conv(name, conv.weight, conv.bias, dtype, offset=1, time_stride=2)
+    return causal_conv(name, conv.weight, conv.bias, dtype, offset=(1, 1), time_stride=2)

@@ -175,7 +175,7 @@ class Walker:
             pixels.copy_(self.attention(pixels[None, None])[0, 0])
 
 
-def make_causal(name: str, module: nn.Module, dtype: torch.dtype, offset: int = 0) -> Conv:
+def make_causal(name: str, module: nn.Module, dtype: torch.dtype, offset: tuple[int, int] = (0, 0)) -> Conv:
     assert isinstance(module, CausalConv) and module.bias is not None
     return causal_conv(name, module.weight, module.bias, dtype, offset=offset)
 
@@ -188,7 +188,7 @@ def make_block(name: str, block: nn.Module, dtype: torch.dtype) -> Block:
         conv1=make_causal(f"{name}.conv1", block.conv1, dtype),
         norm2=make_gamma(block.norm2),
         conv2=make_causal(f"{name}.conv2", block.conv2, dtype),
-        shortcut=None if shortcut is None else make_causal(f"{name}.shortcut", shortcut, dtype, offset=1),
+        shortcut=None if shortcut is None else make_causal(f"{name}.shortcut", shortcut, dtype, offset=(1, 1)),
     )
 
 

@@ -38,7 +38,7 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("kind", vae_launches.KINDS)
+@pytest.mark.parametrize("kind", vae_launches.ON_GPU)
 @pytest.mark.parametrize("tma", [True, False])
 def test_on_a_gpu(kind: str, tma: bool) -> None:
     """The same compiled, in bfloat16: within its rounding."""

@@ -13,6 +13,8 @@ from stages.models.vae_frames import FramePool
 from stages.models.vae_walk import Operations, TorchOperations
 
 KINDS = ("causal", "wide", "narrow", "point", "double", "up", "down", "halve", "pixels", "norm")
+ON_GPU = (*KINDS, "large", "largest")
+"""And widths that take Triton's interpreter long, as on small frames and as on large ones."""
 HEIGHT, WIDTH, SLOTS = 8, 16, [0, 4, 2, 1]
 
 
@@ -26,18 +28,20 @@ def make(kind: str, dtype: torch.dtype, device: torch.device) -> Conv:
     match kind:
         case "wide":
             return causal_conv(kind, noise(384, 16, 3, 3, 3), noise(384), dtype)
+        case "large" | "largest":
+            return causal_conv(kind, noise(384, 64, 3, 3, 3), noise(384), dtype)
         case "narrow":
             return causal_conv(kind, noise(8, 24, 3, 3, 3), noise(8), dtype)
         case "point":
-            return causal_conv(kind, noise(48, 16, 1, 1, 1), noise(48), dtype, offset=1)
+            return causal_conv(kind, noise(48, 16, 1, 1, 1), noise(48), dtype, offset=(1, 1))
         case "double":
             return doubling_conv(kind, noise(96, 16, 3, 1, 1), noise(96), dtype)
         case "up":
             return upsampling_conv(kind, noise(48, 16, 3, 3), noise(48), dtype)
         case "down":
-            return causal_conv(kind, noise(48, 16, 1, 3, 3), noise(48), dtype, offset=1, space_stride=2)
+            return causal_conv(kind, noise(48, 16, 1, 3, 3), noise(48), dtype, offset=(1, 1), space_stride=2)
         case "halve":
-            return causal_conv(kind, noise(48, 16, 3, 1, 1), noise(48), dtype, offset=1, time_stride=2)
+            return causal_conv(kind, noise(48, 16, 3, 1, 1), noise(48), dtype, offset=(1, 1), time_stride=2)
         case "pixels":
             return causal_conv(kind, noise(3, 48, 3, 3, 3), noise(3), dtype)
         case _:
@@ -68,7 +72,7 @@ def launch(kind: str, operations: Operations, device: torch.device, dtype: torch
     sums, normed = list(range(1, count + 1)), list(range(count + 1, 2 * count + 1))
     if kind == "norm":
         operations.norm_silu(pool, sums, gamma, normed)
-    elif kind == "wide":
+    elif kind in ("wide", "large", "largest"):
         operations.conv(layer, source, slots, Target(pool, [], sums, []))
     else:
         operations.conv(layer, source, slots, Target(pool, sums, sums, normed, gamma))
@@ -79,7 +83,8 @@ def error_of(kind: str, tma: bool, device: torch.device, dtype: torch.dtype) -> 
     """Relative error of the kernels against plain torch."""
     from stages.kernels.vae_launch import Kernels
 
-    got = launch(kind, Kernels(tma), device, dtype).double()
+    kernels = Kernels(tma, wide_from=0) if kind == "largest" else Kernels(tma)
+    got = launch(kind, kernels, device, dtype).double()
     expected = launch(kind, TorchOperations(), device, dtype).double()
     return float((got - expected).norm() / expected.norm())
 
