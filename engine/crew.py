@@ -58,6 +58,7 @@ from ipc.messages import (
     Start,
     StartFailed,
     Stop,
+    VaeChosen,
     WeightVersion,
     number_of,
     stage_of,
@@ -99,6 +100,7 @@ class CrewState(State, frozen=True, kw_only=True):
     pending: list[tuple[tuple[Seat, ...], float]]
     held_back: list[tuple[Seat, ...]]
     chosen: Chosen | None
+    vae_chosen: VaeChosen | None
 
 
 class Crew:
@@ -133,6 +135,8 @@ class Crew:
         self.versions: dict[str, str] = {}
         self._chosen: Chosen | None = None
         """What the dits compute with, once the first of them has said so; kept for the life of the engine."""
+        self._vae_chosen: VaeChosen | None = None
+        """As `_chosen`, of the vae."""
         self._loading = {
             c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
         }
@@ -283,7 +287,7 @@ class Crew:
             placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
             loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
-            held_back=self._held_back, chosen=self._chosen,
+            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen,
         )  # fmt: skip
 
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
@@ -304,7 +308,8 @@ class Crew:
         self._loading.update({progress.component: progress for progress in state.loading})
         self._epoch = state.epoch
         self._spare.put_back(state.spare, fds)
-        self._held_back, self._chosen = list(state.held_back), state.chosen
+        self._held_back = list(state.held_back)
+        self._chosen, self._vae_chosen = state.chosen, state.vae_chosen
         self._left_to_start = list(state.pending)
 
     def resume(self) -> None:
@@ -442,6 +447,10 @@ class Crew:
                     log.info("dit computes with attention %s and kernels %s", report.attention, report.kernels)
                 self._chosen = self._chosen or report
                 self._start_held_back()
+            case VaeChosen():
+                if self._vae_chosen is None:
+                    log.info("vae computes with kernels %s", report.kernels)
+                self._vae_chosen = self._vae_chosen or report
             case Loading(component=component, done=done, total=total):
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
@@ -530,6 +539,7 @@ class Crew:
             outliving=self.outliving != "no",
             attention=self._params.attention_backend if self._chosen is None else self._chosen.attention,
             kernels="auto" if self._chosen is None else self._chosen.kernels,
+            vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

@@ -19,10 +19,11 @@ DOCTOR_TIMEOUT = 600.0
 
 
 def examine(params: SystemParams) -> DoctorReport:
-    """Try everything as the dit of an engine with these parameters would. Raises `BadConfig`, `StageFailed`."""
+    """Try everything as an engine with these parameters would. Raises `BadConfig`, `StageFailed`."""
     _, (device, *_) = resolve_devices(params)
+    model = load_model(params.model)
     asked = DoctorAsked(
-        device=device, dtype=compute_dtype(params, device), transformer=load_model(params.model).transformer,
+        device=device, dtype=compute_dtype(params, device), transformer=model.transformer, vae=model.vae,
         attention=params.attention_backend,
     )  # fmt: skip
     try:
@@ -57,5 +58,8 @@ def print_doctor(report: DoctorReport) -> None:
         f"\nerrors are from float64; {report.heads} heads of {report.head_dim}, {report.dtype}, {report.tokens} "
         f"tokens; an engine takes {report.attention or 'none of them: what was asked for does not work here'}"
     )
-    why = f": {report.kernels_problem}" if report.kernels_problem else ", right on this device"
-    print(f"kernels: {report.kernels}{why}")
+    for what, kind, problem in (
+        ("kernels", report.kernels, report.kernels_problem),
+        ("VAE's kernels", report.vae_kernels, report.vae_kernels_problem),
+    ):
+        print(f"{what}: {kind}" + (f": {problem}" if problem else ", right on this device"))

@@ -530,6 +530,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     attention: AttentionChoice = "auto"
     """auto: the dit tests and times them, and answers with `Chosen`. Another one gives other bits."""
     kernels: Literal["auto", KernelKind] = "auto"
+    vae_kernels: Literal["auto", KernelKind] = "auto"
+    """auto: the vae tests them, and answers with `VaeChosen`. torch is float32; the two give other bits."""
 
 
 class Rehearse(StageProcessMessage, frozen=True, tag="rehearse", kw_only=True):
@@ -669,6 +671,12 @@ class Chosen(StageReport, frozen=True, tag="chosen", kw_only=True):
     kernels: KernelKind
 
 
+class VaeChosen(StageReport, frozen=True, tag="vae_chosen", kw_only=True):
+    """As `Chosen`, of the vae."""
+
+    kernels: KernelKind
+
+
 class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
     """All stages of this process are loaded. `weights` maps component -> content hash (hex)."""
 
@@ -734,6 +742,7 @@ AnyStageReport = (
     Loading
     | Placed
     | Chosen
+    | VaeChosen
     | Ready
     | StartFailed
     | QuantumDone
@@ -856,11 +865,12 @@ class ComponentChecked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DoctorAsked(msgspec.Struct, frozen=True, kw_only=True):
-    """Try the attention backends and the kernels on `device` as a transformer would use them."""
+    """Try on `device` the attention backends and the kernels as a transformer would use them, and those of a VAE."""
 
     device: str
     dtype: str
     transformer: TransformerConfig
+    vae: VaeConfig
     attention: AttentionChoice
 
 
@@ -895,3 +905,6 @@ class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
     kernels: KernelKind
     kernels_problem: str
     """Why the Triton kernels are not used; empty if they are."""
+    vae_kernels: KernelKind
+    vae_kernels_problem: str
+    """As `kernels_problem`."""

@@ -1,4 +1,4 @@
-"""Tries what a dit computes with, for `engine doctor`: `python -m stages.doctor`, a `DoctorAsked` on stdin, a
+"""Tries what a dit and a vae compute with, for `engine doctor`: `python -m stages.doctor`, a `DoctorAsked` on stdin, a
 `DoctorReport` on stdout, both JSON.
 
 A process of its own because this needs torch, and because a library may end the process that tries it.
@@ -18,11 +18,12 @@ from ipc.tensors import dtype_of
 from stages import kernels
 from stages.attention.backends import Case
 from stages.attention.choice import TIMED_TOKENS, best, choose, survey
+from stages.models import vae_check
 
 
 @torch.inference_mode()
 def examine(asked: DoctorAsked) -> DoctorReport:
-    """Every backend and kernel at the width of the transformer, and what an engine would take."""
+    """Every backend and kernel at the widths of the transformer and the VAE, and what an engine would take."""
     device, config = torch.device(asked.device), asked.transformer
     versions = {"torch": str(torch.__version__)}
     if device.type == "cuda":
@@ -38,10 +39,11 @@ def examine(asked: DoctorAsked) -> DoctorReport:
         with contextlib.suppress(BadConfig):  # the table says why
             chosen = choose(asked.attention, case, heads)
     kind, problem = kernels.choose("auto", device, dtype, heads, head_dim)
+    vae_kind, vae_problem = vae_check.choose("auto", asked.vae, device)
     return DoctorReport(
         device=asked.device, dtype=asked.dtype, heads=heads, head_dim=head_dim, versions=versions,
         tokens=TIMED_TOKENS[device.type], backends=backends, attention=chosen or "", kernels=kind,
-        kernels_problem=problem,
+        kernels_problem=problem, vae_kernels=vae_kind, vae_kernels_problem=vae_problem,
     )  # fmt: skip
 
 

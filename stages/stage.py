@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ipc.messages import Chosen, Component, Job, Run, StageName, Start, WeightVersion
+from ipc.messages import Chosen, Component, Job, Run, StageName, Start, VaeChosen, WeightVersion
 from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue
@@ -37,8 +37,8 @@ class Links(NamedTuple):
     """Component -> its versions that are in memory already, with their descriptors, which are the caller's."""
     place: Callable[[WeightVersion, str, int], None]
     """Hands the supervisor a component that was read to a device, with its descriptor, which stays the caller's."""
-    choose: Callable[[Chosen], None]
-    """Tells the supervisor what the dit computes with."""
+    choose: Callable[[Chosen | VaeChosen], None]
+    """Tells the supervisor what the dit, or the vae, computes with."""
 
 
 class StageState(msgspec.Struct, frozen=True):
@@ -97,7 +97,7 @@ def attach_links(
     beat: Callable[[], None],
     loading: Callable[[str, int, int], None],
     place: Callable[[WeightVersion, str, int], None],
-    choose: Callable[[Chosen], None],
+    choose: Callable[[Chosen | VaeChosen], None],
 ) -> Links:
     """Map what `start` names. `fds`: those of each queue, then those of the state slots, then one of each placed
     component; they stay the caller's."""

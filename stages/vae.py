@@ -6,6 +6,7 @@ dtype of the DiT.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, Run, Start
+from ipc.messages import Job, KernelKind, Run, Start, VaeChosen
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.media import fit, read_frames, read_image, upright
+from stages.models import vae_check
 from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
-from stages.models.vae_codec import ClipCoder, Codec, choose_codec
+from stages.models.vae_codec import ClipCoder, Codec, make_codec
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
 from stages.weights import Network
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -40,10 +44,16 @@ class VaeStage:
     """
 
     def __init__(
-        self, start: Start, links: Links, vae: Network[WanVae], image_encoder: Network[ImageEncoder] | None
+        self,
+        start: Start,
+        links: Links,
+        kind: KernelKind,
+        vae: Network[WanVae],
+        image_encoder: Network[ImageEncoder] | None,
     ) -> None:
         self._links = links
-        self._device = start.devices["vae"]
+        self._device = torch.device(start.devices["vae"])
+        self._kind = kind
         self._chunk = start.decode_latents
         self._vae = vae
         self._codec: tuple[str, Codec] | None = None
@@ -53,7 +63,10 @@ class VaeStage:
 
     @classmethod
     def load(cls, start: Start, links: Links) -> VaeStage:
-        """Build and bind the VAE, and the image encoder of a model that has one. Raises `BadCheckpoint`."""
+        """Choose what to compute with, then build and bind the VAE, and the image encoder of a model that has one.
+        Raises `BadCheckpoint`."""
+        kind = choose_kernels(start, links)
+        links.choose(VaeChosen(kernels=kind))
         device, dtype = start.devices["vae"], dtype_of(start.dtype)
         with blank():
             vae = WanVae(start.vae)
@@ -62,7 +75,7 @@ class VaeStage:
         images = None
         if image_encoder is not None:
             images = Network.load(image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype)
-        return cls(start, links, network, images)
+        return cls(start, links, kind, network, images)
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -79,7 +92,7 @@ class VaeStage:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        return {"torch": str(torch.__version__)}
+        return {"torch": str(torch.__version__), "vae": make_codec(self._vae.module, self._kind, self._device).name}
 
     def begin(self, job: Job) -> None:
         self._jobs[job.id] = job
@@ -98,9 +111,9 @@ class VaeStage:
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        vae = self._vae.module
-        latents = torch.zeros(1, vae.config.z_dim, 1, 4, 4, device=self._device)
-        check_finite(vae.decode_chunk(latents, {}), "a rehearsed chunk has", "the VAE")
+        codec = make_codec(self._vae.module, self._kind, self._device)
+        latents = torch.zeros(1, codec.config.z_dim, 1, 4, 4, device=self._device)
+        check_finite(codec.clip(4, 4).decode(latents), "a rehearsed chunk has", "the VAE")
 
     def state(self) -> StageState:
         held = sum(decoding.clip.nbytes for decoding in self._decodings.values())
@@ -111,7 +124,7 @@ class VaeStage:
         kept; a decoding that has begun keeps its own."""
         vae = self._vae.of(job)
         if self._codec is None or self._codec[0] != self._vae.content:
-            self._codec = self._vae.content, choose_codec(vae, self._device)
+            self._codec = self._vae.content, make_codec(vae, self._kind, self._device)
         return self._codec[1]
 
     def _encode(self, job: Job) -> None:
@@ -146,6 +159,17 @@ class VaeStage:
             self._links.beat()
         check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
         put_tensor(self._links.outputs["frames"], identity, index, to_frames(pixels), QUEUE_TIMEOUT)
+
+
+def choose_kernels(start: Start, links: Links) -> KernelKind:
+    """What `start` says, or, where it leaves that to this vae, the kernels if they are right here."""
+    device = torch.device(start.devices["vae"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors'
+    kind, problem = vae_check.choose(start.vae_kernels, start.vae, device, links.beat)
+    if problem and device.type == "cuda" and not start.vae.is_residual:
+        log.warning("the VAE's Triton kernels are not used, it computes in float32: %s", problem)
+    return kind
 
 
 def init_chunks(job: Job, size: int) -> Iterator[Tensor]:

@@ -58,6 +58,7 @@ from ipc.messages import (
     Start,
     StartFailed,
     Stop,
+    VaeChosen,
     WeightVersion,
 )
 from stages.stage import AnyNetwork, Links, Stage, attach_links
@@ -248,8 +249,8 @@ def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, 
     channel.send(Placed(version=version, device=device), [fd], timeout=SEND_TIMEOUT)
 
 
-def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen) -> None:
-    """Tell the supervisor what the dit computes with."""
+def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen | VaeChosen) -> None:
+    """Tell the supervisor what the dit, or the vae, computes with."""
     channel.send(chosen, timeout=SEND_TIMEOUT)
 
 

@@ -1,12 +1,12 @@
-"""Which code encodes and decodes clips, chosen once for a device.
+"""Which code encodes and decodes clips. Within the life of an engine it is chosen once: by the first vae, which tells
+the supervisor, which tells all others.
 
-On a GPU with Triton, Wan2.1's VAE runs in bfloat16 with `FastDecoder` and `FastEncoder`. Else `WanVae` in float32, as
-in the original. The two differ by the rounding of bfloat16.
+On a GPU whose kernels are right (`stages/models/vae_check.py`), Wan2.1's VAE runs in bfloat16 with `FastDecoder` and
+`FastEncoder`. Else `WanVae` in float32, as in the original. The two differ by the rounding of bfloat16.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ipc.architecture import VaeConfig
+from ipc.messages import KernelKind
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_encode import FastEncoder
@@ -139,13 +140,15 @@ class FastCodec:
         return FastClip(self, height, width)
 
 
-def choose_codec(vae: WanVae, device: str) -> Codec:
-    """The fast codec where it can run: Wan2.1's VAE on an NVIDIA GPU since Ampere, with Triton installed."""
-    if torch.device(device).type != "cuda" or torch.version.hip is not None or vae.config.is_residual:
-        return PlainCodec(vae)
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0) or importlib.util.find_spec("triton") is None:
+def make_codec(vae: WanVae, kind: KernelKind, device: torch.device) -> Codec:
+    """The codec that computes with `kind` on `device`, on which `vae` is."""
+    if kind == "torch":
         return PlainCodec(vae)
     from stages.kernels.vae_launch import Kernels
 
-    return FastCodec(vae, Kernels(tma=capability >= (9, 0)), torch.bfloat16)
+    return FastCodec(vae, Kernels(has_tma(device)), torch.bfloat16)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether a GPU has a tensor memory accelerator."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,4 +1,4 @@
-"""What the dits compute with is found out once per engine, and is the same for all of them."""
+"""What the dits and the vae compute with is found out once per engine, and is the same for all processes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ async def test_a_dit_that_is_started_again_is_told(tmp_path: Path, wait_until: W
         done = await supervisor.generate(ask(tmp_path / "first.mp4"))
         versions = done.metadata["versions"]
         assert versions["attention"].startswith("sdpa (torch ") and versions["kernels"] == "torch"
+        assert versions["vae"] == "plain torch, float32"
         told = crew._start_message(("dit",))
         assert (told.attention, told.kernels) == ("sdpa", "torch")
         stage = next(stage for stage in supervisor.status().stages if stage.name == "dit")
@@ -38,6 +39,21 @@ async def test_a_dit_that_is_started_again_is_told(tmp_path: Path, wait_until: W
         os.kill(stage.pid, signal.SIGKILL)
         again = await supervisor.generate(ask(tmp_path / "again.mp4"))
         assert again.metadata["versions"] == versions
+    assert Video(tmp_path / "again.mp4").sha256 == Video(tmp_path / "first.mp4").sha256
+
+
+async def test_a_vae_that_is_started_again_is_told(tmp_path: Path, wait_until: Wait) -> None:
+    """As the dit: the first is told to find out, the next to take what the first took; the video is the same bytes."""
+    async with Supervisor(SystemParams(device="cpu", threads=1)) as supervisor:
+        crew = supervisor._crew
+        assert crew._start_message(("vae",)).vae_kernels == "auto"
+        await supervisor.generate(ask(tmp_path / "first.mp4"))
+        assert crew._start_message(("vae",)).vae_kernels == "torch"
+        stage = next(stage for stage in supervisor.status().stages if stage.name == "vae")
+        assert stage.pid is not None
+        os.kill(stage.pid, signal.SIGKILL)
+        again = await supervisor.generate(ask(tmp_path / "again.mp4"))
+        assert again.metadata["versions"]["vae"] == "plain torch, float32"
     assert Video(tmp_path / "again.mp4").sha256 == Video(tmp_path / "first.mp4").sha256
 
 

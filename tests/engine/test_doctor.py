@@ -27,6 +27,7 @@ def test_what_is_there(report: DoctorReport) -> None:
         measured = (entry.error, entry.lse_error, entry.milliseconds)
         assert all(value is not None for value in measured) if entry.backend in right else entry.problem
     assert (report.attention, report.kernels, report.kernels_problem) == ("sdpa", "torch", "needs a GPU")
+    assert (report.vae_kernels, report.vae_kernels_problem) == ("torch", "needs an NVIDIA GPU")
     assert (report.device, report.dtype) == ("cpu", "float32")
 
 
@@ -37,6 +38,7 @@ def test_what_is_shown(report: DoctorReport, capsys: pytest.CaptureFixture[str])
     assert next(line for line in out.splitlines() if line.startswith("*")).split()[:2] == ["*", "sdpa"]
     assert all(entry.backend in out for entry in report.backends)
     assert "an engine takes sdpa" in out and "kernels: torch: needs a GPU" in out
+    assert "VAE's kernels: torch: needs an NVIDIA GPU" in out
 
 
 def test_the_command() -> None:

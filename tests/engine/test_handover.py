@@ -45,7 +45,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen",
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen",
         "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
         "_successors _replacing "
         "_changed _watcher _left_to_start",

@@ -12,7 +12,17 @@ from typing import Any, Self
 
 from ipc.channel import Channel
 from ipc.counters import ProgressCounter
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Chosen, Loading, Placed, Ready, StageName, Stop
+from ipc.messages import (
+    AnyStageProcessMessage,
+    AnyStageReport,
+    Chosen,
+    Loading,
+    Placed,
+    Ready,
+    StageName,
+    Stop,
+    VaeChosen,
+)
 from tests.stages.rig import STAGES, Rig
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +70,10 @@ class WorkerProcess:
     def loaded(self) -> AnyStageReport:
         """What the process says when it has loaded, or could not; `loading` has what it said on the way, and the rig
         what it has placed and chosen."""
-        while isinstance(report := self.hear(), Loading | Placed | Chosen):
+        while isinstance(report := self.hear(), Loading | Placed | Chosen | VaeChosen):
             if isinstance(report, Loading):
                 self.loading.append(report)
-            elif isinstance(report, Chosen):
+            elif isinstance(report, Chosen | VaeChosen):
                 self.rig.chosen.append(report)
         return report
 

@@ -22,7 +22,18 @@ from engine.memory import EngineMemory
 from engine.params import Defaults, Limits, ModelParams
 from engine.weights import WeightStore
 from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import STAGE_OF_COMPONENT, Chosen, Component, Job, Phase, Run, StageName, Start, WeightVersion
+from ipc.messages import (
+    STAGE_OF_COMPONENT,
+    Chosen,
+    Component,
+    Job,
+    Phase,
+    Run,
+    StageName,
+    Start,
+    VaeChosen,
+    WeightVersion,
+)
 from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
@@ -136,8 +147,8 @@ class Rig:
         """What the stages have placed; a stage that is loaded again without other fields binds to it."""
         self.loaded: dict[str, tuple[int, int]] = {}
         """Component -> the bytes read last and all there are."""
-        self.chosen: list[Chosen] = []
-        """What the dits said they compute with."""
+        self.chosen: list[Chosen | VaeChosen] = []
+        """What the dits and the vaes said they compute with."""
         self._epoch = 0
         self._epochs: dict[StageName, int] = {}
         """Of the newest process of each stage."""

@@ -36,6 +36,7 @@ from ipc.messages import (
     Run,
     StageName,
     StartFailed,
+    VaeChosen,
 )
 from stages.worker import (
     EXIT_DEVICE_LOST,
@@ -212,7 +213,7 @@ def test_what_is_loaded_is_reported(rig: Rig) -> None:
         assert list(last) == ["text_encoder", "transformer", "vae"]
         assert all(0 < report.done == report.total for report in last.values())
         assert process.counter.value >= len(process.loading)
-        assert rig.chosen == [Chosen(attention="sdpa", kernels="torch")]
+        assert rig.chosen == [Chosen(attention="sdpa", kernels="torch"), VaeChosen(kernels="torch")]
 
 
 def test_reports_of_loading_are_few_and_never_wait() -> None:
