@@ -1,78 +1,101 @@
-"""What tools/bench_vae.py compares: ways to decode and encode a clip, each a function that returns its chunks."""
+"""What tools/bench_vae.py compares: ours and Diffusers', each a whole clip that is decoded or encoded on the GPU."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.memory import DECODE_LATENTS
 from stages.kernels.vae_launch import Kernels
 from stages.models.vae import WanVae
-from stages.models.vae_decode import FastDecoder
-from stages.models.vae_encode import FastEncoder
+from stages.models.vae_codec import FastCodec, has_tma
 from stages.vae import to_frames
 
-Run = Callable[[bool], list[Tensor]]
-"""Runs the whole clip. True: all of its chunks. False: nothing is kept, as in the engine, where a chunk of frames
-leaves as uint8 before the next one is decoded."""
+CUDA = torch.device("cuda")
 
 
-def make_variants(
-    vae: WanVae, theirs: Any, data: Tensor, part: str, chunks: list[int], groups: dict[str, tuple[int, ...]]
-) -> dict[str, Run]:
-    """Diffusers, and ours for every number of latent frames per call and every grouping."""
-    variants: dict[str, Run] = {}
-    if theirs is not None:
-        variants["diffusers"] = lambda keep: [diffusers_run(vae, theirs, data, part)]
-    for chunk in chunks:
-        for name, group in groups.items():
-            if part == "decode":
-                variants[f"fast n={chunk} groups {name}"] = fast_decode(vae, data, chunk, group)
-        if part == "encode":
-            variants[f"fast n={chunk}"] = fast_encode(vae, data, chunk)
-    return variants
+class Variant(NamedTuple):
+    """One way to decode or encode a clip."""
+
+    weights: Any
+    """Its network, on the GPU."""
+    run: Callable[[bool], Tensor | None]
+    """True: all pixels or latents, float32 on the CPU. False: nothing is kept, as in the engine, where a chunk of
+    frames leaves as uint8 before the next one is decoded."""
 
 
-def diffusers_run(vae: WanVae, theirs: Any, data: Tensor, part: str) -> Tensor:
-    """Pixels of normalised latents, or normalised latents of pixels."""
-    if part == "decode":
-        pixels: Tensor = theirs.decode(vae.denormalise(data).bfloat16(), return_dict=False)[0]
-        return pixels
-    return vae.normalise(theirs.encode(data.bfloat16()).latent_dist.mean)
+def our_decode(vae: WanVae, latents: Tensor) -> Variant:
+    """As the engine decodes: with the float32 weights beside those of the kernels, and as many latent frames per
+    quantum."""
+    codec = our_codec(vae)
+    decoder = codec.decoder
 
-
-def fast_encode(vae: WanVae, frames: Tensor, chunk: int) -> Run:
-    """`FastEncoder` in bfloat16, the first frame and then frames of `chunk` latent frames per call."""
-    encoder = FastEncoder(vae, make_kernels(), torch.bfloat16)
-    height, width = frames.shape[3] // vae.config.spatial_stride, frames.shape[4] // vae.config.spatial_stride
-
-    def run(keep: bool) -> list[Tensor]:
-        clip = encoder.clip(height, width)
-        rest = frames[:, :, 1:].split(chunk * vae.config.temporal_stride, dim=2) if frames.shape[2] > 1 else ()
-        return [encoder.encode_chunk(part, clip) for part in (frames[:, :, :1], *rest)]
-
-    return run
-
-
-def make_kernels() -> Kernels:
-    return Kernels(tma=torch.cuda.get_device_capability()[0] >= 9)
-
-
-def fast_decode(vae: WanVae, latents: Tensor, chunk: int, groups: tuple[int, ...]) -> Run:
-    """`FastDecoder` in bfloat16, `chunk` latent frames per call."""
-    decoder = FastDecoder(vae, make_kernels(), torch.bfloat16, groups)
-
-    def run(keep: bool) -> list[Tensor]:
-        clip = decoder.clip(*latents.shape[3:])
-        chunks = []
-        for part in latents.split(chunk, dim=2):
+    def run(keep: bool) -> Tensor | None:
+        clip, chunks = decoder.clip(*latents.shape[3:]), []
+        for part in latents.split(DECODE_LATENTS, dim=2):
             pixels = decoder.decode_chunk(part, clip)
             if keep:
-                chunks.append(pixels)
+                chunks.append(pixels.cpu())
             else:
                 to_frames(pixels)
-        return chunks
+        return torch.cat(chunks, dim=2) if keep else None
 
-    return run
+    return Variant(codec, run)
+
+
+def our_encode(vae: WanVae, frames: Tensor) -> Variant:
+    """As the engine encodes: the first frame, then so many latent frames at once as it decodes."""
+    codec = our_codec(vae)
+    encoder = codec.encoder
+    height, width = (side // vae.config.spatial_stride for side in frames.shape[3:])
+
+    def run(keep: bool) -> Tensor | None:
+        clip = encoder.clip(height, width)
+        rest = frames[:, :, 1:].split(DECODE_LATENTS * vae.config.temporal_stride, dim=2)
+        latents = torch.cat([encoder.encode_chunk(part, clip) for part in (frames[:, :, :1], *rest)], dim=2)
+        return latents.cpu() if keep else None
+
+    return Variant(codec, run)
+
+
+def our_codec(vae: WanVae) -> FastCodec:
+    return FastCodec(copy.deepcopy(vae).to(CUDA), Kernels(has_tma(CUDA)), torch.bfloat16)
+
+
+def their_decode(vae: WanVae, latents: Tensor) -> Variant:
+    model = diffusers_vae(vae)
+
+    def run(keep: bool) -> Tensor | None:
+        pixels = model.decode(vae.denormalise(latents).bfloat16(), return_dict=False)[0]
+        return pixels.float().cpu() if keep else None
+
+    return Variant(model, run)
+
+
+def their_encode(vae: WanVae, frames: Tensor) -> Variant:
+    model = diffusers_vae(vae)
+
+    def run(keep: bool) -> Tensor | None:
+        mean = model.encode(frames.bfloat16()).latent_dist.mean
+        return vae.normalise(mean.float()).cpu() if keep else None
+
+    return Variant(model, run)
+
+
+def diffusers_vae(vae: WanVae) -> Any:
+    """Diffusers' AutoencoderKLWan with the same weights, in bfloat16."""
+    from diffusers import AutoencoderKLWan
+
+    config = vae.config
+    with CUDA:
+        model = AutoencoderKLWan(
+            base_dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks, temperal_downsample=list(config.temporal_downsample),
+            latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
+        )  # fmt: skip
+    model.load_state_dict(vae.state_dict(), strict=True)
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
