@@ -591,7 +591,7 @@ class Supervisor:
                 task = self._pool.get(identity)
                 last = phase == "write" and index == task.spec.chunks - 1
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
-                self._trace.grant(seat, self._loop.time())
+                self._trace.grant(seat, identity, phase, index, self._loop.time())
                 self._crew.run(seat, run)
             case BeginTask(seat, identity):
                 task = self._pool.get(identity)

@@ -1,6 +1,6 @@
 """When each quantum ran, and where: the latest of them, and the same as a file for Perfetto.
 
-Pure: no clock and no I/O. Grants and answers of a seat come in one order, so they need no key.
+Pure: no clock and no I/O.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ipc.errors import NotFound
-from ipc.messages import QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
+from ipc.messages import Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
 
 KEPT_QUANTA = 8192
 """Of about 100 requests of 50 steps. So many spans fit into one frame of the protocol."""
@@ -27,23 +27,23 @@ class Trace:
         """`devices`: the compute token that each seat needs."""
         self._devices = devices
         self._spans: collections.deque[Span] = collections.deque(maxlen=kept)
-        self._granted: dict[Seat, collections.deque[float]] = {seat: collections.deque() for seat in devices}
-        """Times of the grants that are not answered."""
+        self._granted: dict[Seat, dict[tuple[str, Phase, int], float]] = {seat: {} for seat in devices}
+        """Times of the grants that are not answered, of each seat."""
 
-    def grant(self, seat: Seat, now: float) -> None:
+    def grant(self, seat: Seat, identity: str, phase: Phase, index: int, now: float) -> None:
         """The process at this seat was told to run a quantum."""
-        self._granted[seat].append(now)
+        self._granted[seat][identity, phase, index] = now
 
     def answer(self, seat: Seat, report: QuantumDone | QuantumFailed | QuantumDropped) -> None:
-        """It answered the oldest grant."""
-        granted = self._granted[seat].popleft()
+        """It answered. What others than this supervisor have granted counts as granted when it began."""
+        granted = self._granted[seat].pop((report.id, report.phase, report.index), None)
         if isinstance(report, QuantumDropped):
             return
         self._spans.append(
             Span(
                 task=report.id, seat=seat, device=self._devices[seat], phase=report.phase, index=report.index,
-                granted=granted, begin=report.begin, end=report.begin + report.seconds,
-                failed=isinstance(report, QuantumFailed),
+                granted=report.begin if granted is None else granted, begin=report.begin,
+                end=report.begin + report.seconds, failed=isinstance(report, QuantumFailed),
             )
         )  # fmt: skip
 

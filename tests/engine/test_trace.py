@@ -90,21 +90,22 @@ def test_one_request(ran: Ran, tmp_path: Path) -> None:
 
 
 def test_what_is_remembered() -> None:
-    """Grants are matched with answers in order; what was skipped, or granted to a process that died, is not in it; a
-    failure is."""
+    """When a quantum was granted; the grants to a process that died are forgotten, and what it says at last counts as
+    granted when it began. What was skipped is not in it; a failure is."""
     trace = Trace({"dit": "cuda:0", "writer": None})
-    for now in (1.0, 2.0, 3.0):
-        trace.grant("dit", now)
+    for index in range(3):
+        trace.grant("dit", TASK, "denoise", index, 1.0 + index)
     trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=0, begin=1.5, seconds=1.0))
     trace.answer("dit", QuantumDropped(id=TASK, phase="denoise", index=1))
     trace.lose("dit")
-    trace.grant("dit", 4.0)
-    trace.grant("writer", 4.5)
+    trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=2, begin=3.5, seconds=0.5))
+    trace.grant("dit", TASK, "denoise", 1, 4.0)
     trace.answer(
         "dit", QuantumFailed(id=TASK, phase="denoise", index=1, begin=5.0, seconds=0.5, error=Failure("x", "y"))
     )
     assert trace.spans() == [
         Span(TASK, "dit", "cuda:0", "denoise", 0, granted=1.0, begin=1.5, end=2.5),
+        Span(TASK, "dit", "cuda:0", "denoise", 2, granted=3.5, begin=3.5, end=4.0),
         Span(TASK, "dit", "cuda:0", "denoise", 1, granted=4.0, begin=5.0, end=5.5, failed=True),
     ]
     with pytest.raises(NotFound):
@@ -115,8 +116,8 @@ def test_the_latest_are_kept_and_fit_into_a_frame() -> None:
     """One quantum more than are kept: the first is gone, and the answer to a client is within the cap."""
     trace = Trace({"dit:15": "cpu:dit:15"})
     for index in range(KEPT_QUANTA + 1):
-        trace.grant("dit:15", float(index))
         done = QuantumDone(id=TASK, phase="denoise", index=100_000 + index, begin=index + 0.1, seconds=0.1)
+        trace.grant("dit:15", TASK, "denoise", done.index, float(index))
         trace.answer("dit:15", done)
     spans = trace.spans()
     assert len(spans) == KEPT_QUANTA and spans[0].index == 100_001
