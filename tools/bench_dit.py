@@ -37,7 +37,7 @@ from stages.graphs import Graphs
 from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.weights import own_memory
 from tools.bench_dit_parts import Setup, attention_table, config_of, kernel_sweep
-from tools.gpu_timing import Card, Timing, in_turns, machine_lines, milliseconds, synchronize
+from tools.gpu_timing import WARM_SECONDS, Card, Timing, in_turns, machine_lines, milliseconds, synchronize
 from tools.random_weights import law
 
 SIZES = {
@@ -46,7 +46,7 @@ SIZES = {
 """Latent frames, height and width: 81 frames of 832x480 and of 1280x720, and clips of so many tokens."""
 ROUNDS = {("1.3b", "480p"): 9, ("14b", "480p"): 5, ("14b", "720p"): 2}
 LONG = {("14b", "720p")}
-"""Forwards of 10 s and more: only what the goals compare."""
+"""Forwards of 10 s and more: only what the goals compare, and no turn to warm up after the first calls."""
 TIMESTEP = 637
 PROMPT_ROWS = 60
 MUST = {("1.3b", "480p"): (1.37, 1.13), ("14b", "480p"): (1.28, 1.10), ("14b", "720p"): (1.26, 1.12)}
@@ -207,7 +207,8 @@ def forward(setup: Setup, name: str, size: str) -> None:
     tokens = len(ours.rope)
     small = tokens <= sampling.GRAPH_TOKENS
     rounds = setup.rounds or ROUNDS.get((name, size), 15 if small else 5)
-    timed = in_turns(setup.card, variants, rounds, device, calls=10 if small else 1)
+    warm = None if (name, size) in LONG else WARM_SECONDS
+    timed = in_turns(setup.card, variants, rounds, device, calls=10 if small else 1, warm=warm)
     setup.say(f"{name}, {tokens} tokens, {rounds} rounds:")
     for label, timing in timed.items():
         ratio = timing.median / timed["ours"].median
