@@ -96,6 +96,7 @@ from ipc.messages import (
     Replaced,
     Run,
     Seat,
+    Span,
     StageName,
     TaskEvent,
     TaskInfo,
@@ -140,6 +141,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     crew: CrewState
     journal: JournalState | None
     started_at: float
+    trace: list[Span]
 
 
 class Supervisor:
@@ -305,7 +307,7 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            started_at=self._started_at,
+            started_at=self._started_at, trace=self._trace.spans(),
         )  # fmt: skip
 
     @classmethod
@@ -330,6 +332,7 @@ class Supervisor:
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
         made._reloader = Reloader(made, made._crew)
+        made._trace = Trace(made._crew.tokens, state.trace)
         made._scheduler = Scheduler.restored(state.scheduler)
         made._check_restored(state)
         return made

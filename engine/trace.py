@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ipc.errors import NotFound
@@ -23,10 +23,10 @@ STAGES, DEVICES = 1, 2
 class Trace:
     """The latest quanta that were run."""
 
-    def __init__(self, devices: Mapping[Seat, str | None], kept: int = KEPT_QUANTA) -> None:
-        """`devices`: the compute token that each seat needs."""
+    def __init__(self, devices: Mapping[Seat, str | None], spans: Iterable[Span] = ()) -> None:
+        """`devices`: the compute token that each seat needs; `spans`: of the program before this one."""
         self._devices = devices
-        self._spans: collections.deque[Span] = collections.deque(maxlen=kept)
+        self._spans = collections.deque(spans, maxlen=KEPT_QUANTA)
         self._granted: dict[Seat, dict[tuple[str, Phase, int], float]] = {seat: {} for seat in devices}
         """Times of the grants that are not answered, of each seat."""
 
@@ -35,7 +35,7 @@ class Trace:
         self._granted[seat][identity, phase, index] = now
 
     def answer(self, seat: Seat, report: QuantumDone | QuantumFailed | QuantumDropped) -> None:
-        """It answered. What others than this supervisor have granted counts as granted when it began."""
+        """It answered. What the program before this one has granted counts as granted when it began."""
         granted = self._granted[seat].pop((report.id, report.phase, report.index), None)
         if isinstance(report, QuantumDropped):
             return
