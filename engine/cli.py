@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadCheckpoint, BadConfig, BadRequest, EngineError, NotFound
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest, EngineError, NotFound, OutputError
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -313,6 +313,32 @@ def doctor(
     _print_json(report) if as_json else print_doctor(report)
     if not report.attention:
         raise typer.Exit(BadConfig.exit_code)
+
+
+@app.command()
+def trace(
+    identity: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Of a request; its first characters are enough [all].")
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="Only the request that began last.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("trace.json"),
+    socket: Socket = None,
+) -> None:
+    """When each stage and device worked on what, as a file for https://ui.perfetto.dev."""
+    import msgspec
+
+    from engine.client import Client
+    from engine.trace import chrome_trace, of_tasks
+
+    if last and identity is not None:
+        raise BadRequest("give either the ID of a request or --last")
+    traced = Client(socket).trace()
+    spans = of_tasks(traced.spans, identity, last)
+    try:
+        out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock)))
+    except OSError as error:
+        raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
+    print(f"{out}: {len(spans)} quanta of {len({span.task for span in spans})} requests; open it in ui.perfetto.dev")
 
 
 @app.command()

@@ -29,6 +29,7 @@ from ipc.messages import (
     EngineStatus,
     Failed,
     GetStatus,
+    GetTrace,
     Holding,
     ListTasks,
     ListVersions,
@@ -49,6 +50,7 @@ from ipc.messages import (
     TaskEvent,
     TaskInfo,
     TaskList,
+    Traced,
     VersionInfo,
     VersionList,
     Welcome,
@@ -177,6 +179,11 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
 
+    def trace(self) -> Traced:
+        """When the latest quanta ran, and where."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(GetTrace(ref=0), Traced)
+
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         with Connection(self.socket, self._deadlines) as connection:
@@ -302,6 +309,11 @@ class AsyncClient:
         running one does."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
+
+    async def trace(self) -> Traced:
+        """When the latest quanta ran, and where."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return await connection.ask(GetTrace(ref=0), Traced)
 
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""

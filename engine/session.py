@@ -46,6 +46,7 @@ from ipc.messages import (
     Done,
     Failed,
     GetStatus,
+    GetTrace,
     Hello,
     ListTasks,
     ListVersions,
@@ -333,6 +334,8 @@ class Session:
                 return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)
             case ListVersions(ref=ref):
                 return VersionList(ref=ref, versions=self._supervisor.versions())
+            case GetTrace(ref=ref):
+                return msgspec.structs.replace(self._supervisor.trace(), ref=ref)
             case Shutdown(ref=ref):
                 self._check_owner("stop it")
                 log.info("process %d asked for a shutdown (drain=%s)", self.pid, message.drain)

@@ -58,6 +58,7 @@ from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
 from engine.states import Descriptors, State
 from engine.tasks import PoolState, Task, TaskPool, task_spec
+from engine.trace import Trace
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -95,9 +96,11 @@ from ipc.messages import (
     Replaced,
     Run,
     Seat,
+    Span,
     StageName,
     TaskEvent,
     TaskInfo,
+    Traced,
     VersionInfo,
     WeightChange,
     When,
@@ -138,6 +141,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     crew: CrewState
     journal: JournalState | None
     started_at: float
+    trace: list[Span]
 
 
 class Supervisor:
@@ -190,6 +194,7 @@ class Supervisor:
             )
             undo.push_async_callback(self._crew.stop)
             self._reloader = Reloader(self, self._crew)
+            self._trace = Trace(self._crew.tokens)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
             self._phase = "open"
@@ -302,7 +307,7 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            started_at=self._started_at,
+            started_at=self._started_at, trace=self._trace.spans(),
         )  # fmt: skip
 
     @classmethod
@@ -327,6 +332,7 @@ class Supervisor:
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
         made._reloader = Reloader(made, made._crew)
+        made._trace = Trace(made._crew.tokens, state.trace)
         made._scheduler = Scheduler.restored(state.scheduler)
         made._check_restored(state)
         return made
@@ -440,6 +446,10 @@ class Supervisor:
     def memory(self) -> list[Holding]:
         """Who has what of the memory that outlives the stages."""
         return self._crew.placed.holdings() + self._memory.holdings()
+
+    def trace(self) -> Traced:
+        """When the latest quanta ran, and where; `engine.trace.chrome_trace` makes a file for Perfetto of it."""
+        return Traced(spans=self._trace.spans(), clock=time.time() - time.monotonic())
 
     # Weights.
 
@@ -584,6 +594,7 @@ class Supervisor:
                 task = self._pool.get(identity)
                 last = phase == "write" and index == task.spec.chunks - 1
                 run = Run(id=identity, phase=phase, index=index, seconds=dict(task.seconds) if last else None)
+                self._trace.grant(seat, identity, phase, index, self._loop.time())
                 self._crew.run(seat, run)
             case BeginTask(seat, identity):
                 task = self._pool.get(identity)
@@ -615,6 +626,8 @@ class Supervisor:
 
     def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None:
         """What a stage process said, as an event."""
+        if isinstance(report, QuantumDone | QuantumFailed | QuantumDropped):
+            self._trace.answer(seat, report)
         match report:
             case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata):
                 if (task := self._pool.find(identity)) is not None:
@@ -634,6 +647,7 @@ class Supervisor:
 
     def handle_lost(self, epoch: int, seat: Seat, outside: bool, asked: bool) -> None:
         """The process at a seat is dead, reaped, and its slots are given back."""
+        self._trace.lose(seat)
         self._dispatch(StageLost(seat, epoch, outside, asked))
 
     def handle_gone(self, seat: Seat, error: Failure) -> None:

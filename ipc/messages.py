@@ -163,6 +163,10 @@ class ReloadSupervisor(ClientMessage, frozen=True, tag="reload_supervisor", kw_o
     """Owner only. Replace the supervisor's program by the one that is on disk now, in the same process."""
 
 
+class GetTrace(ClientMessage, frozen=True, tag="trace", kw_only=True):
+    """When the latest quanta ran, and where."""
+
+
 AnyClientMessage = (
     Hello
     | Submit
@@ -176,6 +180,7 @@ AnyClientMessage = (
     | Rollback
     | ListVersions
     | ReloadSupervisor
+    | GetTrace
 )
 
 
@@ -284,6 +289,14 @@ class VersionList(ServerMessage, frozen=True, tag="version_list", kw_only=True):
     versions: list[VersionInfo]
 
 
+class Traced(ServerMessage, frozen=True, tag="traced", kw_only=True):
+    """The latest quanta, in the order of their answers. `clock`: what the machine's monotonic clock, on which their
+    times are, is behind the seconds since the epoch."""
+
+    spans: list[Span]
+    clock: float
+
+
 AnyServerMessage = (
     Welcome
     | Accepted
@@ -298,6 +311,7 @@ AnyServerMessage = (
     | Replaced
     | VersionList
     | SupervisorReloaded
+    | Traced
 )
 TaskEvent = Progress | Done | Failed
 
@@ -315,6 +329,22 @@ class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     path: str
     error: Failure | None = None
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """One quantum, run to its end or to its failure. Times are seconds of the machine's monotonic clock."""
+
+    task: str
+    seat: Seat
+    device: str | None
+    """The compute token that it ran with: one quantum at a time has it. None: it needed none."""
+    phase: Phase
+    index: int
+    granted: float
+    """The supervisor sent it to the stage process then."""
+    begin: float
+    end: float
+    failed: bool = False
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -693,21 +723,25 @@ class StartFailed(StageReport, frozen=True, tag="start_failed", kw_only=True):
 
 
 class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
-    """`seconds` is the time the quantum computed. The last `write` carries the file's `metadata`."""
+    """The quantum began at `begin`, of the machine's monotonic clock, and computed for `seconds`. The last `write`
+    carries the file's `metadata`."""
 
     id: str
     phase: Phase
     index: int
+    begin: float
     seconds: float
     metadata: dict[str, Any] | None = None
 
 
 class QuantumFailed(StageReport, frozen=True, tag="failed", kw_only=True):
-    """This request failed; the stage goes on."""
+    """This request failed; the stage goes on. Times as in `QuantumDone`."""
 
     id: str
     phase: Phase
     index: int
+    begin: float
+    seconds: float
     error: Failure
 
 

@@ -273,7 +273,8 @@ def choose_compute(start: Start) -> Compute:
     """What `start` says, or, where it leaves that to this dit, what is right and fastest here. Raises `BadConfig`."""
     device, config = torch.device(start.devices["dit"]), start.transformer
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton and FlashAttention launch on the current device, whatever their tensors'
+        # Triton and FlashAttention launch on the current device, whatever their tensors'.
+        torch.cuda.set_device(device.index or 0)
     dtype, heads, head_dim = dtype_of(start.dtype), config.num_attention_heads, config.attention_head_dim
     attention = choice.choose(start.attention, Case(device, dtype, head_dim), heads)
     kind, problem = kernels.choose(start.kernels, device, dtype, heads, head_dim)

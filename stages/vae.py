@@ -165,7 +165,9 @@ def choose_kernels(start: Start, links: Links) -> KernelKind:
     """What `start` says, or, where it leaves that to this vae, the kernels if they are right here."""
     device = torch.device(start.devices["vae"])
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device, whatever its tensors'
+        torch.cuda.set_device(
+            torch.device(device).index or 0
+        )  # Triton launches on the current device, whatever its tensors'
     kind, problem = vae_check.choose(start.vae_kernels, start.vae, device, links.beat)
     if problem and device.type == "cuda" and not start.vae.is_residual:
         log.warning("the VAE's Triton kernels are not used, it computes in float32: %s", problem)

@@ -210,16 +210,19 @@ class Worker:
         name = STAGE_OF_PHASE[run.phase]
         use_threads(name, self._threads)
         self._counter.increment()
-        began = time.perf_counter()
+        metadata, failure = None, None
+        begin = time.monotonic()
         try:
             metadata = self._stages[name].step(run)
         except Exception as error:
             failure = describe(error, name)
-            return QuantumFailed(id=run.id, phase=run.phase, index=run.index, error=failure)
-        finally:
-            self._counter.increment()
-        seconds = time.perf_counter() - began
-        return QuantumDone(id=run.id, phase=run.phase, index=run.index, seconds=seconds, metadata=metadata)
+        seconds = time.monotonic() - begin
+        self._counter.increment()
+        if failure is not None:
+            return QuantumFailed(
+                id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, error=failure
+            )
+        return QuantumDone(id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, metadata=metadata)
 
 
 class LoadingReporter:

@@ -90,11 +90,12 @@ def in_turns(
     rounds: int,
     device: str,
     calls: int = 1,
-    warm: float = WARM_SECONDS,
+    warm: float | None = WARM_SECONDS,
 ) -> dict[str, Timing]:
-    """All in turns, at least once, until the device is warm; then `rounds` turns of `calls` calls each."""
-    end = time.monotonic() + (warm if device.startswith("cuda") else 0)
-    while True:
+    """All in turns, at least once, until the device is warm after `warm` seconds (None: it is already); then `rounds`
+    turns of `calls` calls each."""
+    end = time.monotonic() + (warm if warm is not None and device.startswith("cuda") else 0)
+    while warm is not None:
         for call in variants.values():
             call()
         synchronize(device)

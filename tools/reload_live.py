@@ -37,8 +37,6 @@ from tools.survive import out_of_reach
 
 LOOK = 0.001
 """Seconds between two looks at how far the requests are."""
-SHM = Path("/dev/shm")
-"""The second version is there: disks may not have room for two."""
 
 
 class Step(NamedTuple):
@@ -205,7 +203,7 @@ async def reloads(args: argparse.Namespace, place: Workplace, report: Report, fo
     if first is None:
         first, second = CONFIGS / "demo", CONFIGS / "demo" / "revision-2"
     else:
-        second = SHM / f"{args.model}-second"
+        second = args.second / f"{args.model}-second"
         make_checkpoint(
             place.model(args.model), second, "diffusers", dtype=torch.bfloat16, seed=1, only=("transformer",)
         )
@@ -222,7 +220,7 @@ async def reloads(args: argparse.Namespace, place: Workplace, report: Report, fo
             report.check(new != golden, "the two versions make different frames")
             report.check(not supervisor.check_integrity(), "all accounts of the shared memory are in order")
     finally:
-        if second.parent == SHM:
+        if second.parent == args.second:
             shutil.rmtree(second, ignore_errors=True)
 
 
@@ -233,8 +231,10 @@ def main() -> int:
     parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
+    parser.add_argument("--second", type=Path, help="the second version, on a file system with room for it [--work]")
     parser.add_argument("--out", type=Path, help="a text file goes here")
     args = parser.parse_args()
+    args.second = args.second or args.work.absolute()
     place = Workplace(args.work.absolute(), False, args.device)
     size = f" --size {args.size}" if args.size else ""
     report = Report(

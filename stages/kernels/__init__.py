@@ -109,7 +109,7 @@ def check(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -
 
 def _distances(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> list[tuple[str, float]]:
     generator = torch.Generator(device).manual_seed(1)
-    dim, batch, frames, tokens = heads * head_dim, 2, 3, 3 * 37
+    dim, batch, frames, tokens = heads * head_dim, 2, 3, 3 * 13
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)

@@ -33,6 +33,7 @@ from engine.spare import Spare
 from engine.states import Descriptors
 from engine.supervisor import Supervisor
 from engine.tasks import Task, TaskPool
+from engine.trace import Trace
 from engine.weights import Versions, WeightStore
 from ipc.frames import FrameReader
 from ipc.messages import AnyServerMessage, Status
@@ -41,9 +42,10 @@ from tests.engine.wire import RawClient, frame
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
-        "_scheduler",
+        "_scheduler _trace",
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
+    Trace: ("_spans", "_devices _granted"),
     Crew: (
         "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen",
         "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
@@ -118,7 +120,7 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
     things: list[Any] = [
         service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
-        supervisor._pool, task, supervisor._scheduler, service._claim,
+        supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim,
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:

@@ -246,6 +246,7 @@ class Protocol(RuleBasedStateMachine):
         if self.state.get(identity) != "queued" or len(self._unfinished()) == MAX_QUEUE:
             return
         reply = self._present(client).ask("submit", params={**LONG, "output": self.output[identity]})
+        assert reply["type"] == "refused", reply
         assert reply["error"]["code"] == "bad_request" and "another unfinished request" in reply["error"]["message"]
 
     @rule(client=clients, identity=st.one_of(tasks, st.just("0" * 32)))

@@ -78,10 +78,10 @@ def test_the_survey_times_what_is_right() -> None:
 
 
 def test_a_small_difference_changes_nothing() -> None:
-    """The preferred one is taken though another measured 9 % faster; one that is 11 % faster is taken, and never one
+    """The preferred one is taken though another measured 19 % faster; one that is 21 % faster is taken, and never one
     that is wrong."""
-    assert best(measured(("flash-attn-4", 1.0), ("cudnn", 0.91))) == "flash-attn-4"
-    assert best(measured(("flash-attn-4", 1.0), ("cudnn", 0.89))) == "cudnn"
+    assert best(measured(("flash-attn-4", 1.0), ("cudnn", 0.81))) == "flash-attn-4"
+    assert best(measured(("flash-attn-4", 1.0), ("cudnn", 0.79))) == "cudnn"
     assert best(measured(("flash-attn-4", 0.5), ("cudnn", 0.89), ("flash", 1.5), wrong="flash-attn-4")) == "cudnn"
     assert best(measured(("flash-attn-4", None), ("cudnn", 0.89))) == "cudnn"
 

@@ -1,0 +1,126 @@
+"""When each quantum ran, and where: the latest of them, and the same as a file for Perfetto.
+
+Pure: no clock and no I/O.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ipc.errors import NotFound
+from ipc.messages import Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
+
+KEPT_QUANTA = 8192
+"""Of about 100 requests of 50 steps. So many spans fit into one frame of the protocol."""
+
+STAGES, DEVICES = 1, 2
+"""The groups of rows in the file, which are "processes" there."""
+
+
+class Trace:
+    """The latest quanta that were run."""
+
+    def __init__(self, devices: Mapping[Seat, str | None], spans: Iterable[Span] = ()) -> None:
+        """`devices`: the compute token that each seat needs; `spans`: of the program before this one."""
+        self._devices = devices
+        self._spans = collections.deque(spans, maxlen=KEPT_QUANTA)
+        self._granted: dict[Seat, dict[tuple[str, Phase, int], float]] = {seat: {} for seat in devices}
+        """Times of the grants that are not answered, of each seat."""
+
+    def grant(self, seat: Seat, identity: str, phase: Phase, index: int, now: float) -> None:
+        """The process at this seat was told to run a quantum."""
+        self._granted[seat][identity, phase, index] = now
+
+    def answer(self, seat: Seat, report: QuantumDone | QuantumFailed | QuantumDropped) -> None:
+        """It answered. What the program before this one has granted counts as granted when it began."""
+        granted = self._granted[seat].pop((report.id, report.phase, report.index), None)
+        if isinstance(report, QuantumDropped):
+            return
+        self._spans.append(
+            Span(
+                task=report.id, seat=seat, device=self._devices[seat], phase=report.phase, index=report.index,
+                granted=report.begin if granted is None else granted, begin=report.begin,
+                end=report.begin + report.seconds, failed=isinstance(report, QuantumFailed),
+            )
+        )  # fmt: skip
+
+    def lose(self, seat: Seat) -> None:
+        """Its process is dead: what was granted to it will not be answered."""
+        self._granted[seat].clear()
+
+    def spans(self) -> list[Span]:
+        """In the order of the answers."""
+        return list(self._spans)
+
+
+def of_tasks(spans: Sequence[Span], start: str | None, last: bool) -> list[Span]:
+    """Those of tasks whose id begins with `start`, or of the task that began last, or all. `NotFound` if there are
+    none."""
+    if not spans:
+        raise NotFound("this engine has not run anything yet")
+    if last:
+        began: dict[str, float] = {}
+        for span in spans:
+            began[span.task] = min(span.begin, began.get(span.task, span.begin))
+        start = max(began, key=began.__getitem__)
+    found = [span for span in spans if start is None or (start and span.task.startswith(start))]
+    if not found:
+        raise NotFound(f"nothing is remembered of a request whose id starts with {start!r}: see `engine list`")
+    return found
+
+
+def chrome_trace(spans: Sequence[Span], clock: float) -> dict[str, Any]:
+    """At least one span as an object of Chrome's trace event format, which Perfetto and chrome://tracing open; `clock`
+    as in `Traced`.
+
+    A row for each seat, and one for each compute token with whatever ran with it; a slice for each quantum, in
+    microseconds since the first grant.
+    """
+    spans = sorted(spans, key=lambda span: span.begin)
+    zero = min(span.granted for span in spans)
+    rows = _rows(spans)
+    events = _titles(rows)
+    for span in spans:
+        for group, name in _places(span):
+            events.append(_slice(span, zero) | {"pid": group, "tid": rows[group, name]})
+    began = datetime.datetime.fromtimestamp(zero + clock, datetime.UTC)
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"began": began.isoformat()}}
+
+
+def _places(span: Span) -> list[tuple[int, str]]:
+    """(group, row) of each row that shows it."""
+    stage = (STAGES, str(span.seat))
+    return [stage] if span.device is None else [stage, (DEVICES, span.device)]
+
+
+def _rows(spans: Sequence[Span]) -> dict[tuple[int, str], int]:
+    """A number for each row, no two the same: Perfetto takes it for the thread id of a system."""
+    found = dict.fromkeys(place for span in spans for place in _places(span))
+    return {place: number for number, place in enumerate(sorted(found, key=lambda place: place[0]), 1)}
+
+
+def _titles(rows: Mapping[tuple[int, str], int]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = [
+        {"name": "process_name", "ph": "M", "pid": group, "args": {"name": name}}
+        for group, name in ((STAGES, "stages"), (DEVICES, "devices"))
+    ]
+    for (group, name), number in rows.items():
+        at = {"ph": "M", "pid": group, "tid": number}
+        events.append({"name": "thread_name", **at, "args": {"name": name}})
+        events.append({"name": "thread_sort_index", **at, "args": {"sort_index": number}})
+    return events
+
+
+def _slice(span: Span, zero: float) -> dict[str, Any]:
+    """A complete event, without its place."""
+    begin, end = (round((time - zero) * 1e6, 3) for time in (span.begin, span.end))
+    return {
+        "name": f"{span.phase} {span.index}", "cat": span.phase, "ph": "X", "ts": begin, "dur": round(end - begin, 3),
+        "args": {
+            "task": span.task, "phase": span.phase, "index": span.index, "failed": span.failed,
+            "milliseconds_after_grant": round((span.begin - span.granted) * 1e3, 3),
+        },
+    }  # fmt: skip

@@ -1,0 +1,124 @@
+"""When quanta ran, and where: `engine trace`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engine import Client
+from engine.trace import KEPT_QUANTA, Trace, of_tasks
+from ipc.errors import Failure, NotFound
+from ipc.frames import MAX_FRAME, encode_frame
+from ipc.messages import Done, QuantumDone, QuantumDropped, QuantumFailed, Span, Traced
+from tests.engine.wire import EngineProcess, run_engine
+
+STEPS = 3
+TASK = "0123456789abcdef0123456789abcdef"
+
+
+class Ran(NamedTuple):
+    socket: Path
+    done: list[Done]
+    """Of two requests that were there at the same time."""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    directory = tmp_path_factory.mktemp("trace")
+    with EngineProcess(directory, "--placement", "split") as engine:
+        client = Client(engine.socket)
+        asked = [
+            client.submit(prompt="a red circle", steps=STEPS, num_frames=17, output=str(directory / f"{seed}.mp4"))
+            for seed in range(2)
+        ]
+        yield Ran(engine.socket, [client.result(accepted.id) for accepted in asked])
+
+
+def slices(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Row -> its slices, by their begin, of a file as the command writes it."""
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    groups = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            rows[f"{groups[event['pid']]} {names[event['tid']]}"].append(event)
+    return {row: sorted(found, key=lambda e: e["ts"]) for row, found in rows.items()}
+
+
+def test_the_file(ran: Ran, tmp_path: Path) -> None:
+    """All that ran: a row for each stage and each compute token, slices of a row one after another, every quantum of
+    both requests once, none before its grant, and as long as the requests' metadata say."""
+    out = tmp_path / "all.json"
+    said = run_engine("trace", "--out", out, "--socket", ran.socket)
+    assert said.returncode == 0 and "2 requests" in said.stdout, said.stderr
+    rows = slices(out)
+    assert {"stages text", "stages dit", "stages vae", "stages writer", "devices cpu:dit"} <= set(rows)
+    for found in rows.values():
+        for before, after in itertools.pairwise(found):
+            assert before["ts"] + before["dur"] <= after["ts"] + 0.002, "microseconds, rounded to thousandths"
+    quanta = [e for row, found in rows.items() if row.startswith("stages") for e in found]
+    for done in ran.done:
+        its = [e["args"] for e in quanta if e["args"]["task"] == done.id]
+        chunks = 1 + max(e["index"] for e in its if e["phase"] == "write")
+        wanted = {"text": 1, "denoise": STEPS, "decode": chunks, "write": chunks}
+        assert sorted((e["phase"], e["index"]) for e in its) == sorted(
+            (phase, index) for phase, count in wanted.items() for index in range(count)
+        )
+        assert all(e["milliseconds_after_grant"] >= 0 and not e["failed"] for e in its)
+        for phase in ("text", "denoise", "decode"):  # the last write tells before it ends
+            seconds = sum(e["dur"] for e in quanta if e["args"]["task"] == done.id and e["cat"] == phase) / 1e6
+            assert seconds == pytest.approx(done.metadata["seconds"][phase], abs=2e-3)
+
+
+def test_one_request(ran: Ran, tmp_path: Path) -> None:
+    """By the first characters of its id, and the last one to begin; what does not exist is an error."""
+    first, last = (done.id for done in ran.done)
+    for words, identity in (((first[:8],), first), (("--last",), last)):
+        out = tmp_path / "one.json"
+        assert run_engine("trace", *words, "-o", out, "--socket", ran.socket).returncode == 0
+        assert {e["args"]["task"] for found in slices(out).values() for e in found} == {identity}
+    for words in (("nonsense",), (first, "--last"), ("-o", str(tmp_path / "no" / "where.json"))):
+        refused = run_engine("trace", *words, "--socket", ran.socket)
+        assert refused.returncode in (1, 2) and refused.stderr.startswith("engine: "), refused.stderr
+
+
+def test_what_is_remembered() -> None:
+    """When a quantum was granted; the grants to a process that died are forgotten, and what it says at last counts as
+    granted when it began. What was skipped is not in it; a failure is."""
+    trace = Trace({"dit": "cuda:0", "writer": None})
+    for index in range(3):
+        trace.grant("dit", TASK, "denoise", index, 1.0 + index)
+    trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=0, begin=1.5, seconds=1.0))
+    trace.answer("dit", QuantumDropped(id=TASK, phase="denoise", index=1))
+    trace.lose("dit")
+    trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=2, begin=3.5, seconds=0.5))
+    trace.grant("dit", TASK, "denoise", 1, 4.0)
+    trace.answer(
+        "dit", QuantumFailed(id=TASK, phase="denoise", index=1, begin=5.0, seconds=0.5, error=Failure("x", "y"))
+    )
+    assert trace.spans() == [
+        Span(TASK, "dit", "cuda:0", "denoise", 0, granted=1.0, begin=1.5, end=2.5),
+        Span(TASK, "dit", "cuda:0", "denoise", 2, granted=3.5, begin=3.5, end=4.0),
+        Span(TASK, "dit", "cuda:0", "denoise", 1, granted=4.0, begin=5.0, end=5.5, failed=True),
+    ]
+    with pytest.raises(NotFound):
+        of_tasks([], None, last=True)
+
+
+def test_the_latest_are_kept_and_fit_into_a_frame() -> None:
+    """One quantum more than are kept: the first is gone, and the answer to a client is within the cap."""
+    trace = Trace({"dit:15": "cpu:dit:15"})
+    for index in range(KEPT_QUANTA + 1):
+        done = QuantumDone(id=TASK, phase="denoise", index=100_000 + index, begin=index + 0.1, seconds=0.1)
+        trace.grant("dit:15", TASK, "denoise", done.index, float(index))
+        trace.answer("dit:15", done)
+    spans = trace.spans()
+    assert len(spans) == KEPT_QUANTA and spans[0].index == 100_001
+    assert len(encode_frame(Traced(ref=1, spans=spans, clock=1.7e9))) <= MAX_FRAME
