@@ -23,6 +23,7 @@ from engine.paths import socket_path
 from ipc.errors import BadRequest, EngineError, from_failure
 from ipc.messages import (
     Accepted,
+    AddLora,
     Canary,
     Cancel,
     Done,
@@ -30,13 +31,17 @@ from ipc.messages import (
     Failed,
     GetStatus,
     Holding,
+    ListLoras,
     ListTasks,
     ListVersions,
+    LoraInfo,
+    LoraList,
     Ok,
     Progress,
     Reload,
     Reloaded,
     ReloadSupervisor,
+    RemoveLora,
     Replaced,
     ReplaceStages,
     Rollback,
@@ -177,6 +182,22 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
 
+    def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
+        """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as
+        `name`. Returns when it does; if it raises, nothing has changed."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(_add_lora(name, files), LoraList, self._deadlines.reload).loras[0]
+
+    def remove_lora(self, name: str) -> None:
+        """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
+        with Connection(self.socket, self._deadlines) as connection:
+            connection.ask(RemoveLora(ref=0, name=name), Ok)
+
+    def loras(self) -> list[LoraInfo]:
+        """The adapters that requests can name, and those that unfinished requests still use."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(ListLoras(ref=0), LoraList).loras
+
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         with Connection(self.socket, self._deadlines) as connection:
@@ -303,6 +324,22 @@ class AsyncClient:
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(ReloadSupervisor(ref=0), SupervisorReloaded, self._deadlines.reload)
 
+    async def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
+        """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as
+        `name`. Returns when it does; if it raises, nothing has changed."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(_add_lora(name, files), LoraList, self._deadlines.reload)).loras[0]
+
+    async def remove_lora(self, name: str) -> None:
+        """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            await connection.ask(RemoveLora(ref=0, name=name), Ok)
+
+    async def loras(self) -> list[LoraInfo]:
+        """The adapters that requests can name, and those that unfinished requests still use."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(ListLoras(ref=0), LoraList)).loras
+
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
@@ -330,6 +367,11 @@ def _reload(
         ref=0, checkpoint=os.path.abspath(checkpoint), components=list(components), when=when, canary=canary,
         manifest=None if manifest is None else os.path.abspath(manifest), dry_run=dry_run,
     )  # fmt: skip
+
+
+def _add_lora(name: str, files: Sequence[str | os.PathLike[str]]) -> AddLora:
+    """With absolute paths, as `_reload`."""
+    return AddLora(ref=0, name=name, files=[os.path.abspath(Path(file).expanduser()) for file in files])
 
 
 def _request(params: UserParams | None, fields: dict[str, Any]) -> msgspec.Raw:

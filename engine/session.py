@@ -40,6 +40,7 @@ from ipc.frames import MAX_FRAME, FrameReader, encode_frame
 from ipc.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    AddLora,
     AnyClientMessage,
     AnyServerMessage,
     Cancel,
@@ -47,12 +48,15 @@ from ipc.messages import (
     Failed,
     GetStatus,
     Hello,
+    ListLoras,
     ListTasks,
     ListVersions,
+    LoraList,
     Ok,
     Refused,
     Reload,
     ReloadSupervisor,
+    RemoveLora,
     ReplaceStages,
     Rollback,
     Shutdown,
@@ -333,6 +337,15 @@ class Session:
                 return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)
             case ListVersions(ref=ref):
                 return VersionList(ref=ref, versions=self._supervisor.versions())
+            case AddLora(ref=ref, name=name, files=files):
+                self._check_owner("load LoRAs")
+                return LoraList(ref=ref, loras=[await self._supervisor.add_lora(name, *files)])
+            case RemoveLora(ref=ref, name=name):
+                self._check_owner("remove LoRAs")
+                self._supervisor.remove_lora(name)
+                return Ok(ref=ref)
+            case ListLoras(ref=ref):
+                return LoraList(ref=ref, loras=self._supervisor.loras())
             case Shutdown(ref=ref):
                 self._check_owner("stop it")
                 log.info("process %d asked for a shutdown (drain=%s)", self.pid, message.drain)
