@@ -15,6 +15,7 @@ from torch import Tensor
 from hotreload.adapters import Adapter, Part
 from hotreload.content import CHUNK
 from hotreload.merging import add_pair
+from hotreload.placement import Runs
 
 
 class Applied(NamedTuple):
@@ -24,13 +25,10 @@ class Applied(NamedTuple):
     strength: float
 
 
-def make_overlay(
-    base: Mapping[str, Tensor], applied: Sequence[Applied], runs: Sequence[Sequence[str]] = ()
-) -> dict[str, Tensor]:
+def make_overlay(base: Mapping[str, Tensor], applied: Sequence[Applied], runs: Runs = ()) -> dict[str, Tensor]:
     """The tensors that change, by name, on the device and in the dtype of `base`, in fresh memory of this process.
 
-    `runs`: names of tensors that lie one right behind the other; of a run that is touched, all are made, and lie so
-    again. Raises what torch raises when there is no memory for them; a GPU may still be at work on them.
+    Of one of the `runs` that is touched, all tensors are made, and lie one right behind the other again. Raises what torch raises when there is no memory for them; a GPU may still be at work on them.
     """
     additions: dict[str, list[tuple[Part, float]]] = {}
     for adapter, strength in applied:
@@ -49,7 +47,7 @@ def make_overlay(
     return made
 
 
-def touched(names: Collection[str], runs: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+def touched(names: Collection[str], runs: Runs) -> list[tuple[str, ...]]:
     """Names, by themselves or with all others of their run, in a fixed order."""
     run_of = {name: tuple(run) for run in runs for name in run}
     return sorted({run_of.get(name, (name,)) for name in names})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hotreload.device_placement import DevicePlacement
 from hotreload.overlay import make_overlay
-from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, view_placed
+from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory
 from ipc.messages import Component, Job, Start, WeightVersion
@@ -46,6 +46,8 @@ class Network(Generic[M]):
         self.bound = Bound(content)
         self._lent = Lent()
         self._overlays = itertools.count(1)
+        self._overlaid: tuple[str, ...] = ()
+        """Names of the tensors that are not the version's."""
         self._name, self._shapes, self._aliases = name, shapes, aliases
         self._versions: dict[str, dict[str, Tensor]] = {}
         """Content hash -> its tensors."""
@@ -127,25 +129,28 @@ class Network(Generic[M]):
     def drop_overlay(self) -> None:
         """Bind the version without adapters."""
         if self.bound.loras:
-            bind(self.module, self._versions[self.content], self._aliases)
+            base = self._versions[self.content]
+            rebind(self.module, {name: base[name] for name in self._overlaid})
             fuse(self.module)
-            self.bound = Bound(self.content)
+            self.bound, self._overlaid = Bound(self.content), ()
 
     def use(self, content: str, loras: Wanted = ()) -> M:
         """The module, bound to a version that was adopted (KeyError) or is bound already, with these adapters, which
         were lent. When it raises, for want of memory, the version without adapters is bound."""
         if (content, loras) == self.bound[:2]:
             return self.module
-        base = self._versions[content]
-        # First: what the overlay that was bound takes is free for the next.
-        bind(self.module, base, self._aliases)
-        fuse(self.module)
-        self.bound = Bound(content)
-        if loras:
-            made = make_overlay(base, self._lent.applied(loras), runs_of(self.module))
-            bind(self.module, {**base, **made}, self._aliases)
+        # First without adapters: what the overlay that was bound takes is free for the next.
+        if content == self.content:
+            self.drop_overlay()
+        else:
+            bind(self.module, self._versions[content], self._aliases)
             fuse(self.module)
-            self.bound = Bound(content, loras, next(self._overlays))
+            self.bound, self._overlaid = Bound(content), ()
+        if loras:
+            made = make_overlay(self._versions[content], self._lent.applied(loras), runs_of(self.module))
+            rebind(self.module, made)
+            fuse(self.module)
+            self.bound, self._overlaid = Bound(content, loras, next(self._overlays)), tuple(made)
         return self.module
 
     def of(self, job: Job, step: int = 0) -> M:
