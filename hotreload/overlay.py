@@ -28,7 +28,8 @@ class Applied(NamedTuple):
 def make_overlay(base: Mapping[str, Tensor], applied: Sequence[Applied], runs: Runs = ()) -> dict[str, Tensor]:
     """The tensors that change, by name, on the device and in the dtype of `base`, in fresh memory of this process.
 
-    Of one of the `runs` that is touched, all tensors are made, and lie one right behind the other again. Raises what torch raises when there is no memory for them; a GPU may still be at work on them.
+    Of one of the `runs` that is touched, all tensors are made, and lie one right behind the other again. Raises what
+    torch raises when there is no memory for them; a GPU may still be at work on them.
     """
     additions: dict[str, list[tuple[Part, float]]] = {}
     for adapter, strength in applied:
@@ -71,6 +72,6 @@ def _fill(target: Tensor, base: Tensor, parts: Sequence[tuple[Part, float]]) -> 
 
 
 def _float(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """In float32, where `like` is."""
+    """In float32, where `like` is. It goes there first: torch would else convert it here, and copy twice the bytes."""
     assert tensor is not None, "a pair has both halves"
-    return tensor.to(like.device, torch.float32)
+    return tensor.to(like.device).to(torch.float32)

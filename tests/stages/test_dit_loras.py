@@ -164,3 +164,30 @@ def test_one_overlay_at_a_time_and_none_at_the_end(rig: Rig, pairs: tuple[Pair, 
         assert not network.bound.loras  # type: ignore[attr-defined]
     take_latents(rig, job)
     assert is_empty(rig)
+
+
+def test_no_room_for_an_overlay(rig: Rig, pairs: tuple[Pair, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task that wants it fails for want of memory; what is bound then are the untouched weights, for others and for
+    a later try."""
+    from stages import weights
+
+    a, _ = pairs
+    stage = load(rig)
+    plain = denoise(rig, make_job(steps=4), stage)
+    expected = with_pair(rig, stage, a)
+
+    def no_room(*args: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 50.00 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "make_overlay", no_room)
+        job = make_job(loras=[a.at(1.0)], steps=4)
+        a.lend(stage)
+        put_prompts(rig, job)
+        stage.begin(job)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(stage, job, 0)
+        stage.drop(job.id)
+    assert torch.equal(denoise(rig, make_job(steps=4), stage), plain)
+    assert torch.equal(with_pair(rig, stage, a), expected)
+    assert is_empty(rig)

@@ -65,7 +65,7 @@ def test_a_file_for_each_expert_or_one_for_both(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_two_experts(tmp_path: Path) -> None:
     """One file for one expert, both-expert files in twos, files in the wrong order, a second file that does not fit the
-    model: refused with the reason, and nothing is handed over."""
+    model, is cut short or missing: refused with the reason, and nothing is handed over."""
     one = write(tmp_path / "one.safetensors", "diffusion_model.")
     both = write(tmp_path / "both.safetensors", "transformer.", "transformer_2.")
     low, high = (write(tmp_path / f"{noise}_noise.safetensors", "unet.") for noise in ("low", "high"))
@@ -78,6 +78,12 @@ def test_what_does_not_fit_two_experts(tmp_path: Path) -> None:
         read(low, high)
     with pytest.raises(BadCheckpoint, match=r"blocks\.9\.attn1\.to_q\.lora_A\.weight"):
         read(one, stranger)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(one).read_bytes()[:-10])
+    with pytest.raises(BadCheckpoint, match=r"LoRA cut\.safetensors .* cut short"):
+        read(one, str(cut))
+    with pytest.raises(BadCheckpoint, match=r"none\.safetensors cannot be read"):
+        read(str(tmp_path / "none.safetensors"))
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
