@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from engine.params import MAX_LORAS
+from engine.states import Descriptors, State
 from hotreload.lora_options import EXTENSION, MAX_STRENGTH
 from ipc.errors import BadConfig, BadRequest, NotFound
 from ipc.messages import AdapterVersion, Holding, Job, JobLora, LoraInfo, WeightVersion
@@ -53,6 +54,15 @@ class Adapter(msgspec.Struct, frozen=True):
         return frozenset(self.content.items())
 
 
+class AdaptersState(State, frozen=True, kw_only=True):
+    """An `Adapters`; `fds` are the places of the descriptors of `parts`."""
+
+    named: list[Adapter]
+    nameless: list[Adapter]
+    parts: list[AdapterVersion]
+    fds: list[int]
+
+
 class Adapters:
     """All adapters in memory, by name; and those that have no name any more but are used.
 
@@ -66,6 +76,23 @@ class Adapters:
         self._parts: dict[Key, Part] = {}
         self._lent: collections.Counter[Key] = collections.Counter()
         """To requests that are being accepted."""
+
+    def state(self, fds: Descriptors) -> AdaptersState:
+        """What is there, for the program that takes the place of this one."""
+        parts = list(self._parts.values())
+        return AdaptersState(
+            named=list(self._named.values()), nameless=self._nameless, parts=[part.adapter for part in parts],
+            fds=fds.put_all(part.fd for part in parts),
+        )  # fmt: skip
+
+    def put_back(self, state: AdaptersState, fds: Descriptors) -> None:
+        """Hold what the program before this one held. ValueError if something is missing."""
+        parts = [Part(*pair) for pair in zip(state.parts, fds.take_all(state.fds), strict=True)]
+        self._parts = {part.key: part for part in parts}
+        self._named = {adapter.name: adapter for adapter in state.named}
+        self._nameless = state.nameless
+        if any(not adapter.keys <= self._parts.keys() for adapter in (*state.named, *state.nameless)):
+            raise ValueError("an adapter is handed over without its memory")
 
     def check_name(self, name: str) -> None:
         """`BadConfig` for a name that cannot be one, or is one too many."""

@@ -37,6 +37,11 @@ class Loras:
         self._turn = asyncio.Lock()
         self._closed = False
 
+    @property
+    def is_busy(self) -> bool:
+        """A file is being read."""
+        return self._turn.locked()
+
     async def add(self, name: str, files: Sequence[str]) -> LoraInfo:
         """Read files and offer them as `name`. Raises `BadConfig` for a name or a number of files that cannot be,
         `BadCheckpoint` for a file, `OutOfMemory`; nothing has changed then."""

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.adapters import adapter_metadata
+from engine.adapters import AdaptersState, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
@@ -140,6 +140,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     memory: MemoryState
     crew: CrewState
     journal: JournalState | None
+    loras: AdaptersState
     started_at: float
 
 
@@ -298,8 +299,8 @@ class Supervisor:
 
     @property
     def is_reloading(self) -> bool:
-        """Weights or stages are being exchanged."""
-        return self._reloader.is_busy or self._crew.is_replacing
+        """Weights or stages are being exchanged, or a LoRA is being read."""
+        return self._reloader.is_busy or self._crew.is_replacing or self._loras.is_busy
 
     def state(self, fds: Descriptors) -> SupervisorState:
         """All that it has and knows. The journal is closed first: `pause`."""
@@ -308,7 +309,7 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            started_at=self._started_at,
+            loras=self._loras.adapters.state(fds), started_at=self._started_at,
         )  # fmt: skip
 
     @classmethod
@@ -332,6 +333,7 @@ class Supervisor:
             made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, made
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
+        made._loras.adapters.put_back(state.loras, fds)
         made._reloader = Reloader(made, made._crew)
         made._scheduler = Scheduler.restored(state.scheduler)
         made._check_restored(state)

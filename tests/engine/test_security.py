@@ -106,8 +106,8 @@ def talk_as(uid: int, path: Path, root: Path) -> list[str]:
 
 @as_root
 def test_a_listed_user_is_served_and_no_other(short_dir: Path) -> None:
-    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down, reload or load
-    LoRAs; the other is refused every time."""
+    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down, reload or
+    load LoRAs; the other is refused every time."""
     root = short_dir / "root"
     root.mkdir()
     os.chmod(short_dir, 0o711)
@@ -281,7 +281,7 @@ def test_no_message_of_a_client_can_name_memory() -> None:
     assert texts[False] == {"client", "params", "id"}
     assert texts[True] == {"checkpoint", "components", "when", "canary", "manifest", "stages", "name", "files"}
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
-    assert values == {"prompt", "negative_prompt", "image", "video", "output"}
+    assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}
     for message in get_args(AnyServerMessage):
         assert not {f.name for f in msgspec.structs.fields(message)} & {"fd", "fds", "handle", "slot", "address"}
 
