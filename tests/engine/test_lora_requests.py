@@ -107,7 +107,7 @@ async def test_a_request_keeps_what_it_was_accepted_with(tmp_path: Path) -> None
 async def test_a_killed_dit_goes_on_with_the_adapters(tmp_path: Path) -> None:
     """Also when their name is gone."""
     file = write_adapter(tmp_path / "a.safetensors", 1, 4)
-    async with engine(placement="split") as supervisor:
+    async with engine() as supervisor:
         await supervisor.add_lora("a", str(file))
         golden = await sha256(supervisor, tmp_path / "golden.mp4", "a", steps=60)
         running = asyncio.create_task(supervisor.generate(ask(tmp_path / "killed.mp4", "a", steps=60)))
@@ -189,7 +189,7 @@ async def test_a_hundred_random_adds_removes_and_requests(tmp_path: Path, golden
 
     async with engine() as supervisor:
         for number in range(100):
-            what = random.choice(["add", "remove", *["request"] * 5])
+            what = random.choice(["add", "remove", *["request"] * 7])
             counts[what] += 1
             name = random.choice("xyz")
             if what == "add":
@@ -215,7 +215,7 @@ async def test_a_hundred_random_adds_removes_and_requests(tmp_path: Path, golden
         await settle(supervisor, 0)
         await until(lambda: len(adapter_memory(supervisor)) == len(set(names.values())), "memory of removed adapters")
         assert {info.name for info in supervisor.loras()} == set(names)
-    assert min(counts.values()) >= 8
+    assert min(counts.values()) >= 6
 
 
 def test_infos_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
