@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from engine.adapters import Adapters
 from engine.child import run_module
 from engine.conditioning import DEFAULT_STRENGTH, Init, check_length, find_init, size_of_condition
 from engine.decode import decode_strictly
@@ -26,8 +27,17 @@ from ipc.messages import Job
 MAX_PROMPT_BYTES = 16 * 1024
 
 
-def admit(user: UserParams, model: ModelParams, system: SystemParams, *, on_gpu: bool = False) -> Job:
+def admit(
+    user: UserParams,
+    model: ModelParams,
+    system: SystemParams,
+    *,
+    on_gpu: bool = False,
+    adapters: Adapters | None = None,
+) -> Job:
     """Check a request and fill in every default. Raises `BadRequest`; changes nothing. Blocking: it reads files.
+
+    `adapters`: those it may name; None: there are none.
 
     The length of the prompt in tokens is checked by `check_prompt_tokens`, which needs the tokenizer.
     """
@@ -42,6 +52,7 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, on_gpu:
     if not 1 <= steps <= model.limits.max_steps:
         raise BadRequest(f"steps is {steps}; it must be from 1 to {model.limits.max_steps}")
     guidance, guidance_2 = _guidance(user, model, defaults)
+    loras = (adapters or Adapters()).resolve(user.lora)
     output = _output(user, system)
     init = find_init(user, model, system)
     height, width = _size(user, model, init)
@@ -68,6 +79,7 @@ def admit(user: UserParams, model: ModelParams, system: SystemParams, *, on_gpu:
         output=output,
         metadata_json=user.metadata_json,
         metadata={},
+        loras=loras,
     )
 
 
@@ -84,6 +96,7 @@ def resolved_params(user: UserParams, job: Job, model: ModelParams) -> dict[str,
         params["strength"] = DEFAULT_STRENGTH
     if model.boundary is None:
         params["guidance_scale_2"] = None
+    params["lora"] = [f"{lora.name}:{lora.strength:g}" for lora in job.loras]
     return params
 
 

@@ -69,7 +69,11 @@ def generate(
     model: Annotated[str | None, typer.Option(help="See `engine models`.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Directory of the weights, without a server.")] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="FILE:STRENGTH", help="As for `engine serve`, without a server.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:STRENGTH",
+            help="An adapter of `engine lora list`; again for each. Without a server FILE:STRENGTH, as for `serve`.",
+        ),
     ] = None,
     placement: Annotated[str | None, typer.Option(help="split or fused, without a server.")] = None,
     socket: Socket = None,
@@ -234,6 +238,48 @@ def versions(socket: Socket = None, as_json: Json = False) -> None:
 
     found = Client(socket).versions()
     _print_json(found) if as_json else print_versions(found)
+
+
+lora_app = typer.Typer(help="LoRA adapters that requests can name.", no_args_is_help=True)
+app.add_typer(lora_app, name="lora")
+
+
+@lora_app.command(name="add")
+def lora_add(
+    name: Annotated[str, typer.Argument(help="What requests call it; one that has the name already loses it.")],
+    files: Annotated[
+        str,
+        typer.Argument(metavar="FILE[,LOW_NOISE_FILE]", help="safetensors; two experts: HIGH,LOW, or one with both."),
+    ],
+    socket: Socket = None,
+    as_json: Json = False,
+) -> None:
+    """Load an adapter for requests to come: `engine generate --lora NAME:0.8`."""
+    from engine.client import Client
+    from engine.display import print_loras
+    from engine.operator import read_lora_files
+
+    added = Client(socket).add_lora(name, *read_lora_files(files))
+    _print_json(added) if as_json else print_loras([added])
+
+
+@lora_app.command(name="list")
+def lora_list(socket: Socket = None, as_json: Json = False) -> None:
+    """The adapters that requests can name, and those that unfinished ones still use."""
+    from engine.client import Client
+    from engine.display import print_loras
+
+    found = Client(socket).loras()
+    _print_json(found) if as_json else print_loras(found)
+
+
+@lora_app.command(name="remove")
+def lora_remove(name: Annotated[str, typer.Argument(help="See `engine lora list`.")], socket: Socket = None) -> None:
+    """Take an adapter away; requests that were accepted with it are finished with it."""
+    from engine.client import Client
+
+    Client(socket).remove_lora(name)
+    print(f"removed {name}")
 
 
 @app.command(name="list")

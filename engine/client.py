@@ -23,6 +23,7 @@ from engine.paths import socket_path
 from ipc.errors import BadRequest, EngineError, from_failure
 from ipc.messages import (
     Accepted,
+    AddLora,
     Canary,
     Cancel,
     Done,
@@ -31,13 +32,17 @@ from ipc.messages import (
     GetStatus,
     GetTrace,
     Holding,
+    ListLoras,
     ListTasks,
     ListVersions,
+    LoraInfo,
+    LoraList,
     Ok,
     Progress,
     Reload,
     Reloaded,
     ReloadSupervisor,
+    RemoveLora,
     Replaced,
     ReplaceStages,
     Rollback,
@@ -184,6 +189,22 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(GetTrace(ref=0), Traced)
 
+    def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
+        """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as
+        `name`. Returns when it does; if it raises, nothing has changed."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(_add_lora(name, files), LoraList, self._deadlines.reload).loras[0]
+
+    def remove_lora(self, name: str) -> None:
+        """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
+        with Connection(self.socket, self._deadlines) as connection:
+            connection.ask(RemoveLora(ref=0, name=name), Ok)
+
+    def loras(self) -> list[LoraInfo]:
+        """The adapters that requests can name, and those that unfinished requests still use."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(ListLoras(ref=0), LoraList).loras
+
     def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         with Connection(self.socket, self._deadlines) as connection:
@@ -315,6 +336,22 @@ class AsyncClient:
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(GetTrace(ref=0), Traced)
 
+    async def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
+        """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as
+        `name`. Returns when it does; if it raises, nothing has changed."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(_add_lora(name, files), LoraList, self._deadlines.reload)).loras[0]
+
+    async def remove_lora(self, name: str) -> None:
+        """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            await connection.ask(RemoveLora(ref=0, name=name), Ok)
+
+    async def loras(self) -> list[LoraInfo]:
+        """The adapters that requests can name, and those that unfinished requests still use."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(ListLoras(ref=0), LoraList)).loras
+
     async def shutdown(self, drain: bool = True) -> None:
         """Stop the engine, with `drain` after everything that was accepted. Returns when it has gone."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
@@ -342,6 +379,11 @@ def _reload(
         ref=0, checkpoint=os.path.abspath(checkpoint), components=list(components), when=when, canary=canary,
         manifest=None if manifest is None else os.path.abspath(manifest), dry_run=dry_run,
     )  # fmt: skip
+
+
+def _add_lora(name: str, files: Sequence[str | os.PathLike[str]]) -> AddLora:
+    """With absolute paths, as `_reload`."""
+    return AddLora(ref=0, name=name, files=[os.path.abspath(Path(file).expanduser()) for file in files])
 
 
 def _request(params: UserParams | None, fields: dict[str, Any]) -> msgspec.Raw:

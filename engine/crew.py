@@ -332,11 +332,11 @@ class Crew:
 
     # Talk.
 
-    def send(self, seat: Seat, message: AnyStageProcessMessage) -> None:
-        """To a seat whose process is gone, nothing is sent: its end is being reported."""
+    def send(self, seat: Seat, message: AnyStageProcessMessage, fds: Sequence[int] = ()) -> None:
+        """To a seat whose process is gone, nothing is sent: its end is being reported. `fds` stay the caller's."""
         process = self._posts[seat].process
         if process is not None:
-            process.send(message)
+            process.send(message, fds)
 
     def run(self, seat: Seat, run: Run) -> None:
         post = self._posts[seat]

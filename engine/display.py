@@ -23,6 +23,7 @@ from ipc.messages import (
     EngineStatus,
     Holding,
     LoadProgress,
+    LoraInfo,
     Progress,
     Reloaded,
     Replaced,
@@ -433,6 +434,16 @@ def print_versions(found: Sequence[VersionInfo]) -> None:
         for v in sorted(found, key=lambda v: (v.component, v.state != "serving"))
     ]  # fmt: skip
     print_table(("component", "version", "state", "from", "placed", "bytes", "videos", "running"), rows)
+
+
+def print_loras(found: Sequence[LoraInfo]) -> None:
+    """`engine lora list`."""
+    rows = [
+        (i.name, i.state, ", ".join(i.files), ", ".join(f"{name} {c[:12]}" for name, c in i.content.items()),
+         i.rank or "-", i.tensors, size(i.bytes), i.running)
+        for i in found
+    ]  # fmt: skip
+    print_table(("LoRA", "state", "from", "adds", "rank", "tensors", "bytes", "running"), rows)
 
 
 def print_memory(held: Sequence[Holding]) -> None:

@@ -23,6 +23,7 @@ from engine.decode import decode_strictly
 from engine.display import ProgressView, shown_path
 from engine.params import SystemParams, UserParams
 from engine.supervisor import Supervisor
+from hotreload.lora_options import EXTENSION
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
 from ipc.messages import Accepted, Done, Failed, Progress, TaskEvent
 
@@ -41,8 +42,8 @@ class Engine(Protocol):
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. None in `model`, `checkpoint`, `placement`: whatever the server has, or the default; also no
-    `lora`."""
+    """What was asked for. None in `model`, `checkpoint`, `placement`: whatever the server has, or the default. `lora`:
+    on a server, adapters that it has loaded, NAME:STRENGTH; without one, files to be merged, FILE:STRENGTH."""
 
     params: UserParams
     socket: str | None = None
@@ -75,7 +76,8 @@ async def generate(order: Order, view: ProgressView) -> Outcome:
         client, wait = await _server(order), Wait(view)
         try:
             if client is not None:
-                done = await _served(client, order.params, wait, interrupts)
+                params = msgspec.structs.replace(order.params, lora=order.lora)
+                done = await _served(client, params, wait, interrupts)
             else:
                 done = await _embedded(order, view, wait, interrupts)
         except asyncio.CancelledError:
@@ -225,8 +227,7 @@ async def _server(order: Order) -> AsyncClient | None:
     advice = "leave that out to use it, or name a --socket where no engine listens to run a second one"
     if order.model not in (None, welcome.model):
         raise BadConfig(f"the engine at {client.socket} serves {welcome.model}, not {order.model}: {advice}")
-    options = (("--checkpoint", order.checkpoint), ("--lora", order.lora), ("--placement", order.placement))
-    for option, value in options:
+    for option, value in (("--checkpoint", order.checkpoint), ("--placement", order.placement)):
         if value:
             raise BadConfig(f"the engine at {client.socket} is running, so {option} cannot be chosen: {advice}")
     return client
@@ -236,6 +237,10 @@ async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: In
     """On a supervisor of our own, which is started only for a request that it will accept. All stages share a process
     unless that was asked otherwise: one request has little to overlap, and torch is loaded once instead of three
     times."""
+    if names := [text for text in order.lora if EXTENSION not in text]:
+        raise BadConfig(
+            f"no engine is running, so --lora takes files ({EXTENSION}), not the name of an adapter: got {names[0]!r}"
+        )
     chosen: dict[str, object] = {"placement": "fused"}
     chosen |= {k: v for k in ("model", "checkpoint", "lora", "placement") if (v := getattr(order, k)) is not None}
     system = decode_strictly(SystemParams, chosen, BadConfig, "the command")

@@ -1,4 +1,4 @@
-"""The process that reads new weights (`stages/loader.py`), as the supervisor sees it."""
+"""The process that reads new weights, or a LoRA (`stages/loader.py`), as the supervisor sees it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from engine.adapters import Part
 from engine.process import spawn
 from engine.weights import Placed
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, ProtocolError, ServerUnavailable, from_failure
-from ipc.messages import AnyLoaderReport, Loading, LoadProgress, Placed as PlacedReport, Read, ReadAll, ReadFailed
+from ipc.messages import (
+    AnyLoaderReport,
+    Loading,
+    LoadProgress,
+    Placed as PlacedReport,
+    PlacedLora,
+    Read,
+    ReadAll,
+    ReadFailed,
+    ReadLora,
+)
 
 LOADER = "stages.loader"
 
@@ -26,10 +37,16 @@ class Loader:
     `ServerUnavailable` when the system has no process to spare.
     """
 
-    def __init__(self, asked: Read, fds: Sequence[int], on_loading: Callable[[LoadProgress], None]) -> None:
+    def __init__(
+        self,
+        asked: Read | ReadLora,
+        fds: Sequence[int] = (),
+        on_loading: Callable[[LoadProgress], None] = lambda progress: None,
+    ) -> None:
         """Start it. `fds`, of the components in memory, stay the caller's."""
         self._on_loading = on_loading
         self._placed: list[Placed] = []
+        self._parts: list[Part] = []
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ours, theirs = Channel.pair()
         with contextlib.ExitStack() as undo:
@@ -43,9 +60,15 @@ class Loader:
         asyncio.get_running_loop().add_reader(self._channel.fileno(), self._readable)
 
     async def placed(self) -> list[Placed]:
-        """Wait for all of it; the descriptors are the caller's then."""
+        """Wait for all of a `Read`; the descriptors are the caller's then."""
         await self._ended
         taken, self._placed = self._placed, []
+        return taken
+
+    async def parts(self) -> list[Part]:
+        """Wait for all of a `ReadLora`; the descriptors are the caller's then."""
+        await self._ended
+        taken, self._parts = self._parts, []
         return taken
 
     def _spawn(self, end: socket.socket) -> subprocess.Popen[bytes]:
@@ -67,6 +90,8 @@ class Loader:
                 self._on_loading(LoadProgress(component=component, done=done, total=total))
             case PlacedReport(version=version, device=device):
                 self._placed.append(Placed(device, version, fds.pop()))
+            case PlacedLora(adapter=adapter):
+                self._parts.append(Part(adapter, fds.pop()))
             case ReadFailed(error=error):
                 self._end(from_failure(error))
             case ReadAll():
@@ -92,5 +117,6 @@ class Loader:
         self._popen.kill()
         self._ended.cancel()
         close_fds(placed.fd for placed in self._placed)
+        close_fds(part.fd for part in self._parts)
         await asyncio.shield(asyncio.to_thread(self._popen.wait))
         self._channel.close()

@@ -11,6 +11,7 @@ import msgspec
 from engine.client import absolute_params
 from engine.decode import decode_strictly
 from engine.params import UserParams
+from hotreload.lora_options import EXTENSION, check_paths, parse_lora
 from ipc.errors import BadConfig, BadRequest
 from ipc.messages import Canary, StageName, When
 
@@ -49,3 +50,14 @@ def read_stages(names: Iterable[str]) -> list[StageName]:
             raise BadConfig(f"--stage is {name!r}; it must be {', '.join(get_args(StageName))}")
         stages.append(cast(StageName, name))
     return stages
+
+
+def read_lora_files(text: str) -> tuple[str, ...]:
+    """FILE or HIGH_FILE,LOW_FILE. `BadConfig` for what is neither."""
+    option = parse_lora(text)
+    if not text.strip().endswith(EXTENSION):
+        raise BadConfig(
+            f"LoRA {text!r}: requests choose the strength (engine generate --lora NAME:STRENGTH); leave it out"
+        )
+    check_paths(option)
+    return option.files

@@ -23,6 +23,10 @@ Solver = Literal["unipc", "dpm++", "euler"]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
+MAX_LORAS = 64
+"""Of a request, and loaded at a time."""
+
+
 class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request of this model gets where it says nothing."""
 
@@ -128,6 +132,9 @@ class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A video to start from (with `strength`)."""
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
     """How much of the schedule is run on the start image or video: 1 ignores it, small values keep it. None: 0.8."""
+    lora: Annotated[tuple[str, ...], Meta(max_length=MAX_LORAS)] = ()
+    """Adapters that the engine has loaded (`engine lora add`), NAME or NAME:STRENGTH each; the strength is 1 if it is
+    left out."""
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
     """Higher first."""
     deadline: Annotated[float, Meta(gt=0)] | None = None

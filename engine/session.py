@@ -40,6 +40,7 @@ from ipc.frames import MAX_FRAME, FrameReader, encode_frame
 from ipc.messages import (
     PROTOCOL_VERSION,
     Accepted,
+    AddLora,
     AnyClientMessage,
     AnyServerMessage,
     Cancel,
@@ -48,12 +49,15 @@ from ipc.messages import (
     GetStatus,
     GetTrace,
     Hello,
+    ListLoras,
     ListTasks,
     ListVersions,
+    LoraList,
     Ok,
     Refused,
     Reload,
     ReloadSupervisor,
+    RemoveLora,
     ReplaceStages,
     Rollback,
     Shutdown,
@@ -336,6 +340,15 @@ class Session:
                 return VersionList(ref=ref, versions=self._supervisor.versions())
             case GetTrace(ref=ref):
                 return msgspec.structs.replace(self._supervisor.trace(), ref=ref)
+            case AddLora(ref=ref, name=name, files=files):
+                self._check_owner("load LoRAs")
+                return LoraList(ref=ref, loras=[await self._supervisor.add_lora(name, *files)])
+            case RemoveLora(ref=ref, name=name):
+                self._check_owner("remove LoRAs")
+                self._supervisor.remove_lora(name)
+                return Ok(ref=ref)
+            case ListLoras(ref=ref):
+                return LoraList(ref=ref, loras=self._supervisor.loras())
             case Shutdown(ref=ref):
                 self._check_owner("stop it")
                 log.info("process %d asked for a shutdown (drain=%s)", self.pid, message.drain)

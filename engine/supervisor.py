@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from engine.adapters import AdaptersState, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
@@ -48,6 +49,7 @@ from engine.events import (
     Tick,
 )  # fmt: skip
 from engine.journal import Entry, Journal, JournalState
+from engine.loras import Loras, lost
 from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
 from engine.models import load_model
 from engine.params import ModelParams, SystemParams, UserParams
@@ -86,6 +88,7 @@ from ipc.messages import (
     Failed,
     Holding,
     Job,
+    LoraInfo,
     Progress,
     QuantumDone,
     QuantumDropped,
@@ -140,6 +143,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     memory: MemoryState
     crew: CrewState
     journal: JournalState | None
+    loras: AdaptersState
     started_at: float
     trace: list[Span]
 
@@ -157,6 +161,7 @@ class Supervisor:
         self.params = params or SystemParams()
         self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
+        self._loras = Loras(self.model, self._known_jobs)
         self._admitting = 0
         self._outputs: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -189,6 +194,7 @@ class Supervisor:
                 undo.push_async_callback(self._journal.close)
             self._memory = await self._make_memory()
             undo.callback(self._memory.close)
+            undo.callback(self._loras.close)
             self._crew = Crew(
                 self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
             )
@@ -275,6 +281,7 @@ class Supervisor:
                 await asyncio.wait(self._background)
         finally:
             self._memory.close()
+            self._loras.close()
             if self._journal is not None:
                 await self._journal.close()
             self._phase = "closed"
@@ -297,8 +304,8 @@ class Supervisor:
 
     @property
     def is_reloading(self) -> bool:
-        """Weights or stages are being exchanged."""
-        return self._reloader.is_busy or self._crew.is_replacing
+        """Weights or stages are being exchanged, or a LoRA is being read."""
+        return self._reloader.is_busy or self._crew.is_replacing or self._loras.is_busy
 
     def state(self, fds: Descriptors) -> SupervisorState:
         """All that it has and knows. The journal is closed first: `pause`."""
@@ -307,7 +314,7 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            started_at=self._started_at, trace=self._trace.spans(),
+            loras=self._loras.adapters.state(fds), started_at=self._started_at, trace=self._trace.spans(),
         )  # fmt: skip
 
     @classmethod
@@ -331,6 +338,7 @@ class Supervisor:
             made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, made
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
+        made._loras.adapters.put_back(state.loras, fds)
         made._reloader = Reloader(made, made._crew)
         made._trace = Trace(made._crew.tokens, state.trace)
         made._scheduler = Scheduler.restored(state.scheduler)
@@ -378,12 +386,13 @@ class Supervisor:
             job = await asyncio.to_thread(self.check, user)
             if job.output in self._outputs:
                 raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
-            self._outputs.add(job.output)
-            try:
-                return await self._accept(job, user)
-            except BaseException:
-                self._outputs.discard(job.output)
-                raise
+            with self._loras.adapters.lend(job):
+                self._outputs.add(job.output)
+                try:
+                    return await self._accept(job, user)
+                except BaseException:
+                    self._outputs.discard(job.output)
+                    raise
         finally:
             self._admitting -= 1
             if not self._admitting:
@@ -394,7 +403,9 @@ class Supervisor:
 
         Blocks on the file system and on short-lived processes: call it in a thread.
         """
-        job = admit(user, self.model, self.params, on_gpu=self.device != "cpu")
+        job = admit(
+            user, self.model, self.params, on_gpu=self.device != "cpu", adapters=self._loras.adapters
+        )  # fmt: skip
         check_prompt_tokens(job, self.model, Path(self.checkpoint.tokenizer))
         return job
 
@@ -445,7 +456,7 @@ class Supervisor:
 
     def memory(self) -> list[Holding]:
         """Who has what of the memory that outlives the stages."""
-        return self._crew.placed.holdings() + self._memory.holdings()
+        return self._crew.placed.holdings() + self._loras.adapters.holdings() + self._memory.holdings()
 
     def trace(self) -> Traced:
         """When the latest quanta ran, and where; `engine.trace.chrome_trace` makes a file for Perfetto of it."""
@@ -477,6 +488,25 @@ class Supervisor:
         """The versions of weights that are served, were before, or are still used."""
         return self._reloader.versions()
 
+    async def add_lora(self, name: str, *files: str) -> LoraInfo:
+        """Read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as `name`. Nothing
+        has changed when it raises: `BadConfig`, `BadCheckpoint`, `OutOfMemory`."""
+        self._check_open()
+        return await self._loras.add(name, files)
+
+    def remove_lora(self, name: str) -> None:
+        """Take an adapter away from requests to come; those that were accepted are finished with it. Raises
+        `NotFound`."""
+        self._loras.remove(name)
+
+    def loras(self) -> list[LoraInfo]:
+        """The adapters that requests can name, and those that unfinished requests still use."""
+        return self._loras.adapters.infos([task.job for task in self._pool.unfinished()])
+
+    def _known_jobs(self) -> list[Job]:
+        """Of each task that a stage may still know."""
+        return [task.job for task in self._pool if task.ended is None or task.id in self._scheduler]
+
     def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
         """Of each task that a stage may still know: (component, content hash)."""
         return [task.versions for task in self._pool if task.ended is None or task.id in self._scheduler]
@@ -499,7 +529,14 @@ class Supervisor:
         else:
             return
         if (seat := self._scheduler.seat_of(task.id, stage)) is not None:
-            self._crew.send(seat, Begin(stage=stage, job=self._described(task)))
+            self._begin(seat, task)
+
+    def _begin(self, seat: Seat, task: Task) -> None:
+        """Tell a stage of a task; with what it needs for the task's adapters, if it is a dit."""
+        stage = stage_of(seat)
+        lent = self._loras.adapters.of(task.job) if stage == "dit" else []
+        begin = Begin(stage=stage, job=self._described(task), adapters=[version for version, _ in lent])
+        self._crew.send(seat, begin, [fd for _, fd in lent])
 
     async def try_weights(self, user: UserParams, weights: dict[str, str]) -> str:
         """Make a video with these versions in the place of those that are served; its path. Not journalled."""
@@ -572,6 +609,9 @@ class Supervisor:
         task = Task(job, spec, entry.params, entry.submitted_at)
         task.weights = weights or {}
         self._pool.add(task)
+        if gone := self._loras.adapters.missing(job):
+            self._end(task, Failed(id=job.id, error=to_failure(lost(gone[0]))))
+            return
         self._dispatch(Submitted(spec))
 
     # Events and actions.
@@ -601,7 +641,7 @@ class Supervisor:
                 # Later ones for what was not loaded yet: the first stages are up before the last.
                 task.weights = {**self._crew.weights.serving, **task.weights}
                 self._memory.begin(identity, stage_of(seat))
-                self._crew.send(seat, Begin(stage=stage_of(seat), job=self._described(task)))
+                self._begin(seat, task)
             case DropTask(seat, identity):
                 self._crew.send(seat, Drop(id=identity, stage=stage_of(seat)))
             case Report(identity, phase, step, steps, seconds_left):
@@ -642,6 +682,7 @@ class Supervisor:
             case Dropped(id=identity):
                 self._dispatch(TaskDropped(seat, epoch, identity))
                 self._reloader.let_go()
+                self._loras.let_go()
             case Ready():
                 self._dispatch(StageUp(seat, epoch))
 
@@ -665,6 +706,7 @@ class Supervisor:
             self._crew.weights.served.update(task.versions)
         if self._journal is not None and not _is_ours(event):
             self._in_background(self._journal.remove(task.id))
+        self._loras.let_go()
         if not self._pool.unfinished():
             self._idle.set()
             self._loop.call_later(IDLE_CHECK, self._check_when_idle)
@@ -685,7 +727,7 @@ class Supervisor:
         metadata = {
             "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params, "seed": job.seed,
             "weights": task.weights, "versions": self._crew.versions, "device": self.device,
-        } | lora_metadata(self.checkpoint)  # fmt: skip
+        } | lora_metadata(self.checkpoint) | adapter_metadata(job)  # fmt: skip
         if task.changes:
             metadata["weight_changes"] = msgspec.to_builtins(task.changes)
         if job.init is not None:

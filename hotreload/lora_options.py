@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ def attach_loras(components: Mapping[str, Component], options: Iterable[str]) ->
     }  # fmt: skip
     for option in parsed:
         check_paths(option)
-        for name, given in zip(experts, _for_each_expert(option.files, experts), strict=True):
+        for name, given in zip(experts, for_each_expert(option.files, experts), strict=True):
             file = _path(given)
             read_lora(file, name, shapes[name], f"LoRA {given}")
             lora = Lora(file=str(file), strength=option.strength)
@@ -86,29 +86,33 @@ def check_paths(option: LoraOption) -> None:
             )
 
 
-def _for_each_expert(files: tuple[str, ...], experts: list[str]) -> tuple[str, ...]:
-    """The file that goes into each transformer."""
-    names = ", ".join(files)
-    both = [file for file in files if len(experts_in(_header_entries(file))) == 2]
+def for_each_expert(
+    files: tuple[str, ...], experts: Sequence[str], label: Callable[[str], str] = str
+) -> tuple[str, ...]:
+    """The file that goes into each transformer. `label`: what errors call a file.
+
+    Raises `BadConfig` for a number of files that does not fit the experts, `BadCheckpoint` for a file.
+    """
+    names = ", ".join(map(label, files))
+    both = [file for file in files if len(experts_in(_header_entries(file, label))) == 2]
     if len(files) == 1 and len(experts) == 2:
         if not both:
             raise BadConfig(
-                f"LoRA {names} is for one transformer, but the model has two experts; give a file for each, "
-                "HIGH,LOW:STRENGTH"
+                f"LoRA {names} is for one transformer, but the model has two experts; give a file for each, HIGH,LOW"
             )
         return files * 2
     if len(files) == 2 and len(experts) != 2:
         raise BadConfig(f"LoRA {names}: two files are for a model with two experts; this one has one transformer")
     if both:
         expected = "give it alone" if len(experts) == 2 else "the model has one transformer"
-        raise BadConfig(f"LoRA {both[0]} holds both experts (transformer. and transformer_2.); {expected}")
+        raise BadConfig(f"LoRA {label(both[0])} holds both experts (transformer. and transformer_2.); {expected}")
     if len(files) == 2 and [expert_of(Path(file).name) for file in files] == ["low", "high"]:
         raise BadConfig(f"LoRA {names}: by their names the low-noise file comes first; the order is HIGH,LOW")
     return files
 
 
-def _header_entries(file: str) -> list[TensorEntry]:
-    return read_header(_path(file), f"LoRA {file}").entries
+def _header_entries(file: str, label: Callable[[str], str]) -> list[TensorEntry]:
+    return read_header(_path(file), f"LoRA {label(file)}").entries
 
 
 def _path(given: str) -> Path:

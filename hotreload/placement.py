@@ -172,6 +172,16 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str,
     assert not strangers, f"tensors of the module that are not of its weights: {strangers}"
 
 
+def rebind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make these parameters of a module that is bound other tensors of the same shapes, without a copy."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        before = getattr(owner, leaf)
+        assert before.shape == tensor.shape, f"{name}: got {tuple(tensor.shape)}, expected {tuple(before.shape)}"
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
 def view_placed(data: Tensor, tensor: PlacedTensor) -> Tensor:
     """A placed tensor as a view of the data, flat uint8."""
     size = tensor_bytes(tensor.dtype, tensor.shape)

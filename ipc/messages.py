@@ -167,6 +167,24 @@ class GetTrace(ClientMessage, frozen=True, tag="trace", kw_only=True):
     """When the latest quanta ran, and where."""
 
 
+class AddLora(ClientMessage, frozen=True, tag="lora_add", kw_only=True):
+    """Owner only. Read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as `name`;
+    answered with it when that is so. A `name` that is taken is given to this one from now on."""
+
+    name: str
+    files: list[str]
+
+
+class RemoveLora(ClientMessage, frozen=True, tag="lora_remove", kw_only=True):
+    """Owner only. Requests that were accepted with it are finished with it."""
+
+    name: str
+
+
+class ListLoras(ClientMessage, frozen=True, tag="lora_list", kw_only=True):
+    pass
+
+
 AnyClientMessage = (
     Hello
     | Submit
@@ -181,6 +199,9 @@ AnyClientMessage = (
     | ListVersions
     | ReloadSupervisor
     | GetTrace
+    | AddLora
+    | RemoveLora
+    | ListLoras
 )
 
 
@@ -297,6 +318,10 @@ class Traced(ServerMessage, frozen=True, tag="traced", kw_only=True):
     clock: float
 
 
+class LoraList(ServerMessage, frozen=True, tag="loras", kw_only=True):
+    loras: list[LoraInfo]
+
+
 AnyServerMessage = (
     Welcome
     | Accepted
@@ -312,6 +337,7 @@ AnyServerMessage = (
     | VersionList
     | SupervisorReloaded
     | Traced
+    | LoraList
 )
 TaskEvent = Progress | Done | Failed
 
@@ -419,6 +445,24 @@ class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Tasks that use it."""
 
 
+class LoraInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter that requests can name, or, `draining`, that only accepted ones still use."""
+
+    name: str
+    state: Literal["loaded", "draining"]
+    files: list[str]
+    """Without the directories they are in."""
+    content: dict[str, str]
+    """Component -> hash of what is added to it."""
+    rank: int
+    """The highest of its pairs; 0: it has none, but whole differences."""
+    tensors: int
+    """That it adds to, of all components."""
+    bytes: int
+    running: int
+    """Unfinished requests that use it."""
+
+
 class MergedLora(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA that is merged into a component; `file` without the directories it is in."""
 
@@ -507,6 +551,16 @@ class WeightVersion(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     device: int | None = None
     """Number of the GPU that they are on; None: host memory."""
+
+
+class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """What a LoRA file adds to one component, in host memory (`hotreload/adapters.py`)."""
+
+    version: WeightVersion
+    rank: int
+    """The highest of its pairs."""
+    tensors: int
+    """That it adds to."""
 
 
 class StageProcessMessage(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -604,6 +658,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     bound."""
     changes: list[WeightChange] = []
     """Of the transformers' versions in the middle of the task, in the order of their steps."""
+    loras: list[JobLora] = []
+    """Added to those versions, in this order."""
 
     @property
     def partial(self) -> str:
@@ -615,6 +671,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def temporaries(self) -> tuple[str, ...]:
         """Every name that the writer may use meanwhile: for the video, its JSON, and what had their names before."""
         return tuple(self.partial + suffix for suffix in ("", ".json", ".old", ".json.old"))
+
+
+class JobLora(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter that a task is computed with; its name may mean another one by now."""
+
+    name: str
+    strength: float
+    content: dict[str, str]
+    """Component -> hash of what is added to it."""
 
 
 class WeightChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -631,6 +696,8 @@ class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
 
     stage: StageName
     job: Job
+    adapters: list[WeightVersion] = []
+    """To the dit: what `job.loras` add to each component; their descriptors come along, in this order."""
 
 
 class Run(StageProcessMessage, frozen=True, tag="run", kw_only=True):
@@ -788,8 +855,8 @@ AnyStageReport = (
 )
 
 
-# Supervisor -> the process that reads a new version of weights (`stages/loader.py`), and back: `Loading` and `Placed`
-# of each, then one of these.
+# Supervisor -> the process that reads a new version of weights, or a LoRA (`stages/loader.py`), and back: `Loading` and
+# `Placed`, or `PlacedLora`, of each component, then `ReadAll` or `ReadFailed`.
 
 
 class Read(msgspec.Struct, frozen=True, tag_field="type", tag="read", kw_only=True):
@@ -810,6 +877,22 @@ class Read(msgspec.Struct, frozen=True, tag_field="type", tag="read", kw_only=Tr
     image_encoder: ImageEncoderConfig | None
 
 
+class ReadLora(msgspec.Struct, frozen=True, tag_field="type", tag="read_lora", kw_only=True):
+    """Read and verify a LoRA, one file or one for each expert, and place what it adds to each of these components."""
+
+    supervisor_pid: int
+    files: list[str]
+    components: list[str]
+    """The model's transformers."""
+    transformer: TransformerConfig
+
+
+class PlacedLora(StageReport, frozen=True, tag="placed_lora", kw_only=True):
+    """What a LoRA adds to one component was read into host memory; its descriptor comes with the message."""
+
+    adapter: AdapterVersion
+
+
 class ReadAll(StageReport, frozen=True, tag="read_all", kw_only=True):
     """Everything is placed, and was handed over."""
 
@@ -820,7 +903,7 @@ class ReadFailed(StageReport, frozen=True, tag="read_failed", kw_only=True):
     error: Failure
 
 
-AnyLoaderReport = Loading | Placed | ReadAll | ReadFailed
+AnyLoaderReport = Loading | Placed | PlacedLora | ReadAll | ReadFailed
 
 
 # Supervisor -> the processes that make and test GPU memory (`ipc/device_maker.py`), and back.

@@ -44,7 +44,7 @@ from stages.sampling import (
 )
 from stages.solvers import Schedule
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import Network
+from stages.weights import Bound, Network
 
 EXPERTS = ("transformer", "transformer_2")
 """Component of each, by `expert_index`."""
@@ -69,8 +69,8 @@ class Denoising:
     done: int = 0
     context: Context | None = None
     """What the expert of the last step attends to; made when its first step comes."""
-    made_by: tuple[int, str] | None = None
-    """The expert that `context` is of, and the content hash of its weights."""
+    made_by: tuple[int, Bound] | None = None
+    """The expert that `context` is of, and its weights."""
 
     @property
     def total(self) -> int:
@@ -159,7 +159,9 @@ class DitStage:
 
     def drop(self, identity: str) -> None:
         self._tasks.pop(identity, None)
-        self._jobs.pop(identity, None)
+        if (job := self._jobs.pop(identity, None)) is not None and job.loras:
+            for network in self._experts:
+                network.keep_adapters(self._jobs.values())
         self._links.inputs["prompts"].release(identity)
         self._links.inputs["init_latents"].release(identity)
         self._states.release(identity)
@@ -231,8 +233,8 @@ class DitStage:
         timestep = task.schedule.timesteps[index]
         expert = expert_index(timestep, self._start.boundary)
         scale = (task.job.guidance_scale, task.job.guidance_scale_2)[expert]
-        model = self._experts[expert].of(task.job, task.done)
-        maker = (expert, self._experts[expert].content)
+        model = self._bound(expert, task)
+        maker = (expert, self._experts[expert].bound)
         if task.context is None or task.made_by != maker:
             task.context = None  # free the other expert's keys and values first
             task.context, task.made_by = self._context(task, model, guided(scale)), maker
@@ -253,6 +255,15 @@ class DitStage:
         state = {"latents": latents} | ({"history": history} if history.numel() else {})
         commit_tensors(task.slot, task.done, state)
         self._links.beat()
+
+    def _bound(self, expert: int, task: Denoising) -> WanTransformer:
+        """The expert with the weights and adapters of the task. There is one overlay at a time: of a 14B model it takes
+        28 GB, and to make it anew takes a few hundredths of a step."""
+        if task.job.loras:
+            for number, network in enumerate(self._experts):
+                if number != expert:
+                    network.drop_overlay()
+        return self._experts[expert].of(task.job, task.done)
 
     def _context(self, task: Denoising, model: WanTransformer, negative: bool) -> Context:
         """Keys and values of the prompts and of the image's tokens for this expert, and all timesteps, embedded: once

@@ -1,8 +1,9 @@
-"""Reads new versions of weights while the engine serves: `python -m stages.loader FD`, FD being its end of a channel.
+"""Reads new versions of weights, or a LoRA, while the engine serves: `python -m stages.loader FD`, FD being its end of
+a channel.
 
-It gets one `Read`, verifies everything that can be wrong with a file, places each component in fresh memory that
-outlives it, hands the descriptors over, and ends. So a bad file can only end this process, and nobody computes with
-what it made before the supervisor says so.
+It gets one `Read` or `ReadLora`, verifies everything that can be wrong with a file, places each component in fresh
+memory that outlives it, hands the descriptors over, and ends. So a bad file can only end this process, and nobody
+computes with what it made before the supervisor says so.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import msgspec
 
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, to_failure
-from ipc.messages import Component, Placed, Read, ReadAll, ReadFailed
+from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
 from stages.worker import (
     EXIT_ORPHANED,
     EXIT_START_FAILED,
@@ -42,7 +43,10 @@ Stamp = tuple[int, int, int, int]
 """What changes when a file is replaced or written to."""
 
 
-def read_all(asked: Read, channel: Channel[Read], fds: list[int]) -> None:
+Asked = Read | ReadLora
+
+
+def read_all(asked: Read, channel: Channel[Asked], fds: list[int]) -> None:
     """Read, verify, place and hand over every component. Raises `BadCheckpoint` and `OutOfMemory`."""
     from ipc.tensors import dtype_of
     from stages.models.blueprint import build
@@ -65,6 +69,26 @@ def read_all(asked: Read, channel: Channel[Read], fds: list[int]) -> None:
                 check_finite(component.name, placement.tensors)
             channel.send(Placed(version=version, device=device), [placement.fd], timeout=SEND_TIMEOUT)
             placement.close()
+
+
+def read_lora(asked: ReadLora, channel: Channel[Asked]) -> None:
+    """Read, verify, place and hand over what a LoRA adds to each component. Raises `BadConfig` for a number of files
+    that does not fit the model, `BadCheckpoint` for a file, `OutOfMemory`."""
+    from hotreload.adapters import place_adapter
+    from hotreload.lora_options import for_each_expert
+    from stages.models.blank import blank
+    from stages.models.transformer import WanTransformer
+
+    with blank():
+        shapes = {name: tuple(tensor.shape) for name, tensor in WanTransformer(asked.transformer).state_dict().items()}
+    files = for_each_expert(tuple(asked.files), asked.components, os.path.basename)
+    placed = []
+    with unchanged(Component(name="LoRA", files=asked.files)):
+        for name, file in zip(asked.components, files, strict=True):
+            placed.append(place_adapter(Path(file), name, shapes, f"LoRA {os.path.basename(file)}"))
+    for adapter, placement in placed:
+        channel.send(PlacedLora(adapter=adapter), [placement.fd], timeout=SEND_TIMEOUT)
+        placement.close()
 
 
 def progress_of(loading: LoadingReporter, component: str) -> Callable[[int, int], None]:
@@ -144,13 +168,16 @@ def failure_of(error: Exception) -> Failure:
     return Failure(EngineError.code, f"the loader failed: {summary(error)}")
 
 
-def run(channel: Channel[Read]) -> int:
+def run(channel: Channel[Asked]) -> int:
     """The life of the process; returns its exit code."""
     asked, fds = channel.receive(START_TIMEOUT)
     watch_supervisor(asked.supervisor_pid)
     load_torch()
     try:
-        read_all(asked, channel, fds)
+        if isinstance(asked, ReadLora):
+            read_lora(asked, channel)
+        else:
+            read_all(asked, channel, fds)
     except ChannelClosed:
         raise
     except Exception as error:
@@ -165,7 +192,7 @@ def run(channel: Channel[Read]) -> int:
 def main() -> None:
     """As `stages.worker.main`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel: Channel[Read] = Channel(socket.socket(fileno=int(sys.argv[1])), Read)
+    channel: Channel[Asked] = Channel(socket.socket(fileno=int(sys.argv[1])), Asked)
     try:
         code = run(channel)
     except ChannelClosed:

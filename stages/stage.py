@@ -56,6 +56,8 @@ class AnyNetwork(Protocol):
 
     def forget(self, content: str) -> None: ...
 
+    def lend(self, version: WeightVersion, fd: int) -> None: ...
+
 
 class Stage(Protocol):
     """One stage, loaded. For each task `begin`, `step` per quantum, `drop`; any number of tasks at once.

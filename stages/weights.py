@@ -1,40 +1,61 @@
 """How a stage comes by its weights: from memory that is there already, else from disk into memory that will be; and how
-it changes between versions of them."""
+it changes between versions of them, with and without LoRA adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hotreload.device_placement import DevicePlacement
-from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, view_placed
+from hotreload.overlay import make_overlay
+from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory
 from ipc.messages import Component, Job, Start, WeightVersion
+from stages.adapters import Lent, Wanted, wanted_by
 from stages.models.joined import JoinedModule
 from stages.stage import Links, component
 
 M = TypeVar("M", bound=nn.Module)
 
 
+class Bound(NamedTuple):
+    """What a module computes with: a version of its weights, and the adapters that are added to it."""
+
+    content: str
+    loras: Wanted = ()
+    overlay: int = 0
+    """Which of the overlays made so far: the same one, made again, is in other memory. 0: none."""
+
+
 class Network(Generic[M]):
     """A module and the versions of its weights that are in memory. It computes with one of them at a time; to change
-    makes every parameter and buffer a view of other memory, and copies nothing.
+    makes every parameter and buffer a view of other memory, and copies nothing. With adapters, the tensors that they
+    touch are made anew, in memory of this process (`hotreload/overlay.py`), and the others are the version's.
 
-    Resource handling: a version stays mapped until `forget`.
+    Resource handling: a version stays mapped until `forget`; an overlay is there until something else is bound.
     """
 
     def __init__(self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str) -> None:
         """`module` is bound to version `content`; use `load`."""
         self.module = module
-        self.content = content
-        """Hash of the version that is bound."""
+        self.bound = Bound(content)
+        self._lent = Lent()
+        self._overlays = itertools.count(1)
+        self._overlaid: tuple[str, ...] = ()
+        """Names of the tensors that are not the version's."""
         self._name, self._shapes, self._aliases = name, shapes, aliases
         self._versions: dict[str, dict[str, Tensor]] = {}
-        """Content hash -> its tensors; empty where the GPU has no memory that outlives the process."""
+        """Content hash -> its tensors."""
+
+    @property
+    def content(self) -> str:
+        """Hash of the version that is bound."""
+        return self.bound.content
 
     @classmethod
     def load(
@@ -73,7 +94,9 @@ class Network(Generic[M]):
                 allocate=own_memory(shapes, runs_of(module), device),
             )  # fmt: skip
             fuse(module)
-            return cls(module, name, shapes, aliases, content)
+            network = cls(module, name, shapes, aliases, content)
+            network._versions[content] = {n: t for n, t in module.state_dict().items() if n not in aliases}
+            return network
         version, placement = place(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
         links.place(version, device, placement.fd)
         network = cls(module, name, shapes, aliases, version.content)
@@ -92,17 +115,47 @@ class Network(Generic[M]):
         """Unmap a version; the one that is bound stays until another is."""
         self._versions.pop(content, None)
 
-    def use(self, content: str) -> M:
-        """The module, bound to a version that was adopted (KeyError) or is bound already."""
-        if content != self.content:
+    def lend(self, version: WeightVersion, fd: int) -> None:
+        """Know an adapter that a task is about to want. The descriptor is duplicated."""
+        self._lent.lend(version, fd)
+
+    def keep_adapters(self, jobs: Collection[Job]) -> None:
+        """Let go of the adapters, and of the overlay, that none of these tasks wants."""
+        wanted = {wanted_by(job, self._name) for job in jobs}
+        self._lent.keep({content for loras in wanted for content, _ in loras})
+        if self.bound.loras not in wanted:
+            self.drop_overlay()
+
+    def drop_overlay(self) -> None:
+        """Bind the version without adapters."""
+        if self.bound.loras:
+            base = self._versions[self.content]
+            rebind(self.module, {name: base[name] for name in self._overlaid})
+            fuse(self.module)
+            self.bound, self._overlaid = Bound(self.content), ()
+
+    def use(self, content: str, loras: Wanted = ()) -> M:
+        """The module, bound to a version that was adopted (KeyError) or is bound already, with these adapters, which
+        were lent. When it raises, for want of memory, the version without adapters is bound."""
+        if (content, loras) == self.bound[:2]:
+            return self.module
+        # First without adapters: what the overlay that was bound takes is free for the next.
+        if content == self.content:
+            self.drop_overlay()
+        else:
             bind(self.module, self._versions[content], self._aliases)
             fuse(self.module)
-            self.content = content
+            self.bound, self._overlaid = Bound(content), ()
+        if loras:
+            made = make_overlay(self._versions[content], self._lent.applied(loras), runs_of(self.module))
+            rebind(self.module, made)
+            fuse(self.module)
+            self.bound, self._overlaid = Bound(content, loras, next(self._overlays)), tuple(made)
         return self.module
 
     def of(self, job: Job, step: int = 0) -> M:
         """The module as a task wants it, at its step `step`."""
-        return self.use(version_of(job, self._name, step) or self.content)
+        return self.use(version_of(job, self._name, step) or self.content, wanted_by(job, self._name))
 
 
 def version_of(job: Job, name: str, step: int) -> str | None:

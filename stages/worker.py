@@ -159,7 +159,9 @@ class Worker:
         match message := received.message:
             case Adopt():
                 self._entries.append(Entry(message, fd=received.fds.pop()))
-            case Begin(stage=stage, job=job):
+            case Begin(stage=stage, job=job, adapters=adapters):
+                for version, fd in zip(adapters, received.fds, strict=True):
+                    self._network(version.component).lend(version, fd)
                 self._begun.add((stage, job.id))
                 self._stages[stage].begin(job)
             case Run():

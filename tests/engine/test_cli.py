@@ -18,6 +18,7 @@ import pytest
 from engine import Client
 from engine.models import CONFIGS, list_models
 from engine.version import VERSION
+from tests.engine.adapters import write_adapter
 from tests.engine.wire import EngineProcess, command, environment, run_engine, session_processes, wait_for
 
 SMALL = ("--height", "32", "--width", "32", "--num-frames", "5", "--steps", "2", "--seed", "1")
@@ -66,6 +67,9 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("generate", PROMPT, "--checkpoint", "/nowhere"), "not a directory"),
         (("generate", PROMPT, "--checkpoint", CONFIGS / "models"), "a directory without weights"),
         (("generate", PROMPT, "--lora", "x.safetensors:strong"), "'strong' is not a strength"),
+        (("generate", PROMPT, "--lora", "style:0.5"), "no engine is running, so --lora takes files"),
+        (("lora", "add", "style", "x.safetensors:0.5"), "requests choose the strength"),
+        (("lora", "add", "style", "x.bin"), "expected FILE or HIGH_FILE,LOW_FILE"),
         (("generate", PROMPT, "--lora", "none.safetensors:0.5"), "LoRA none.safetensors cannot be read"),
         (("generate", PROMPT, "--preset", "distiled"), "did you mean 'distilled'?"),
         (("generate", PROMPT, "--noise-device", "cuda", "--image", "none.png"), "computes on the CPU"),
@@ -224,13 +228,33 @@ def test_an_engine_that_still_loads_is_waited_for(short_dir: Path) -> None:
         assert "in all: load " in stdout.splitlines()[1]
 
 
+def test_loras_of_a_running_engine(engine_process: EngineProcess, tmp_path: Path) -> None:
+    """Added, listed, asked for by name and strength, removed; then a request for it is refused."""
+    file = write_adapter(tmp_path / "style.safetensors", 1, 4)
+    at = ("--socket", engine_process.socket)
+    small = ("--steps", "2", "--num-frames", "1", "--height", "32", "--width", "32", "--out", tmp_path / "v.mp4")
+    added = run_engine("lora", "add", "style", file, "--json", *at)
+    assert added.returncode == 0, added.stderr
+    (listed,) = json.loads(run_engine("lora", "list", "--json", *at).stdout)
+    assert listed == json.loads(added.stdout)
+    assert (listed["name"], listed["rank"], listed["files"]) == ("style", 4, ["style.safetensors"])
+    made = run_engine("generate", PROMPT, *small, "--lora", "style:0.5", "--json", *at)
+    assert made.returncode == 0, made.stderr
+    (adapter,) = json.loads(made.stdout)["metadata"]["adapters"]
+    assert adapter == {"name": "style", "strength": 0.5, "content": listed["content"]}
+    removed = run_engine("lora", "remove", "style", *at)
+    assert (removed.returncode, removed.stdout) == (0, "removed style\n")
+    refused = run_engine("generate", PROMPT, *small, "--lora", "style:0.5", *at)
+    assert refused.returncode == 2 and "no LoRA has the name 'style'" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--model", "wan2.1-t2v-1.3b"), "serves wan-demo, not wan2.1-t2v-1.3b"),
         (("--placement", "fused"), "--placement cannot be chosen"),
         (("--checkpoint", "/tmp"), "--checkpoint cannot be chosen"),
-        (("--lora", "a.safetensors:1"), "--lora cannot be chosen"),
+        (("--lora", "a.safetensors:1"), "no LoRA has the name 'a.safetensors'; none is loaded"),
         (("--steps", "0"), "from 1 to 1000"),
         (("--out", "/nowhere/v.mp4"), "does not exist"),
     ],

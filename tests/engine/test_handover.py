@@ -14,9 +14,11 @@ import msgspec
 import pytest
 
 from engine import handover
+from engine.adapters import Adapters, AdaptersState
 from engine.crew import Crew
 from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
 from engine.journal import Journal
+from engine.loras import Loras
 from engine.memory import EngineMemory
 from engine.params import SystemParams, UserParams
 from engine.paths import ClaimState, SocketClaim
@@ -37,12 +39,13 @@ from engine.trace import Trace
 from engine.weights import Versions, WeightStore
 from ipc.frames import FrameReader
 from ipc.messages import AnyServerMessage, Status
+from tests.engine.adapters import ask, write_adapter
 from tests.engine.wire import RawClient, frame
 
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
-        "_scheduler _trace",
+        "_scheduler _trace _loras",
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
     Trace: ("_spans", "_devices _granted"),
@@ -61,6 +64,8 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Spare: ("_body", "_wanted _device"),
     Posts: ("_posts", "groups"),
     WeightStore: ("_placed", ""),
+    Loras: ("adapters", "_model _known_jobs _turn _closed"),
+    Adapters: ("_named _nameless _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_host _crew _turn _overtaken _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
@@ -120,7 +125,8 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
     things: list[Any] = [
         service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
-        supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim,
+        supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
+        supervisor._loras.adapters,
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:
@@ -232,3 +238,27 @@ def test_a_claim_is_the_same_claim(short_dir: Path) -> None:
     listener.close()
     assert not (short_dir / "engine.sock").exists()
     SocketClaim(short_dir / "engine.sock").close()
+
+
+async def test_adapters_go_over(service: Service, short_dir: Path) -> None:
+    """Names, what was replaced and is used, and the memory of both; a request finds them in the next program."""
+    supervisor = service.supervisor
+    for seed in (1, 2):
+        file = write_adapter(short_dir / f"{seed}.safetensors", seed, 2)
+        await supervisor.add_lora("x", str(file))
+        await supervisor.submit(ask(short_dir / f"{seed}.mp4", "x", steps=1000))
+    before, jobs = supervisor._loras.adapters, [task.job for task in supervisor._pool.unfinished()]
+    fds = Descriptors()
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(before.state(fds)), type=AdaptersState)
+    after = Adapters()
+    after.put_back(state, Descriptors([os.dup(fd) for fd in fds.fds]))
+    assert after.infos(jobs) == before.infos(jobs)
+    assert [info.state for info in after.infos(jobs)] == ["loaded", "draining"]
+    for job in jobs:
+        assert not after.missing(job)
+        ((version, fd),) = after.of(job)
+        assert os.fstat(fd).st_size == version.bytes
+    after.close()
+    lacking = msgspec.structs.replace(state, parts=[], fds=[])
+    with pytest.raises(ValueError, match="without its memory"):
+        Adapters().put_back(lacking, Descriptors())

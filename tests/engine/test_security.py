@@ -84,6 +84,9 @@ for ask in (
     lambda: client.submit(UserParams(prompt="x", output="/tmp/v.mp4")).position,
     lambda: client.shutdown(),
     lambda: client.reload_supervisor(),
+    lambda: client.add_lora("x", "/x.safetensors"),
+    lambda: client.remove_lora("x"),
+    lambda: client.loras(),
 ):
     try:
         print(ask())
@@ -103,14 +106,15 @@ def talk_as(uid: int, path: Path, root: Path) -> list[str]:
 
 @as_root
 def test_a_listed_user_is_served_and_no_other(short_dir: Path) -> None:
-    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down or reload; the
-    other is refused every time."""
+    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down, reload or
+    load LoRAs; the other is refused every time."""
     root = short_dir / "root"
     root.mkdir()
     os.chmod(short_dir, 0o711)
     with EngineProcess(short_dir, "--allow-uid", str(NOBODY), "--output-root", root) as engine:
-        assert talk_as(NOBODY, engine.socket, root) == ["wan-demo", "0", "bad_request"] + ["permission_denied"] * 2
-        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 5
+        owners = ["permission_denied"] * 4
+        assert talk_as(NOBODY, engine.socket, root) == ["wan-demo", "0", "bad_request", *owners, "[]"]
+        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 8
         with RawClient(engine.socket) as client:
             assert client.ask(STATUS)["type"] == "status"
 
@@ -268,15 +272,16 @@ def test_errors_say_nothing_of_the_machine(engine: EngineProcess, root: Path) ->
 
 def test_no_message_of_a_client_can_name_memory() -> None:
     """Of what clients send, only these fields are texts, and none of them is a name in the engine: ids of tasks, a
-    prompt, paths that are checked, and words of a closed list; of the owner also the files of a reload."""
+    prompt, paths that are checked, and words of a closed list; of the owner also the files of a reload and of a LoRA,
+    and its name, which is one of a table of the supervisor's."""
     texts: dict[bool, set[str]] = {True: set(), False: set()}
     for message in get_args(AnyClientMessage):
         fields = {f.name for f in msgspec.structs.fields(message) if f.type not in (int, bool)}
         texts["Owner only" in (message.__doc__ or "")] |= fields
     assert texts[False] == {"client", "params", "id"}
-    assert texts[True] == {"checkpoint", "components", "when", "canary", "manifest", "stages"}
+    assert texts[True] == {"checkpoint", "components", "when", "canary", "manifest", "stages", "name", "files"}
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
-    assert values == {"prompt", "negative_prompt", "image", "video", "output"}
+    assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}
     for message in get_args(AnyServerMessage):
         assert not {f.name for f in msgspec.structs.fields(message)} & {"fd", "fds", "handle", "slot", "address"}
 
