@@ -16,7 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -65,9 +65,9 @@ def read_all(asked: Read, channel: Channel[Read], fds: Sequence[int]) -> None:
                     blueprint.module, component, device=device, dtype=blueprint.dtype(dtype_of(asked.dtype)),
                     aliases=blueprint.aliases, progress=progress_of(loading, component.name),
                 )  # fmt: skip
-                check_finite(component.name, placement.tensors)
-                channel.send(Placed(version=version, device=device), [placement.fd], timeout=SEND_TIMEOUT)
-                placement.close()
+                with closing(placement):
+                    check_finite(component.name, placement.tensors)
+                    channel.send(Placed(version=version, device=device), [placement.fd], timeout=SEND_TIMEOUT)
 
 
 def with_descriptors(asked: Read, fds: Sequence[int]) -> list[Component]:
