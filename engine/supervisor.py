@@ -343,7 +343,7 @@ class Supervisor:
             raise ValueError(f"{len(scheduled ^ known)} tasks are either scheduled or known, but not both")
 
     async def pause(self) -> None:
-        """Before the hand-over: put everything on disk and close the journal, and end the process that reads weights, of
+        """Before the hand-over: put everything on disk and close the journal; end the process that reads weights, of
         which the next program knows nothing. Requests must be held back."""
         await self._reloader.end()
         if self._journal is not None:
