@@ -2,7 +2,7 @@
 
 Four clients ask for one small video after another while the weights go to and fro between the two revisions of the
 model that ships. Every video must be that of the version which its metadata names, none may fail, and the slowest may
-be little slower than without reloads. The same engine is measured without them before and after, as others use the
+be little slower than without reloads. The same engine is measured with and without them in turns, as others use the
 machine too.
 """
 
@@ -21,6 +21,7 @@ from tools.load import CLIENTS, PATIENCE, Broken, Footprint, Tally, digest, noth
 
 REVISIONS = (CONFIGS / "demo", CONFIGS / "demo" / "revision-2")
 COMPONENT = "transformer"
+TURNS = 5
 
 
 class Latencies:
@@ -46,6 +47,7 @@ class Rounds:
         self.made: dict[str, int] = {}
         """Content hash -> videos."""
         self._numbers = itertools.count()
+        self._revisions = itertools.cycle((1, 0))
 
     async def calm(self) -> None:
         """What each version gives when nothing else happens."""
@@ -90,7 +92,7 @@ class Rounds:
                     while len(latencies.seconds) < number * count // reloads:
                         await done.wait()
                 began = time.monotonic()
-                await self.reload((number + 1) % 2)
+                await self.reload(next(self._revisions))
                 took.append(time.monotonic() - began)
                 self._tally.faults["reloads"] += 1
 
@@ -109,17 +111,20 @@ def ask(path: Path) -> UserParams:
 
 
 async def reloads(tally: Tally, folder: Path, requests: int, count: int, worst: float) -> None:
-    """`count` reloads over `requests` requests, between two stretches of half as many without. `Broken` if p99 is more
-    than `worst` times that of these."""
+    """`count` reloads over `requests` requests, in turns with as many requests without. `Broken` if p99 is more than
+    `worst` times that of these."""
     before = Footprint.of_this_process()
+    calm, disturbed, took = Latencies(), Latencies(), list[float]()
     async with Supervisor(SystemParams(model="wan-demo", device="cpu")) as supervisor:
         await supervisor.ready()
         rounds = Rounds(supervisor, folder, tally)
         await rounds.calm()
-        calm, _ = await rounds.requests(requests // 2, 0)
-        disturbed, took = await rounds.requests(requests, count)
-        after, _ = await rounds.requests(requests // 2, 0)
-        calm.seconds += after.seconds
+        for _ in range(TURNS):
+            alone, _ = await rounds.requests(requests // TURNS, 0)
+            beside, seconds = await rounds.requests(requests // TURNS, count // TURNS)
+            calm.seconds += alone.seconds
+            disturbed.seconds += beside.seconds
+            took += seconds
         status = supervisor.status()
         if status.failed or problems(supervisor):
             raise Broken(f"{status.failed} requests failed; {problems(supervisor)}")

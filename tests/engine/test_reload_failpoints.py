@@ -28,7 +28,7 @@ from ipc.errors import EngineError
 from ipc.messages import Canary
 from tests.conftest import Video, until
 from tests.engine.reloading import ask, denoising, engine, order, placed, vary, video
-from tests.engine.wire import EngineProcess
+from tests.engine.wire import EngineProcess, session_processes, wait_for
 from tools.chaos import pid_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -164,6 +164,8 @@ async def test_the_supervisor_is_killed(short_dir: Path, steps_into: str) -> Non
         else:
             asking = threading.Thread(target=_reload_in_vain, args=(client, other))
             asking.start()
+            session = first.process.pid
+            wait_for(lambda: any("stages.loader" in c for c in session_processes(session)), "the loader to start")
         first.kill()
         if steps_into != "it is served":
             asking.join()
