@@ -22,7 +22,6 @@ from ipc.errors import (
     BadCheckpoint,
     BadConfig,
     CanaryFailed,
-    EngineError,
     NotFound,
     ServerUnavailable,
     StageFailed,
@@ -295,34 +294,6 @@ async def test_weights_from_memory_are_verified(supervisor: Supervisor, golden: 
             await supervisor.update_weights(component, content)
     assert (supervisor.memory(), len(os.listdir("/proc/self/fd"))) == before
     assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
-
-
-@pytest.mark.parametrize("victim", ["reader", "loader"])
-async def test_who_reads_is_killed(supervisor: Supervisor, golden: Golden, tmp_path: Path, victim: str) -> None:
-    """The reload says so, and nothing has changed; the next one goes well."""
-    first, second = golden
-
-    def find() -> int | None:
-        loader = supervisor._reloader._loader.pid
-        if victim == "loader" or loader is None:
-            return loader
-        try:
-            found = Path(f"/proc/{loader}/task/{loader}/children").read_text().split()
-        except OSError:
-            return None
-        return int(found[0]) if found else None
-
-    reloading = asyncio.create_task(supervisor.reload(order()))
-    await until(lambda: find() is not None, f"the {victim} is there")
-    pid = find()
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=r"killed|ended") as caught:
-        await reloading
-    assert caught.value.code in ("out_of_memory", "server_unavailable")
-    assert supervisor.status().weights["transformer"] == first
-    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
-    assert (await supervisor.reload(order())).weights == {"transformer": second}
 
 
 async def test_no_reload_while_the_engine_drains(tmp_path: Path) -> None:
