@@ -16,7 +16,10 @@ from engine.params import ModelParams, SystemParams
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
 from hotreload.comfyui import transformers
 from hotreload.described import check_config
+from hotreload.files import path_of_descriptor
+from hotreload.given import check_given
 from hotreload.lora_options import attach_loras
+from hotreload.shown import shown
 from hotreload.tables import (
     TransformerTraits,
     VaeTraits,
@@ -69,6 +72,16 @@ def open_components(
     components = _checked(found, model, params, directory)
     check_paths(components.values())
     return components
+
+
+def given_component(model: ModelParams, params: SystemParams, name: str, fd: int) -> Component:
+    """A component that a program gives in memory (`hotreload/given.py`), with Diffusers' names of its tensors; its file
+    is this process's descriptor. Raises as `open_components`."""
+    if name not in model.components:
+        raise BadConfig(f"{model.name} has no {shown(name)}; its components are {', '.join(model.components)}")
+    check_given(fd)
+    component = Component(name=name, files=[path_of_descriptor(fd)])
+    return _checked({name: component}, model, params, Path("the given weights"))[name]
 
 
 def _checked(

@@ -8,18 +8,21 @@ tasks, and survives a restart of the server.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine.arrays import given_tensors
 from engine.connection import AsyncConnection, Connection, Deadlines
 from engine.decode import decode_strictly
 from engine.params import UserParams
 from engine.paths import socket_path
+from hotreload.given import pack
 from ipc.errors import BadRequest, EngineError, from_failure
 from ipc.messages import (
     Accepted,
@@ -56,6 +59,7 @@ from ipc.messages import (
     TaskInfo,
     TaskList,
     Traced,
+    UpdateWeights,
     VersionInfo,
     VersionList,
     Welcome,
@@ -167,6 +171,17 @@ class Client:
         they serve; if it raises, the one that it was about goes on."""
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
+
+    def update_weights(self, component: str, tensors: Mapping[str, Any], when: When = "drain") -> Reloaded:
+        """Give new tasks these weights of a component: all its tensors, by Diffusers' names, as numpy arrays or what
+        becomes one. Returns when it does; if it raises, nothing has changed."""
+        fd = pack(given_tensors(tensors))
+        try:
+            with Connection(self.socket, self._deadlines) as connection:
+                asked = UpdateWeights(ref=0, component=component, when=when)
+                return connection.ask(asked, Reloaded, self._deadlines.reload, fd)
+        finally:
+            os.close(fd)
 
     def rollback(self, when: When = "drain") -> Reloaded:
         """Have new tasks get the weights that were served before the last reload."""
@@ -314,6 +329,17 @@ class AsyncClient:
         they serve; if it raises, the one that it was about goes on."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
+
+    async def update_weights(self, component: str, tensors: Mapping[str, Any], when: When = "drain") -> Reloaded:
+        """Give new tasks these weights of a component: all its tensors, by Diffusers' names, as numpy arrays or what
+        becomes one. Returns when it does; if it raises, nothing has changed."""
+        fd = await asyncio.to_thread(lambda: pack(given_tensors(tensors)))
+        try:
+            async with AsyncConnection(self.socket, self._deadlines) as connection:
+                asked = UpdateWeights(ref=0, component=component, when=when)
+                return await connection.ask(asked, Reloaded, self._deadlines.reload, fd)
+        finally:
+            os.close(fd)
 
     async def rollback(self, when: When = "drain") -> Reloaded:
         """Have new tasks get the weights that were served before the last reload."""

@@ -5,6 +5,7 @@ Both kinds share `_Inbox`, which sorts what arrives; they differ only in how byt
 
 from __future__ import annotations
 
+import array
 import asyncio
 import collections
 import contextlib
@@ -116,8 +117,8 @@ class Connection:
             self._socket.close()
             raise
 
-    def ask(self, message: ClientMessage, expected: type[R], deadline: float | None = None) -> R:
-        """Send a message and wait for its reply."""
+    def ask(self, message: ClientMessage, expected: type[R], deadline: float | None = None, fd: int | None = None) -> R:
+        """Send a message, with a copy of a descriptor, and wait for its reply."""
         deadline = deadline or self._deadlines.reply
         end = time.monotonic() + deadline
         self._sent += 1
@@ -126,7 +127,8 @@ class Connection:
         try:
             # If the server has already hung up, what it said before is still to be read.
             with contextlib.suppress(ConnectionError):
-                self._socket.sendall(encode_frame(message))
+                frame = encode_frame(message)
+                self._socket.sendall(frame if fd is None else frame[_send_with(self._socket, frame, fd) :])
             while (reply := self._inbox.reply(message, expected)) is None:
                 self._inbox.feed(self._read(end - time.monotonic()))
         except TimeoutError:
@@ -198,15 +200,19 @@ class AsyncConnection:
     async def __aexit__(self, *exc: object) -> None:
         self._socket.close()
 
-    async def ask(self, message: ClientMessage, expected: type[R], deadline: float | None = None) -> R:
-        """Send a message and wait for its reply."""
+    async def ask(
+        self, message: ClientMessage, expected: type[R], deadline: float | None = None, fd: int | None = None
+    ) -> R:
+        """Send a message, with a copy of a descriptor, and wait for its reply."""
         deadline = deadline or self._deadlines.reply
         self._sent += 1
         message = msgspec.structs.replace(message, ref=self._sent)
         try:
             async with asyncio.timeout(deadline):
                 with contextlib.suppress(ConnectionError):
-                    await self._loop.sock_sendall(self._socket, encode_frame(message))
+                    frame = encode_frame(message)
+                    rest = frame if fd is None else frame[_send_with(self._socket, frame, fd) :]
+                    await self._loop.sock_sendall(self._socket, rest)
                 while (reply := self._inbox.reply(message, expected)) is None:
                     self._inbox.feed(await self._read())
         except TimeoutError:
@@ -240,6 +246,12 @@ class AsyncConnection:
             return await self._loop.sock_recv(self._socket, READ_BYTES)
         except ConnectionError:
             return b""
+
+
+def _send_with(sock: socket.socket, frame: bytes, fd: int) -> int:
+    """Send the beginning of a frame, and a descriptor with it; how many bytes that was. The engine answers one message
+    at a time, and everything before was answered: there is room."""
+    return sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
 
 
 def _connect(path: Path, deadline: float) -> socket.socket:

@@ -422,6 +422,14 @@ class Crew:
                 post.process.send(Forget(component=component, content=content))
         self.placed.let_go(component, content)
 
+    def _forget_what_is_gone(self, process: StageProcess) -> None:
+        """Have it unmap the versions that were let go of before it could be told."""
+        device = self._posts.device_of(process.seats)
+        for component, content in sorted(process.knows):
+            if self.placed.find(device, component, content) is None:
+                process.knows.discard((component, content))
+                process.send(Forget(component=component, content=content))
+
     def devices_of(self, component: str) -> list[str]:
         """Where it is computed with."""
         posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
@@ -439,6 +447,7 @@ class Crew:
             case Adopted(component=component, content=content, error=error):
                 if error is None:
                     process.knows.add((component, content))
+                    self._forget_what_is_gone(process)
                 else:
                     self._refused[component, content] = error
                 self._notify()
@@ -458,6 +467,7 @@ class Crew:
                 self._notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
+                self._forget_what_is_gone(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._posts.of(process.seats):

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from engine.adapters import Adapters
+from engine.adapters import Adapters, Part
 from engine.checkpoint import EXPERTS
 from engine.loader import Loader
 from engine.params import ModelParams
@@ -56,16 +56,23 @@ class Loras:
         )  # fmt: skip
         async with self._turn:
             self.adapters.check_name(name)
-            async with Loader(asked) as loader:
-                parts = await loader.parts()
-                if self._closed:
-                    close_fds(part.fd for part in parts)
-                    raise ServerUnavailable("the engine stopped while the LoRA was read")
-                adapter = self.adapters.add(name, [os.path.basename(file) for file in files], parts)
+            parts = await self._read(asked)
+            if self._closed:
+                close_fds(part.fd for part in parts)
+                raise ServerUnavailable("the engine stopped while the LoRA was read")
+            adapter = self.adapters.add(name, [os.path.basename(file) for file in files], parts)
         log.info("the LoRA %s is %s", name, ", ".join(f"{c} {h[:12]}" for c, h in adapter.content.items()))
         info = self.adapters.info(name)
         self.let_go()
         return info
+
+    async def _read(self, asked: ReadLora) -> list[Part]:
+        loader = Loader()
+        try:
+            return await loader.read_lora(asked)
+        finally:
+            loader.end()
+            await loader.ended()
 
     def remove(self, name: str) -> None:
         """`NotFound` if nothing has this name."""

@@ -11,15 +11,15 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from engine.checkpoint import open_components
+from engine.checkpoint import given_component, open_components
 from engine.crew import Crew
 from engine.decode import decode_strictly
 from engine.judge import judge
@@ -27,13 +27,25 @@ from engine.loader import Loader
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.weights import Placed, Source, Versions
 from ipc.channel import close_fds
-from ipc.errors import BadConfig, BadRequest, CanaryFailed, EngineError, NotFound, OutOfMemory, Superseded
+from ipc.errors import (
+    BadConfig,
+    BadRequest,
+    CanaryFailed,
+    EngineError,
+    NotFound,
+    OutOfMemory,
+    StageFailed,
+    Superseded,
+)
 from ipc.messages import Canary, Component, LoadProgress, Read, Reload, Reloaded, VersionInfo, When
 
 log = logging.getLogger(__name__)
 
 ADOPT_TIMEOUT = 120.0
 """Seconds for every process to map a version; one that is loading maps it when it is up."""
+
+GIVEN = "given in memory"
+"""Where weights are from that a program has given."""
 
 
 class Host(Protocol):
@@ -68,15 +80,17 @@ class Order(NamedTuple):
 
 
 class Reloader:
-    """Carries out reloads, one at a time: the last to come wins, and one before it that has not flipped is told so."""
+    """Carries out reloads, one at a time: the last to come wins, and one before it that has not flipped is told so. A
+    dry run, which changes nothing, waits for those before it."""
 
     def __init__(self, host: Host, crew: Crew) -> None:
         self._host, self._crew = host, crew
         self._turn = asyncio.Lock()
-        self._overtaken = asyncio.Event()
-        """Of the reload that has the turn: another one came."""
+        self._turns: set[asyncio.Event] = set()
+        """Of the reloads under way, set when another one overtakes them."""
         self._candidates: set[tuple[str, str]] = set()
-        """(component, content hash) of what was placed and is not served yet."""
+        """(component, content hash) of what is to be served and is not yet."""
+        self._loader = Loader()
         self.loading: dict[str, LoadProgress] = {}
         """Of the reload that is under way."""
 
@@ -99,31 +113,43 @@ class Reloader:
             Order(components, directory.name, asked.when, asked.canary, asked.manifest, asked.dry_run)
         )
 
+    async def take(self, component: str, fd: int, when: When) -> Reloaded:
+        """Serve the weights that a program gives in memory (`hotreload/given.py`); `fd` stays the caller's. Raises as
+        `reload`."""
+        found = await asyncio.to_thread(given_component, self._host.model, self._host.params, component, fd)
+        return await self.carry_out(Order({component: found}, GIVEN, when, in_memory={component: fd}))
+
     async def rollback(self, when: When) -> Reloaded:
         """Serve what was served before; read it again if it is not in memory. Raises `NotFound` if there is nothing to
         return to, and as `reload`."""
-        try:
-            before = self._versions.before()
-        except ValueError as error:
-            raise NotFound(f"{error}; there is nothing to return to") from error
-        missing = {name: content for name, content in before.items() if not self._is_placed(name, content)}
+        async with self._my_turn():
+            try:
+                before = self._versions.before()
+            except ValueError as error:
+                raise NotFound(f"{error}; there is nothing to return to") from error
+            with self._kept(before):
+                missing = {name: content for name, content in before.items() if not self._is_placed(name, content)}
+                if not missing:
+                    return self._flip(before, when, [], 0.0)
+                async with self._read(self._once_more(missing, when)) as placed:
+                    found = {p.version.component: p.version.content for p in placed}
+                    if changed := [name for name, content in missing.items() if found[name] != content]:
+                        raise NotFound(
+                            f"the files of the {changed[0]} before have changed since; reload what they are now"
+                        )
+                    await self._adopt(placed)
+                    self._check_not_overtaken()
+                    return self._flip(before, when, placed, 0.0)
+
+    def _once_more(self, versions: Mapping[str, str], when: When) -> Order:
+        """To read what was read before."""
         components: dict[str, Component] = {}
-        for name, content in missing.items():
+        for name, content in versions.items():
             source = self._versions.sources[name, content]
             if source.component is None:
                 raise NotFound(f"the {name} before was given by a program, and is no longer in memory; give it again")
             components[name] = source.component
-        if missing:
-            label = self._versions.sources[next(iter(missing.items()))].label
-            order = Order(components, label, when)
-            async with self._my_turn(), self._read(order) as placed:
-                found = {p.version.component: p.version.content for p in placed}
-                if changed := [name for name, content in missing.items() if found.get(name) != content]:
-                    raise NotFound(f"the files of the {changed[0]} before have changed since; reload what they are now")
-                async with self._adopted(placed):
-                    return self._flip(before, when, placed, 0.0)
-        async with self._my_turn(), self._adopted([]):
-            return self._flip(before, when, [], 0.0)
+        return Order(components, self._versions.sources[next(iter(versions.items()))].label, when)
 
     async def carry_out(self, order: Order) -> Reloaded:
         """Read, map, try, flip."""
@@ -132,7 +158,7 @@ class Reloader:
                 "this GPU's driver has no memory that outlives a process, which weights are exchanged through; restart "
                 "the engine with the new checkpoint"
             )
-        async with self._my_turn():
+        async with self._my_turn(overtakes=not order.dry_run):
             began = time.monotonic()
             async with self._read(order) as placed:
                 seconds = time.monotonic() - began
@@ -142,14 +168,21 @@ class Reloader:
                 fresh = [p for p in placed if p.version.component in new]
                 if order.dry_run or not new:
                     return Reloaded(weights=new, unchanged=same, seconds=seconds, dry_run=order.dry_run)
-                for name in new:
-                    self._versions.sources[name, new[name]] = Source(order.label, order.components.get(name))
-                async with self._adopted(fresh):
+                for name, content in new.items():
+                    read = None if name in order.in_memory else order.components[name]
+                    self._versions.sources[name, content] = Source(order.label, read)
+                with self._kept(new):
+                    await self._adopt(fresh)
                     if order.canary is not None:
                         await self._try(order.canary, new)
                     self._check_not_overtaken()
                     report = self._flip(new, order.when, fresh, seconds)
                 return msgspec.structs.replace(report, unchanged=same)
+
+    async def end(self) -> None:
+        """End the process that reads, whatever it is doing."""
+        self._loader.end()
+        await self._loader.ended()
 
     def let_go(self) -> None:
         """Free the versions that nobody needs. To be called whenever a task has ended."""
@@ -189,13 +222,18 @@ class Reloader:
     # One after another.
 
     @asynccontextmanager
-    async def _my_turn(self) -> AsyncIterator[None]:
-        self._overtaken.set()
-        mine = self._overtaken = asyncio.Event()
-        async with self._turn:
-            self._check(mine)
-            self._current = mine
-            yield
+    async def _my_turn(self, overtakes: bool = True) -> AsyncIterator[None]:
+        mine = asyncio.Event()
+        for other in self._turns if overtakes else ():
+            other.set()
+        self._turns.add(mine)
+        try:
+            async with self._turn:
+                self._check(mine)
+                self._current = mine
+                yield
+        finally:
+            self._turns.discard(mine)
 
     def _check(self, mine: asyncio.Event) -> None:
         if mine.is_set():
@@ -235,36 +273,46 @@ class Reloader:
 
     async def _load(self, asked: Read, fds: Sequence[int]) -> list[Placed]:
         """Run the loader, until it is done or another reload comes."""
-        async with Loader(asked, fds, self._note_loading) as loader:
-            reading = asyncio.ensure_future(loader.placed())
-            overtaken = asyncio.ensure_future(self._current.wait())
-            try:
-                await asyncio.wait({reading, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+        reading = asyncio.ensure_future(self._loader.read(asked, fds, self._note_loading))
+        overtaken = asyncio.ensure_future(self._current.wait())
+        try:
+            await asyncio.wait({reading, overtaken}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
                 self._check_not_overtaken()
-                return await reading
-            finally:
-                overtaken.cancel()
-                if not reading.done():
-                    reading.cancel()
+            return await reading
+        finally:
+            overtaken.cancel()
+            if not reading.done():
+                reading.cancel()
+                await asyncio.wait({reading})
 
     def _note_loading(self, progress: LoadProgress) -> None:
         self.loading[progress.component] = progress
 
-    @asynccontextmanager
-    async def _adopted(self, placed: Sequence[Placed]) -> AsyncIterator[None]:
-        """Keep what was placed, and have every process map it. What is not served at the end is let go."""
-        self._candidates = {(p.version.component, p.version.content) for p in placed}
+    @contextmanager
+    def _kept(self, versions: Mapping[str, str]) -> Iterator[None]:
+        """These versions stay in memory, whoever else needs them; those that are not served at the end are let go."""
+        self._candidates = set(versions.items())
         try:
-            for p in placed:
-                if self._crew.placed.find(p.device, p.version.component, p.version.content) is None:
-                    self._crew.placed.keep(p.device, p.version, os.dup(p.fd))
-            async with asyncio.timeout(ADOPT_TIMEOUT):
-                for component, content in sorted(self._candidates):
-                    await self._crew.adopt(component, content)
             yield
         finally:
             self._candidates = set()
             self.let_go()
+
+    async def _adopt(self, placed: Sequence[Placed]) -> None:
+        """Keep what was placed, and have every process map it. Raises `StageFailed` if one cannot."""
+        for p in placed:
+            if self._crew.placed.find(p.device, p.version.component, p.version.content) is None:
+                self._crew.placed.keep(p.device, p.version, os.dup(p.fd))
+        try:
+            async with asyncio.timeout(ADOPT_TIMEOUT):
+                for component, content in sorted({(p.version.component, p.version.content) for p in placed}):
+                    await self._crew.adopt(component, content)
+        except TimeoutError as error:
+            raise StageFailed(
+                f"not every process has mapped the new weights within {ADOPT_TIMEOUT:g} s: one is busy with a long "
+                "quantum or does not come up; the old ones go on, reload again"
+            ) from error
 
     def _flip(self, new: dict[str, str], when: When, placed: Sequence[Placed], seconds: float) -> Reloaded:
         """New tasks get these from now on."""

@@ -22,6 +22,7 @@ import msgspec
 
 from engine.decode import decode_strictly
 from engine.params import UserParams
+from engine.receiving import Incoming
 from engine.states import Descriptors, State
 from engine.supervisor import Supervisor
 from engine.version import VERSION
@@ -67,6 +68,7 @@ from ipc.messages import (
     SupervisorReloaded,
     TaskInfo,
     TaskList,
+    UpdateWeights,
     VersionList,
     Welcome,
 )
@@ -178,6 +180,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._socket = connection
         self._socket.setblocking(False)
+        self._incoming = Incoming(connection)
         self.pid, self._uid = peer
         self._host = host
         self._pace = Pace(self._limits.burst, self._limits.rate, self._loop.time())
@@ -261,12 +264,14 @@ class Session:
         while True:
             await self._host.gate.wait()
             if (message := next(self._decoded, None)) is not None:
+                if self._incoming.has_descriptor and not isinstance(message, UpdateWeights):
+                    raise ProtocolError(f"a descriptor came with {_tag(message)!r}, which takes none")
                 self._complete_by, self._taken_up = None, True
                 return message
             if self._frames.unfinished and self._complete_by is None:
                 self._complete_by = self._loop.time() + self._limits.frame
             try:
-                data = self._socket.recv(READ_BYTES)
+                data = self._incoming.read(READ_BYTES)
             except BlockingIOError:
                 await self._wait_for_more()
             else:
@@ -333,6 +338,8 @@ class Session:
                 self._check_owner("replace its processes")
                 log.info("process %d asked for new processes of %s", self.pid, ", ".join(stages) or "all stages")
                 return msgspec.structs.replace(await self._supervisor.replace_stages(stages), ref=ref)
+            case UpdateWeights():
+                return await self._update_weights(message)
             case Rollback(ref=ref, when=when):
                 self._check_owner("change what it serves")
                 return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)
@@ -357,6 +364,19 @@ class Session:
                 return await self._reload_program(ref)
             case Hello():
                 raise ProtocolError("a second 'hello' came; it is the first message only")
+
+    async def _update_weights(self, message: UpdateWeights) -> AnyServerMessage:
+        fd = self._incoming.take()
+        try:
+            self._check_owner("change what it serves")
+            if fd < 0:
+                raise BadRequest("no descriptor came with update_weights; send that of a memfd with the frame")
+            log.info("process %d gives weights of the %s", self.pid, _shortened(message.component, MAX_REASON))
+            reloaded = await self._supervisor.take_weights(message.component, fd, message.when)
+            return msgspec.structs.replace(reloaded, ref=message.ref)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _check_owner(self, what: str) -> None:
         if self._uid != os.geteuid():
@@ -455,7 +475,7 @@ class Session:
     def is_between_messages(self) -> bool:
         """Its state is all there is of it: no message is being answered, but perhaps the one that asks for this."""
         answering = self._taken_up and self._reload_ref is None
-        return not answering and not isinstance(self._then, Shutdown)
+        return not (answering or self._incoming.has_descriptor or isinstance(self._then, Shutdown))
 
     @property
     def is_over(self) -> bool:
@@ -501,6 +521,7 @@ class Session:
             if following:
                 await asyncio.wait(following)
         finally:
+            self._incoming.close()
             self._socket.close()
 
 

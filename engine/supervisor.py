@@ -63,6 +63,7 @@ from engine.tasks import PoolState, Task, TaskPool, task_spec
 from engine.trace import Trace
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
+from hotreload.given import GivenTensor, pack
 from ipc.channel import close_fds
 from ipc.errors import (
     BadConfig,
@@ -273,6 +274,7 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
         try:
+            await self._reloader.end()
             await self._crew.stop()
             for task in self._pool:
                 _unlink(task.job)
@@ -355,7 +357,9 @@ class Supervisor:
             raise ValueError(f"{len(scheduled ^ known)} tasks are either scheduled or known, but not both")
 
     async def pause(self) -> None:
-        """Before the hand-over: put everything on disk and close the journal. Requests must be held back."""
+        """Before the hand-over: put everything on disk and close the journal; end the process that reads weights, of
+        which the next program knows nothing. Requests must be held back."""
+        await self._reloader.end()
         if self._journal is not None:
             await self._journal.pause()
 
@@ -479,6 +483,24 @@ class Supervisor:
         await self.ready()
         return await self._crew.replace(stages)
 
+    async def update_weights(
+        self, component: str, tensors: Mapping[str, GivenTensor], when: When = "drain"
+    ) -> Reloaded:
+        """Give new tasks these weights of a component: all its tensors, by Diffusers' names. They are copied. For
+        training loops; raises as `reload`, `BadCheckpoint` for what does not fit."""
+        self._check_open()
+        fd = await asyncio.to_thread(pack, tensors)
+        try:
+            return await self.take_weights(component, fd, when)
+        finally:
+            os.close(fd)
+
+    async def take_weights(self, component: str, fd: int, when: When = "drain") -> Reloaded:
+        """`update_weights` with a sealed memfd (`hotreload/given.py`), which stays the caller's."""
+        self._check_open()
+        await self.ready()
+        return await self._reloader.take(component, fd, when)
+
     async def rollback(self, when: When = "drain") -> Reloaded:
         """Give new tasks the versions that were served before the last reload. `NotFound` if there are none."""
         self._check_open()
@@ -554,7 +576,11 @@ class Supervisor:
         )
         self._check_open()
         self._take_up(entry, {**self._crew.weights.serving, **weights})
-        return (await self.result(job.id)).path
+        try:
+            return (await self.result(job.id)).path
+        except asyncio.CancelledError:
+            await self.cancel(job.id)
+            raise
 
     def check_integrity(self) -> list[str]:
         """Problems in the shared memory or in the scheduler's accounts; empty when all is well."""
@@ -690,6 +716,7 @@ class Supervisor:
         """The process at a seat is dead, reaped, and its slots are given back."""
         self._trace.lose(seat)
         self._dispatch(StageLost(seat, epoch, outside, asked))
+        self._reloader.let_go()
 
     def handle_gone(self, seat: Seat, error: Failure) -> None:
         """The process at a seat cannot be started."""

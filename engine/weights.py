@@ -158,6 +158,7 @@ class Versions:
         """Keep what is said of the versions that are `known`, served, or were before."""
         kept = {*known, *self.serving.items(), *(self.previous or {}).items()}
         self.sources = {key: source for key, source in self.sources.items() if key in kept}
+        self.served = collections.Counter({key: count for key, count in self.served.items() if key in kept})
 
 
 def stretches(component: str) -> bool:

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_DESCRIPTORS = Path("/proc/self/fd")
+
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
@@ -33,3 +35,12 @@ def open_regular(path: Path) -> int:
 def regular_file(path: Path) -> BinaryIO:
     """The same as a file object, which closes the fd."""
     return os.fdopen(open_regular(path), "rb")
+
+
+def path_of_descriptor(fd: int) -> str:
+    """A file that this process has open, as a path; `is_descriptor` tells it from others."""
+    return str(_DESCRIPTORS / str(fd))
+
+
+def is_descriptor(path: Path) -> bool:
+    return path.parent == _DESCRIPTORS

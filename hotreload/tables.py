@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hotreload.archive import check_directory
-from hotreload.files import regular_file
+from hotreload.files import is_descriptor, regular_file
 from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
 from hotreload.shown import listed, shown
@@ -55,7 +55,7 @@ class VaeTraits(NamedTuple):
 
 def label_of(component: Component, file: Path) -> str:
     """How errors name a component's file: without the directories it is in."""
-    return f"{component.name}: {shown(file.name)}"
+    return f"{component.name}: {'the memory' if is_descriptor(file) else shown(file.name)}"
 
 
 def component_table(component: Component, read_pth: PthReader | None = None) -> dict[str, TensorEntry]:
@@ -66,7 +66,7 @@ def component_table(component: Component, read_pth: PthReader | None = None) -> 
     entries: list[TensorEntry] = []
     for file in map(Path, component.files):
         label = label_of(component, file)
-        if file.suffix != ".safetensors":
+        if file.suffix != ".safetensors" and not is_descriptor(file):
             assert read_pth is not None, "the tensors of a .pth file cannot be listed without torch"
             entries += read_pth(file, label)
         else:

@@ -121,7 +121,7 @@ class Channel(Generic[T]):
             packet, ancillary, flags, _ = self._receive_packet()
         except BlockingIOError:
             return None
-        fds = _descriptors(ancillary)
+        fds = descriptors_in(ancillary)
         try:
             return Received(self._decode(packet, fds, flags), fds)
         except BaseException:
@@ -181,7 +181,8 @@ class Channel(Generic[T]):
         self.close()
 
 
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+def descriptors_in(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Those that `recvmsg` has made, which are the caller's."""
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

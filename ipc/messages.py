@@ -149,6 +149,14 @@ class ReplaceStages(ClientMessage, frozen=True, tag="replace_stages", kw_only=Tr
     stages: list[StageName] = []
 
 
+class UpdateWeights(ClientMessage, frozen=True, tag="update_weights", kw_only=True):
+    """Owner only. Serve the weights of a component that are in the memfd whose descriptor comes with the frame: a
+    safetensors file with Diffusers' names, sealed against writing and shrinking."""
+
+    component: str
+    when: When = "drain"
+
+
 class Rollback(ClientMessage, frozen=True, tag="rollback", kw_only=True):
     """Owner only. Serve what was served before the last reload."""
 
@@ -194,6 +202,7 @@ AnyClientMessage = (
     | GetStatus
     | Shutdown
     | Reload
+    | UpdateWeights
     | ReplaceStages
     | Rollback
     | ListVersions
@@ -860,7 +869,8 @@ AnyStageReport = (
 
 
 class Read(msgspec.Struct, frozen=True, tag_field="type", tag="read", kw_only=True):
-    """Read and verify these components, and place each on each of its devices."""
+    """Read and verify these components, and place each on each of its devices. One at a time; `ReadAll` or `ReadFailed`
+    answers."""
 
     supervisor_pid: int
     components: list[Component]

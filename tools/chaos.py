@@ -8,6 +8,7 @@
     python -m tools.chaos leaks --requests 10000 --kills 500       # what is left after many requests and restarts
     python -m tools.chaos overload --minutes 10                    # ten times the load that the engine can take
     python -m tools.chaos soak --minutes 60                        # clients that die
+    python -m tools.chaos reloads --reloads 60 --requests 300      # weights change under load
 
 Each prints its seed and what it did; with `--seed` the same faults are drawn again (when they hit is the machine's).
 Any difference from the undisturbed result, any request lost or done twice, anything left behind is a `Broken`, and exit
@@ -49,6 +50,7 @@ from tools.load import (
     timed,
 )
 from tools.overload import overload
+from tools.reloads import reloads
 from tools.soak import soak
 
 MOST_LEFT = 2 << 20
@@ -270,6 +272,8 @@ async def run(arguments: argparse.Namespace) -> Tally:
                     await overload(tally, folder, 60 * arguments.minutes, 16)
                 case "soak":
                     await soak(tally, folder, 60 * arguments.minutes)
+                case "reloads":
+                    await reloads(tally, folder, arguments.requests, arguments.reloads, arguments.worst)
     return tally
 
 
@@ -282,10 +286,12 @@ def dit_devices(dits: int, gpus: int) -> tuple[str, ...]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "stops", "restarts", "leaks", "overload", "soak"))
+    parser.add_argument("what", choices=("kills", "stops", "restarts", "leaks", "overload", "soak", "reloads"))
     parser.add_argument("--seed", type=int, help="draw the same faults again")
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--reloads", type=int, default=60)
+    parser.add_argument("--worst", type=float, default=1.15, help="of p99 with reloads, times that without")
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--dits", type=int, default=1, help="for kills: so many, on a CPU")
     parser.add_argument("--gpus", type=int, default=0, help="for kills: a dit on each of so many GPUs")

@@ -1,169 +1,318 @@
-"""Live reload of weights on the whole engine, with both revisions of the model that ships."""
+"""Live reload of weights on the whole engine, with both revisions of the model that ships. Most tests share an engine,
+which serves the first revision when each begins."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
+import pytest_asyncio
+from safetensors.torch import load_file, save_file
 
-from engine import Supervisor, SystemParams, UserParams
-from engine.models import CONFIGS
-from ipc.errors import BadCheckpoint, BadConfig, CanaryFailed, NotFound
-from ipc.messages import Canary, Reload
+from engine import Supervisor, SystemParams
+from hotreload.given import GivenTensor
+from ipc.errors import (
+    BadCheckpoint,
+    BadConfig,
+    CanaryFailed,
+    NotFound,
+    ServerUnavailable,
+    StageFailed,
+    Superseded,
+)
+from ipc.messages import Canary, WeightChange
 from tests.conftest import Video, until
+from tests.engine.reloading import FILES, FIRST, SECOND, ask, denoising, engine, order, placed, vary, video
+from tools.chaos import pid_of
 
-PROMPT = "a red circle moves left on a black background"
-FIRST = CONFIGS / "demo"
-SECOND = FIRST / "revision-2"
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-
-def ask(path: Path, **fields: Any) -> UserParams:
-    return UserParams(**{"prompt": PROMPT, "seed": 3, "steps": 4, "num_frames": 9, "output": str(path), **fields})
-
-
-def order(directory: Path = SECOND, *components: str, **fields: Any) -> Reload:
-    return Reload(ref=0, checkpoint=str(directory), components=list(components or ("transformer",)), **fields)
+Golden = dict[str, str]
+"""Content hash of the transformer -> SHA-256 of the frames of `ask`."""
 
 
-@asynccontextmanager
-async def engine() -> AsyncIterator[Supervisor]:
-    async with Supervisor(SystemParams(model="wan-demo", device="cpu")) as supervisor:
-        await supervisor.ready()
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[Supervisor]:
+    async with engine() as supervisor:
         yield supervisor
-        assert supervisor.check_integrity() == []
 
 
-def denoising(supervisor: Supervisor, step: int) -> bool:
-    return any(t.state == "running" and t.phase == "denoise" and t.step >= step for t in supervisor.tasks())
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def golden(shared: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """What each revision makes of the request, first the first."""
+    folder, found = tmp_path_factory.mktemp("golden"), {}
+    for directory in (FIRST, SECOND):
+        await shared.reload(order(directory))
+        found[shared.status().weights["transformer"]] = await video(shared, folder / "v.mp4")
+    assert len(set(found.values())) == 2, "the revisions differ in what they make"
+    return found
 
 
-async def video(supervisor: Supervisor, path: Path, **fields: Any) -> Video:
-    done = await supervisor.generate(ask(path, **fields))
-    return Video(done.path)
+@pytest_asyncio.fixture(loop_scope="module")
+async def supervisor(shared: Supervisor, golden: Golden) -> AsyncIterator[Supervisor]:
+    """Serves the first revision, as its rollback would the second; afterwards nothing but what is served is placed."""
+    await shared.reload(order(SECOND))
+    await shared.reload(order(FIRST))
+    yield shared
+    await shared.reload(order(FIRST, "transformer", "text_encoder", "vae"))
+    serving = {name: [content] for name, content in shared.status().weights.items()}
+    await until(lambda: placed(shared) == serving, f"{serving} and nothing else is placed")
 
 
-async def test_reload_and_rollback(tmp_path: Path) -> None:
-    """A reload gives what a cold start with that checkpoint gives; a rollback what was before; the same content again
-    is recognised; old memory is freed."""
-    cold = tmp_path / "cold"
-    shutil.copytree(FIRST, cold, ignore=shutil.ignore_patterns("revision-2"))
-    shutil.copytree(SECOND / "transformer", cold / "transformer", dirs_exist_ok=True)
-    async with Supervisor(SystemParams(model="wan-demo", device="cpu", checkpoint=str(cold))) as other:
-        second = (await video(other, tmp_path / "cold.mp4")).sha256
-    async with engine() as supervisor:
-        first = await video(supervisor, tmp_path / "1.mp4")
-        before = supervisor.status().weights
-        assert first.sha256 != second
-        done = await supervisor.reload(order())
-        assert set(done.weights) == {"transformer"}
-        after = await video(supervisor, tmp_path / "2.mp4")
-        assert after.sha256 == second
-        assert supervisor.status().weights == {**before, **done.weights}
-        again = await supervisor.reload(order())
-        assert again.weights == {} and again.unchanged == done.weights
-        assert [h.generation for h in supervisor.memory() if h.name == "transformer"] == [done.weights["transformer"]]
-        back = await supervisor.rollback()
-        assert back.weights == {"transformer": before["transformer"]}
-        assert (await video(supervisor, tmp_path / "3.mp4")).sha256 == first.sha256
-        assert {v.content for v in supervisor.versions() if v.state == "serving"} == set(before.values())
+async def test_reload_and_rollback(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """New weights, the same again, and back, which is read again once its memory has been let go of. A second rollback
+    returns to what the first came from."""
+    first, second = golden
+    before = supervisor.status().weights
+    done = await supervisor.reload(order())
+    assert done.weights == {"transformer": second}
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
+    assert supervisor.status().weights == {**before, **done.weights}
+    again = await supervisor.reload(order())
+    assert again.weights == {} and again.unchanged == done.weights
+    assert placed(supervisor)["transformer"] == [second]
+    back = await supervisor.rollback()
+    assert back.weights == {"transformer": first} and back.bytes > 0
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
+    assert {v.content for v in supervisor.versions() if v.state == "serving"} == set(before.values())
+    assert (await supervisor.rollback()).weights == {"transformer": second}
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
 
 
-async def test_running_requests_finish_on_what_they_began_with(tmp_path: Path) -> None:
-    async with engine() as supervisor:
-        golden = await video(supervisor, tmp_path / "golden.mp4", steps=30)
-        running = asyncio.create_task(supervisor.generate(ask(tmp_path / "old.mp4", steps=30)))
-        await until(lambda: denoising(supervisor, 3), "the third step")
-        done = await supervisor.reload(order())
-        states = {v.state for v in supervisor.versions() if v.component == "transformer"}
-        old = await running
-        assert Video(old.path).sha256 == golden.sha256
-        assert old.metadata["weights"]["transformer"] != done.weights["transformer"]
-        if done.running:
-            assert states == {"serving", "previous"}
-        new = await supervisor.generate(ask(tmp_path / "new.mp4", steps=30))
-        assert Video(new.path).sha256 != golden.sha256
-        assert new.metadata["weights"]["transformer"] == done.weights["transformer"]
+async def test_pinned_weights_are_returned_to_without_their_files(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path
+) -> None:
+    _, second = golden
+    shutil.copytree(SECOND, tmp_path / "gone")
+    await supervisor.reload(order(tmp_path / "gone"))
+    await supervisor.reload(order(FIRST, when="pin"))
+    shutil.rmtree(tmp_path / "gone")
+    assert sorted(placed(supervisor)["transformer"]) == sorted(golden)
+    done = await supervisor.rollback()
+    assert done.weights == {"transformer": second} and done.bytes == 0
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
 
 
-async def test_now_changes_running_requests_and_says_so(tmp_path: Path) -> None:
-    """Twice at the same step gives the same bytes, also when the dit is killed after the change."""
-    async with engine() as supervisor:
-        running = asyncio.create_task(supervisor.generate(ask(tmp_path / "mixed.mp4", steps=60)))
-        await until(lambda: denoising(supervisor, 3), "the third step")
-        done = await supervisor.reload(order(when="now"))
-        mixed = (await running).metadata
-        (change,) = mixed["weight_changes"]
-        assert change["content"] == done.weights["transformer"] and 2 < change["step"] < 60
-        assert mixed["weights"]["transformer"] != change["content"]
-
-
-@pytest.mark.parametrize("fault", ["truncated", "missing", "nan"])
-async def test_a_bad_checkpoint_changes_nothing(tmp_path: Path, fault: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(SECOND, tmp_path / "bad")
-    file = tmp_path / "bad" / "transformer" / "diffusion_pytorch_model.safetensors"
-    if fault == "truncated":
-        file.write_bytes(file.read_bytes()[:-1000])
+@pytest.mark.parametrize("change", ["other weights", "cut short", "gone"])
+async def test_no_return_to_files_that_have_changed(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path, change: str
+) -> None:
+    """The memory was let go of, and the files are others: a typed error, and what is served goes on."""
+    first, _ = golden
+    file = shutil.copytree(SECOND, tmp_path / "changed") / FILES["transformer"]
+    await supervisor.reload(order(tmp_path / "changed"))
+    await supervisor.reload(order(FIRST))
+    await until(lambda: placed(supervisor)["transformer"] == [first], "the second revision is let go of")
+    if change == "other weights":
+        shutil.copy(vary(tmp_path / "other", 1) / FILES["transformer"], file)
+    elif change == "cut short":
+        os.truncate(file, file.stat().st_size - 100)
     else:
-        tensors = load_file(file)
-        if fault == "missing":
-            del tensors["proj_out.bias"]
-        else:
-            tensors["proj_out.bias"][3] = float("nan")
-        save_file(tensors, file)
-    async with engine() as supervisor:
-        first = await video(supervisor, tmp_path / "1.mp4")
-        before = supervisor.memory()
-        with pytest.raises(
-            BadCheckpoint,
-            match={"truncated": "cut|truncated|bytes", "missing": "proj_out.bias", "nan": "proj_out.bias"}[fault],
-        ):
-            await supervisor.reload(order(tmp_path / "bad"))
-        assert supervisor.memory() == before
-        assert (await video(supervisor, tmp_path / "2.mp4")).sha256 == first.sha256
+        file.unlink()
+    with pytest.raises(NotFound if change == "other weights" else BadCheckpoint, match=r"changed since|diffusion_pyt"):
+        await supervisor.rollback()
+    assert supervisor.status().weights["transformer"] == first
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
 
 
-async def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
-    async with engine() as supervisor:
-        with pytest.raises(BadConfig, match="no unet"):
-            await supervisor.reload(order(SECOND, "unet"))
+async def test_running_requests_finish_on_what_they_began_with(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path
+) -> None:
+    """While one is denoised, weights change: it ends as if nothing had, the next one is made with the new weights, and
+    both say so."""
+    first, second = golden
+    undisturbed = await video(supervisor, tmp_path / "v.mp4", steps=200)
+    running = asyncio.create_task(supervisor.generate(ask(tmp_path / "old.mp4", steps=200)))
+    await until(lambda: denoising(supervisor, 3), "the third step")
+    done = await supervisor.reload(order())
+    assert done.running == 1
+    states = {v.content: (v.state, v.running) for v in supervisor.versions() if v.component == "transformer"}
+    assert states == {first: ("previous", 1), second: ("serving", 0)}
+    new = await supervisor.generate(ask(tmp_path / "new.mp4"))
+    old = await running
+    assert (Video(old.path).sha256, old.metadata["weights"]["transformer"]) == (undisturbed, first)
+    assert (Video(new.path).sha256, new.metadata["weights"]["transformer"]) == (golden[second], second)
+    await until(lambda: placed(supervisor)["transformer"] == [second], "the first revision is let go of")
+
+
+async def test_now_changes_running_requests_and_says_so(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """The metadata names the step. Another request that changes at that step has the same frames, also when the dit is
+    killed after the change."""
+    first, second = golden
+    fields = {"steps": 200}
+    running = asyncio.create_task(supervisor.generate(ask(tmp_path / "mixed.mp4", **fields)))
+    await until(lambda: denoising(supervisor, 3), "the third step")
+    await supervisor.reload(order(when="now"))
+    mixed = await running
+    (change,) = mixed.metadata["weight_changes"]
+    assert mixed.metadata["weights"]["transformer"] == first
+    assert change["content"] == second and 3 < change["step"] < 200
+    await supervisor.reload(order(FIRST, when="pin"))
+    await supervisor.rollback("pin")
+    await supervisor.rollback("pin")  # serves the first, and has the second in memory
+    accepted = await supervisor.submit(ask(tmp_path / "again.mp4", **fields))
+    task = supervisor._pool.get(accepted.id)
+    task.changes.append(msgspec.convert(change, WeightChange))
+    await until(lambda: denoising(supervisor, change["step"] + 3), "a step after the change")
+    pid = pid_of(supervisor, "dit")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    again = await supervisor.result(accepted.id)
+    assert again.metadata["weight_changes"] == [change]
+    assert again.metadata["weights"]["transformer"] == first
+    frames = Video(again.path).sha256
+    assert frames == Video(mixed.path).sha256
+    assert frames != await video(supervisor, tmp_path / "v.mp4", **fields), "a change shows"
+    await supervisor.reload(order())  # pins nothing
+
+
+async def test_bad_checkpoints_change_nothing(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """Refused by what is wrong with them; memory and the next video are as before. (Every kind of damage:
+    test_reload_mutations.py.)"""
+    first, _ = golden
+    before = supervisor.memory()
+    tensors = load_file(SECOND / FILES["transformer"])
+    name = "blocks.1.attn1.to_q.weight"
+    damaged = {
+        "missing": ({n: t for n, t in tensors.items() if n != name}, name),
+        "nan": ({**tensors, name: tensors[name] * float("nan")}, name),
+        "misshaped": ({**tensors, name: tensors[name][:1].clone()}, name),
+        "int": ({**tensors, name: tensors[name].int()}, name),
+    }
+    for kind, (content, says) in damaged.items():
+        shutil.copytree(SECOND, tmp_path / kind)
+        save_file(content, tmp_path / kind / FILES["transformer"])
+        with pytest.raises(BadCheckpoint, match=says):
+            await supervisor.reload(order(tmp_path / kind))
+    shutil.copytree(SECOND, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / FILES["transformer"], 1_000_000)
+    with pytest.raises(BadCheckpoint, match=r"diffusion_pytorch_model.safetensors.*cut short"):
+        await supervisor.reload(order(tmp_path / "cut"))
+    assert supervisor.memory() == before
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
+
+
+async def test_what_cannot_be_asked_for(supervisor: Supervisor, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="no unet"):
+        await supervisor.reload(order(SECOND, "unet"))
+    with pytest.raises(BadConfig):
+        await supervisor.reload(order(tmp_path / "nowhere"))
+
+
+async def test_a_dry_run_leaves_nothing(supervisor: Supervisor) -> None:
+    """It says what would be new; versions, memory and descriptors are as before."""
+    await supervisor.reload(order(dry_run=True))
+    before = (supervisor.memory(), supervisor.versions(), len(os.listdir("/proc/self/fd")))
+    done = await supervisor.reload(order(dry_run=True))
+    assert done.dry_run and set(done.weights) == {"transformer"}
+    assert (supervisor.memory(), supervisor.versions(), len(os.listdir("/proc/self/fd"))) == before
+
+
+async def test_canary(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """New weights whose video is not the one that was expected are not served; one that is, they are."""
+    first, second = golden
+    await supervisor.generate(ask(tmp_path / "first.mp4"))
+    params = msgspec.Raw(msgspec.msgpack.encode(ask(tmp_path / "canary.mp4")))
+    wrong = Canary(params=params, reference=str(tmp_path / "first.mp4"), psnr=60.0)
+    with pytest.raises(CanaryFailed, match="dB"):
+        await supervisor.reload(order(canary=wrong))
+    assert supervisor.status().weights["transformer"] == first
+    await until(lambda: placed(supervisor)["transformer"] == [first], "what failed is let go of")
+    shutil.copy(tmp_path / "canary.mp4", tmp_path / "expected.mp4")
+    right = msgspec.structs.replace(wrong, reference=str(tmp_path / "expected.mp4"))
+    assert (await supervisor.reload(order(canary=right))).weights == {"transformer": second}
+    assert Video(tmp_path / "expected.mp4").sha256 == golden[second]
+
+
+async def test_of_reloads_at_once_the_last_wins(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """Those before it are told, whether they are reading or wait for their turn; a dry run overtakes nobody."""
+    other = vary(tmp_path / "other", 1)
+    reading = asyncio.create_task(supervisor.reload(order(other, "transformer", "vae")))
+    await until(lambda: bool(supervisor._reloader.loading), "the loader reads")
+    waiting = asyncio.create_task(supervisor.reload(order(other)))
+    await asyncio.sleep(0.2)
+    done = await supervisor.reload(order())
+    for overtaken in (reading, waiting):
+        with pytest.raises(Superseded):
+            await overtaken
+    assert list(done.weights.values()) == [list(golden)[1]]
+    reading = asyncio.create_task(supervisor.reload(order(FIRST)))
+    await until(lambda: bool(supervisor._reloader.loading), "the loader reads")
+    dry = await supervisor.reload(order(dry_run=True))
+    assert dry.weights == done.weights
+    assert list((await reading).weights.values()) == [next(iter(golden))]
+
+
+def given(file: Path) -> dict[str, GivenTensor]:
+    """The tensors of a file, as a program would give them."""
+    arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
+    return {name: GivenTensor("F16", a.shape, np.ascontiguousarray(a).data) for name, a in arrays.items()}
+
+
+async def test_weights_from_memory(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    """They are the same version as the same tensors in a file, and make the same video; once their memory was let go
+    of, nothing returns to them."""
+    first, second = golden
+    tensors = given(SECOND / FILES["transformer"])
+    done = await supervisor.update_weights("transformer", tensors)
+    assert done.weights == {"transformer": second}
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
+    (info,) = [v for v in supervisor.versions() if v.content == second]
+    assert info.source == "given in memory"
+    assert (await supervisor.reload(order())).unchanged == {"transformer": second}
+    await supervisor.reload(order(FIRST))
+    await until(lambda: placed(supervisor)["transformer"] == [first], "it is let go of")
+    with pytest.raises(NotFound, match="given by a program"):
+        await supervisor.rollback()
+    await supervisor.update_weights("transformer", tensors)
+
+
+async def test_weights_from_memory_are_verified(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
+    first, _ = golden
+    before = (supervisor.memory(), len(os.listdir("/proc/self/fd")))
+    tensors = given(FIRST / FILES["vae"])
+    name, tensor = next(iter(tensors.items()))
+    nan = np.full(tensor.shape, np.nan, np.float16)
+    wrong: list[tuple[str, dict[str, GivenTensor], str]] = [
+        ("vae", {n: t for n, t in tensors.items() if n != name}, name),
+        ("vae", {**tensors, "other": tensor}, "other"),
+        ("vae", {**tensors, name: GivenTensor("F16", tensor.shape, nan.data)}, f"{name} .*finite"),
+        ("vae", {**tensors, name: GivenTensor("F32", tensor.shape, tensor.data)}, f"{name} has .* bytes"),
+        ("vae", {**tensors, name: GivenTensor("E7", tensor.shape, tensor.data)}, f"{name} has the dtype"),
+        ("transformer", tensors, "not a Wan DiT"),
+        ("unet", tensors, "has no unet"),
+    ]
+    for component, content, says in wrong:
+        with pytest.raises((BadCheckpoint, BadConfig), match=says):
+            await supervisor.update_weights(component, content)
+    assert (supervisor.memory(), len(os.listdir("/proc/self/fd"))) == before
+    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
+
+
+async def test_no_reload_while_the_engine_drains(tmp_path: Path) -> None:
+    """An engine that finishes what it accepted serves nothing new; a reload under way ends with an error, and with it
+    the loader."""
+    async with Supervisor(SystemParams(model="wan-demo", device="cpu", placement="fused")) as supervisor:
+        await supervisor.ready()
         with pytest.raises(NotFound, match="nothing was reloaded"):
             await supervisor.rollback()
-        with pytest.raises(BadConfig):
-            await supervisor.reload(order(tmp_path / "nowhere"))
-
-
-async def test_canary(tmp_path: Path) -> None:
-    """New weights whose video is not the one that was expected are not served; one that is, they are."""
-    async with engine() as supervisor:
-        await video(supervisor, tmp_path / "first.mp4")
-        params = msgspec.Raw(msgspec.msgpack.encode(ask(tmp_path / "canary.mp4")))
-        wrong = Canary(params=params, reference=str(tmp_path / "first.mp4"), psnr=60.0)
-        before = supervisor.status().weights
-        with pytest.raises(CanaryFailed, match="dB"):
-            await supervisor.reload(order(canary=wrong))
-        assert supervisor.status().weights == before
-        right = Canary(params=params, reference=str(tmp_path / "canary.mp4"), psnr=60.0)
-        shutil.copy(tmp_path / "canary.mp4", tmp_path / "expected.mp4")
-        right = msgspec.structs.replace(right, reference=str(tmp_path / "expected.mp4"))
-        assert (await supervisor.reload(order(canary=right))).weights
-        assert (await video(supervisor, tmp_path / "after.mp4")).sha256 == Video(tmp_path / "expected.mp4").sha256
-
-
-async def test_of_two_reloads_the_last_wins(tmp_path: Path) -> None:
-    from ipc.errors import Superseded
-
-    async with engine() as supervisor:
-        first = asyncio.create_task(supervisor.reload(order()))
-        await asyncio.sleep(0.2)
-        second = await supervisor.reload(order(FIRST))
-        with pytest.raises(Superseded):
-            await first
-        assert second.weights == {} and second.unchanged
+        running = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4", steps=20)))
+        await until(lambda: denoising(supervisor, 1), "the first step")
+        reloading = asyncio.create_task(supervisor.reload(order()))
+        await until(lambda: supervisor._reloader._loader.pid is not None, "the loader is there")
+        stopping = asyncio.create_task(supervisor.stop(drain=True))
+        await asyncio.sleep(0)
+        with pytest.raises(ServerUnavailable, match="stopping"):
+            await supervisor.reload(order())
+        await running
+        await stopping
+        with pytest.raises((ServerUnavailable, StageFailed)):
+            await reloading
+        assert supervisor._reloader._loader.pid is None
