@@ -37,7 +37,8 @@ class Network(Generic[M]):
     makes every parameter and buffer a view of other memory, and copies nothing. With adapters, the tensors that they
     touch are made anew, in memory of this process (`hotreload/overlay.py`), and the others are the version's.
 
-    Resource handling: a version stays mapped until `forget`; an overlay is there until something else is bound.
+    Resource handling: a version stays mapped until `forget`, the last one for ever; an overlay is there until something
+    else is bound.
     """
 
     def __init__(self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str) -> None:
@@ -112,7 +113,10 @@ class Network(Generic[M]):
             placement.close()
 
     def forget(self, content: str) -> None:
-        """Unmap a version; the one that is bound stays until another is."""
+        """Unmap a version. If it is bound, another takes its place: its memory must not wait for the next task."""
+        others = [other for other in self._versions if other != content]
+        if content == self.content and others:
+            self.use(others[-1])
         self._versions.pop(content, None)
 
     def lend(self, version: WeightVersion, fd: int) -> None:

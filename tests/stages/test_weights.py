@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hotreload.placement import joined
+from ipc.messages import Component
 from stages.dit import DitStage
-from stages.weights import own_memory
+from stages.models.blank import blank
+from stages.models.transformer import WanTransformer
+from stages.weights import own_memory, place
 from tests.stages.rig import Rig, make_job
 from tests.stages.test_dit import denoise
 
@@ -42,3 +49,46 @@ def test_a_dit_has_one_product_of_q_k_and_v(rig: Rig, outliving: bool) -> None:
             whole = torch.cat([linear.weight for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)])
             assert torch.equal(weight, whole)
     assert torch.equal(denoise(rig, make_job(), other), expected)
+
+
+def test_a_version_that_is_forgotten_is_not_in_memory_any_more(rig: Rig) -> None:
+    """Also the one that is bound; the last one stays."""
+    stage = rig.load("dit")
+    assert isinstance(stage, DitStage)
+    network = stage._experts[0]
+    first = network.content
+    with blank():
+        module = WanTransformer(rig.model.transformer)
+    second, placement = place(
+        module,
+        changed(rig),
+        device="cpu",
+        dtype=lambda name: torch.float32,
+        aliases={},
+        progress=lambda done, total: None,
+    )
+    network.adopt(second, placement.fd)
+    placement.close()
+    del placement, module
+    before = mappings()
+    network.forget(first)
+    gc.collect()
+    assert mappings() == before - 1 and network.content == second.content
+    assert torch.equal(network.module.proj_out.bias, torch.ones_like(network.module.proj_out.bias))
+    network.forget(second.content)
+    assert torch.equal(network.module.proj_out.bias, torch.ones_like(network.module.proj_out.bias))
+
+
+def mappings() -> int:
+    """Pieces of shared memory that are mapped here."""
+    return sum("memfd:" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def changed(rig: Rig) -> Component:
+    """The transformer with other values in one tensor."""
+    (file,) = (rig.checkpoint / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.bias"] = torch.ones_like(tensors["proj_out.bias"])
+    target = rig.checkpoint / "changed.safetensors"
+    save_file(tensors, target)
+    return Component(name="transformer", files=[str(target)])
