@@ -13,8 +13,8 @@ from typing import Any
 from ipc.errors import NotFound
 from ipc.messages import Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
 
-KEPT_QUANTA = 8192
-"""Of about 100 requests of 50 steps. So many spans fit into one frame of the protocol."""
+KEPT_QUANTA = 2048
+"""Of about 20 requests of 50 steps and 81 frames."""
 
 STAGES, DEVICES = 1, 2
 """The groups of rows in the file, which are "processes" there."""

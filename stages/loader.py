@@ -259,7 +259,7 @@ def main() -> None:
     """As `stages.worker.main`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICE)
-    channel: Channel[Asked] = Channel(socket.socket(fileno=int(sys.argv[1])), Read)
+    channel: Channel[Asked] = Channel(socket.socket(fileno=int(sys.argv[1])), Asked)
     try:
         code = serve(channel)
     except ChannelClosed:

@@ -82,7 +82,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Session: (
         "following _socket _frames _decoded _pace _rest _unsaid _then _reload_ref _greeted _last_words _follow_first "
         "_ends_said pid _uid",
-        "outgoing _supervisor _limits _loop _host _sending _broken _taken_up _complete_by",
+        "outgoing _supervisor _limits _loop _host _sending _broken _taken_up _complete_by _incoming",
     ),
     SocketClaim: ("path _shared _bound _lock", ""),
     Service: ("supervisor server announced _claim", "notify"),

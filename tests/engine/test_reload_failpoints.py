@@ -40,7 +40,7 @@ LONG = {"steps": 80}
 Point = tuple[str, CodeType]
 """When the supervisor enters ("call") or leaves ("return") a function."""
 POINTS: dict[str, Point] = {
-    "the loader is there": ("call", _Process.read.__code__),
+    "the loader is there": ("call", _Process.carry_out.__code__),
     "it reads": ("call", Reloader._note_loading.__code__),
     "a version is placed": ("call", WeightStore.keep.__code__),
     "the last one is kept": ("return", WeightStore.keep.__code__),

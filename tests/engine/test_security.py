@@ -279,7 +279,17 @@ def test_no_message_of_a_client_can_name_memory() -> None:
         fields = {f.name for f in msgspec.structs.fields(message) if f.type not in (int, bool)}
         texts["Owner only" in (message.__doc__ or "")] |= fields
     assert texts[False] == {"client", "params", "id"}
-    assert texts[True] == {"checkpoint", "components", "when", "canary", "manifest", "stages", "name", "files"}
+    assert texts[True] == {
+        "checkpoint",
+        "components",
+        "when",
+        "canary",
+        "manifest",
+        "stages",
+        "name",
+        "files",
+        "component",
+    }
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
     assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}
     for message in get_args(AnyServerMessage):
