@@ -67,7 +67,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Loras: ("adapters", "_model _known_jobs _turn _closed"),
     Adapters: ("_named _nameless _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
-    Reloader: ("", "_host _crew _turn _overtaken _candidates loading"),
+    Reloader: ("", "_host _crew _turn _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
     TaskPool: ("_tasks _ended finished failed", ""),
