@@ -131,7 +131,9 @@ class Reloader:
                 missing = {name: content for name, content in before.items() if not self._is_placed(name, content)}
                 if not missing:
                     return self._flip(before, when, [], 0.0)
+                began = time.monotonic()
                 async with self._read(self._once_more(missing, when)) as placed:
+                    seconds = time.monotonic() - began
                     found = {p.version.component: p.version.content for p in placed}
                     if changed := [name for name, content in missing.items() if found[name] != content]:
                         raise NotFound(
@@ -139,7 +141,7 @@ class Reloader:
                         )
                     await self._adopt(placed)
                     self._check_not_overtaken()
-                    return self._flip(before, when, placed, 0.0)
+                    return self._flip(before, when, placed, seconds)
 
     def _once_more(self, versions: Mapping[str, str], when: When) -> Order:
         """To read what was read before."""
