@@ -7,14 +7,13 @@ import contextlib
 import functools
 import math
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from engine.checkpoint import EXPERTS, file_bytes, find_components, identify, possible, suits
-from engine.child import run_module
+from engine.child import NoAnswer, answer_of
 from engine.memory import slot_sizes
 from engine.models import existing_directory, load_model
 from engine.params import ModelParams
@@ -181,16 +180,9 @@ def _examine(model: ModelParams, found: dict[str, Component]) -> list[ComponentC
         text_encoder=model.text_encoder, image_encoder=model.image_encoder,
     )  # fmt: skip
     try:
-        ran = run_module("stages.check", given=msgspec.json.encode(asked), timeout=CHECK_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise BadCheckpoint(f"the checkpoint could not be examined within {CHECK_TIMEOUT:g} seconds") from None
-    if ran.returncode != 0:
-        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
-        raise BadCheckpoint(
-            f"the checkpoint could not be examined: the process that looks at it ended with status {ran.returncode}: "
-            f"{said}"
-        )
-    return msgspec.json.decode(ran.stdout, type=list[ComponentChecked])
+        return answer_of("stages.check", asked, list[ComponentChecked], CHECK_TIMEOUT)
+    except NoAnswer as error:
+        raise BadCheckpoint(f"the checkpoint could not be examined: {error}") from error
 
 
 def _report(root: Path, checked: ComponentChecked, found: Component | None, missing: str | None) -> ComponentReport:

@@ -7,7 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class NoAnswer(Exception):
+    """A process ended, or was ended, before it had answered."""
 
 
 def run_module(module: str, *arguments: str, given: bytes = b"", timeout: float) -> subprocess.CompletedProcess[bytes]:
@@ -19,6 +27,18 @@ def run_module(module: str, *arguments: str, given: bytes = b"", timeout: float)
         [sys.executable, "-P", "-m", module, *arguments], input=given, capture_output=True, timeout=timeout,
         env={**os.environ, "PYTHONPATH": python_path()}, check=False,
     )  # fmt: skip
+
+
+def answer_of(module: str, asked: msgspec.Struct, answer: type[T], timeout: float) -> T:
+    """What `python -m module` answers to `asked`, both JSON. Raises `NoAnswer`, which says how it ended without one."""
+    try:
+        ran = run_module(module, given=msgspec.json.encode(asked), timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"it took more than {timeout:g} seconds") from None
+    if ran.returncode != 0:
+        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
+        raise NoAnswer(f"the process that looks at it ended with status {ran.returncode}: {said}")
+    return msgspec.json.decode(ran.stdout, type=answer)
 
 
 def python_path() -> str:

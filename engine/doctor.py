@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-
-import msgspec
-
-from engine.child import run_module
+from engine.child import NoAnswer, answer_of
 from engine.devices import compute_dtype, resolve_devices
 from engine.display import print_table
 from engine.models import load_model
@@ -27,15 +23,9 @@ def examine(params: SystemParams) -> DoctorReport:
         attention=params.attention_backend,
     )  # fmt: skip
     try:
-        ran = run_module("stages.doctor", given=msgspec.json.encode(asked), timeout=DOCTOR_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise StageFailed(f"the machine could not be examined within {DOCTOR_TIMEOUT:g} seconds") from None
-    if ran.returncode != 0:
-        said = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2][:300]
-        raise StageFailed(
-            f"the machine could not be examined: the process that tries it ended with status {ran.returncode}: {said}"
-        )
-    return msgspec.json.decode(ran.stdout, type=DoctorReport)
+        return answer_of("stages.doctor", asked, DoctorReport, DOCTOR_TIMEOUT)
+    except NoAnswer as error:
+        raise StageFailed(f"the machine could not be examined: {error}") from error
 
 
 def print_doctor(report: DoctorReport) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from engine.checkpoint import EXPERTS
 from engine.states import Descriptors, State
 from ipc.messages import Component, Holding, WeightVersion
 from ipc.payload import place_name
@@ -159,8 +158,3 @@ class Versions:
         kept = {*known, *self.serving.items(), *(self.previous or {}).items()}
         self.sources = {key: source for key, source in self.sources.items() if key in kept}
         self.served = collections.Counter({key: count for key, count in self.served.items() if key in kept})
-
-
-def stretches(component: str) -> bool:
-    """A running task may change to another version of it, between two steps."""
-    return component in EXPERTS

@@ -133,7 +133,7 @@ class DitStage:
 
     @property
     def _all(self) -> dict[str, Network[WanTransformer]]:
-        return dict(zip(EXPERTS, self._experts, strict=False))
+        return dict(zip(EXPERTS[: len(self._experts)], self._experts, strict=True))
 
     @property
     def versions(self) -> Mapping[str, str]:
@@ -257,8 +257,8 @@ class DitStage:
         self._links.beat()
 
     def _bound(self, expert: int, task: Denoising) -> WanTransformer:
-        """The expert with the weights and adapters of the task. There is one overlay at a time: of a 14B model it takes
-        28 GB, and to make it anew takes a few hundredths of a step."""
+        """The expert with the weights and adapters of the task. There is one overlay at a time: it takes as much
+        memory as the tensors that it is of."""
         if task.job.loras:
             for number, network in enumerate(self._experts):
                 if number != expert:

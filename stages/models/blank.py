@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 def blank() -> Iterator[None]:
     """What is built in this context is on the meta device, and nothing initialises it.
 
-    torch does `normal_` of a meta tensor in Python, and loads its compiler for it: 3.4 s of a stage's start on the
-    machine of an H100.
+    torch does `normal_` of a meta tensor in Python, and loads its compiler for it, which was the half of a
+    restarted stage's seconds (docs/reliability.md).
     """
     with torch.device("meta"), _Uninitialised():
         yield
