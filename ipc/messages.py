@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 
@@ -584,6 +584,16 @@ class Prepare(StageProcessMessage, frozen=True, tag="prepare", kw_only=True):
     device: str
 
 
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of the weights a process keeps in its device's memory (docs/memory.md). No plan changes a result."""
+
+    level: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    """0: all. 1: all, and the VAE in tiles. 2: what is not in use now is in host memory: text encoder, VAE, the expert
+    that is not at work. 3: the DiT's blocks, too, come from there as they are needed."""
+    blocks: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """At level 3: of the DiT's blocks, so many stay on the device. None: none."""
+
+
 class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """The first message to a process, but for a spare: become these stages. The writer has no device.
 
@@ -625,6 +635,8 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     kernels: Literal["auto", KernelKind] = "auto"
     vae_kernels: Literal["auto", KernelKind] = "auto"
     """auto: the vae tests them, and answers with `VaeChosen`. torch is float32; the two give other bits."""
+    memory: MemoryPlan = MemoryPlan()
+    """What to begin with. From level 2 on, weights that are read go to host memory, and `placed` are there."""
 
 
 class Rehearse(StageProcessMessage, frozen=True, tag="rehearse", kw_only=True):
@@ -743,7 +755,14 @@ class Forget(StageProcessMessage, frozen=True, tag="forget", kw_only=True):
     content: str
 
 
-AnyStageProcessMessage = Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | Stop
+class SetMemory(StageProcessMessage, frozen=True, tag="set_memory", kw_only=True):
+    """Between two quanta, in its turn: keep so much on the device from now on. `MemorySet` answers. A level that needs
+    weights in host memory comes after an `Adopt` of them there (`WeightVersion.device` None)."""
+
+    plan: MemoryPlan
+
+
+AnyStageProcessMessage = Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | SetMemory | Stop
 
 
 # Stage process -> supervisor.
@@ -842,6 +861,17 @@ class Adopted(StageReport, frozen=True, tag="adopted", kw_only=True):
     error: Failure | None = None
 
 
+class MemorySet(StageReport, frozen=True, tag="memory_set", kw_only=True):
+    """The plan that holds from now on, or `error`, and then the one before holds. What the device has of the weights,
+    in memory that outlives the process, was sent before (`Placed`); of what is named in `left`, component and content
+    hash, nothing of this process is mapped there any more."""
+
+    plan: MemoryPlan
+    left: list[tuple[str, str]] = []
+    seconds: float = 0.0
+    error: Failure | None = None
+
+
 class Rehearsed(StageReport, frozen=True, tag="rehearsed", kw_only=True):
     """The process could take over, or `error` says why not."""
 
@@ -860,6 +890,7 @@ AnyStageReport = (
     | QuantumDropped
     | Dropped
     | Adopted
+    | MemorySet
     | Rehearsed
 )
 
