@@ -14,6 +14,7 @@ from stages.models.vae import WanVae
 from stages.models.vae_conv import Conv, causal_conv
 from stages.models.vae_frames import ZERO_SLOT
 from stages.models.vae_layers import Downsample, ResBlock, pointwise
+from stages.models.vae_tiles import whole
 from stages.models.vae_walk import Block, Clip, NoOperations, Operations, Walker, make_block, make_causal, make_gamma
 
 PIXEL_CHANNELS = 8
@@ -45,7 +46,8 @@ class FastEncoder(Walker):
 
     def clip(self, height: int, width: int) -> Clip:
         """A clip of height x width latents that has not begun."""
-        return Clip(self._operations, height, width, self._dtype, self.conv_in.weight.device, self._capacity)
+        window = whole(height, width, len(self.stages))
+        return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, self._capacity)
 
     def encode_chunk(self, frames: Tensor, clip: Clip) -> Tensor:
         """The next frames of `clip` [1, 3, T, H, W] in [-1, 1], 1+4n at its beginning, then 4n -> normalised latents
@@ -124,7 +126,7 @@ class FastEncoder(Walker):
     def _count_slots(self) -> dict[tuple[int, int], int]:
         """Slots that each pool needs: what a clip's first chunks take at most. Nothing is computed."""
         meta, operations, self._operations = torch.device("meta"), self._operations, NoOperations()
-        clip = Clip(self._operations, 1, 1, self._dtype, meta, None)
+        clip = Clip(self._operations, whole(1, 1, len(self.stages)), self._dtype, meta, None)
         for count in (1, *[self._vae.config.temporal_stride] * 3):
             self._encode(torch.empty(count, 1, 1, 3, device=meta), clip, torch.empty(0))
         self._operations = operations
