@@ -260,7 +260,7 @@ def choose_kernels(start: Start, links: Links) -> KernelKind:
             torch.device(device).index or 0
         )  # Triton launches on the current device, whatever its tensors'
     kind, problem = vae_check.choose(start.vae_kernels, start.vae, device, links.beat)
-    if problem and device.type == "cuda" and not start.vae.is_residual:
+    if problem and device.type == "cuda":
         log.warning("the VAE's Triton kernels are not used, it computes in float32: %s", problem)
     return kind
 
