@@ -64,7 +64,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Spare: ("_body", "_wanted _device"),
     Posts: ("_posts", "groups"),
     WeightStore: ("_placed", ""),
-    Loras: ("adapters", "_model _known_jobs _turn _closed"),
+    Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit"),
     Adapters: ("_named _nameless _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_host _crew _turn _turns _loader _candidates loading"),
