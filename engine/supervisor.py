@@ -59,8 +59,10 @@ from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
 from engine.states import Descriptors, State
+from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, task_spec
 from engine.trace import Trace
+from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from hotreload.given import GivenTensor, pack
@@ -145,6 +147,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     crew: CrewState
     journal: JournalState | None
     loras: AdaptersState
+    vault: VaultState | None
     started_at: float
     trace: list[Span]
 
@@ -157,8 +160,12 @@ class Supervisor:
     at `submit`, before anything is allocated; what happens to an accepted task comes as its last event.
     """
 
-    def __init__(self, params: SystemParams | None = None, opened: Opened | None = None) -> None:
-        """`opened`: what the program before this one has found; None: it is looked for now."""
+    def __init__(
+        self, params: SystemParams | None = None, opened: Opened | None = None, vault: Vault | None = None
+    ) -> None:
+        """`opened`: what the program before this one has found; None: it is looked for now. `vault`: the weights are
+        kept there for the next start."""
+        self._vault = vault
         self.params = params or SystemParams()
         self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
@@ -205,6 +212,8 @@ class Supervisor:
             self._trace = Trace(self._crew.tokens)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
+            if self._vault is not None:
+                await self._vault.open(self._crew.placed, self._origins())
             self._phase = "open"
             for seats in self._crew.groups:
                 self._crew.start(seats)
@@ -242,6 +251,20 @@ class Supervisor:
             return None
         close_fds(piece.fd for piece in made.values())
         return {}
+
+    def _origins(self) -> list[Origin]:
+        """What is to be read, for which device."""
+        crew = self._crew
+        return [
+            Origin(self.model.name, device, crew.dtype, component)
+            for component in self.checkpoint.components.values()
+            for device in crew.devices_of(component.name)
+        ]
+
+    async def settle(self) -> None:
+        """All stages are up: what they have read is worth keeping for the next start."""
+        if self._vault is not None:
+            await self._vault.settle(self._crew.placed, self._origins())
 
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot
@@ -320,7 +343,8 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            loras=self._loras.adapters.state(fds), started_at=self._started_at, trace=self._trace.spans(),
+            loras=self._loras.adapters.state(fds), vault=None if self._vault is None else self._vault.state(),
+            started_at=self._started_at, trace=self._trace.spans(),
         )  # fmt: skip
 
     @classmethod
@@ -345,6 +369,8 @@ class Supervisor:
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
         made._loras.adapters.put_back(state.loras, fds)
+        if state.vault is not None:
+            made._vault = Vault.restored(state.vault, Notify.of_environment(), made._crew.placed)
         made._reloader = Reloader(made, made._crew)
         made._trace = Trace(made._crew.tokens, state.trace)
         made._scheduler = Scheduler.restored(state.scheduler)
