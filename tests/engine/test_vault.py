@@ -51,9 +51,10 @@ class Manager:
     def start(self, checkpoint: Path, placement: str = "fused") -> EngineProcess:
         names, fds = list(self.kept), list(self.kept.values())
         through = (sys.executable, "-c", PASS, ",".join(map(str, fds)), ":".join(names))
+        options = ("--checkpoint", checkpoint, "--attention-backend", "sdpa", "--threads", "1")
         return EngineProcess(
-            self.directory, "--checkpoint", checkpoint, "--attention-backend", "sdpa", "--threads", "1", through=through,
-            pass_fds=fds, placement=placement, NOTIFY_SOCKET=str(self.directory / "notify"),
+            self.directory, *options, through=through, pass_fds=fds, placement=placement,
+            NOTIFY_SOCKET=str(self.directory / "notify"),
         )  # fmt: skip
 
     def components(self) -> dict[str, str]:
