@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.adapters import AdaptersState, adapter_metadata
+from engine.adapters import AdaptersState, KeptAdapter, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
@@ -49,7 +49,7 @@ from engine.events import (
     Tick,
 )  # fmt: skip
 from engine.journal import Entry, Journal, JournalState
-from engine.loras import Loras, lost
+from engine.loras import Loras
 from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
 from engine.models import load_model
 from engine.params import ModelParams, SystemParams, UserParams
@@ -59,8 +59,10 @@ from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
 from engine.states import Descriptors, State
+from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, task_spec
 from engine.trace import Trace
+from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from hotreload.given import GivenTensor, pack
@@ -145,6 +147,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     crew: CrewState
     journal: JournalState | None
     loras: AdaptersState
+    vault: VaultState | None
     started_at: float
     trace: list[Span]
 
@@ -157,12 +160,16 @@ class Supervisor:
     at `submit`, before anything is allocated; what happens to an accepted task comes as its last event.
     """
 
-    def __init__(self, params: SystemParams | None = None, opened: Opened | None = None) -> None:
-        """`opened`: what the program before this one has found; None: it is looked for now."""
+    def __init__(
+        self, params: SystemParams | None = None, opened: Opened | None = None, vault: Vault | None = None
+    ) -> None:
+        """`opened`: what the program before this one has found; None: it is looked for now. `vault`: the weights are
+        kept there for the next start."""
+        self._vault = vault
         self.params = params or SystemParams()
         self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
-        self._loras = Loras(self.model, self._known_jobs)
+        self._loras = Loras(self.model, self._known_jobs, self._keep_adapters)
         self._admitting = 0
         self._outputs: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -190,6 +197,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
         entries = await self._journal.open() if self._journal is not None else []
+        adapters = await self._journal.adapters(self.model.name) if self._journal is not None else []
         async with contextlib.AsyncExitStack() as undo:
             if self._journal is not None:
                 undo.push_async_callback(self._journal.close)
@@ -204,10 +212,14 @@ class Supervisor:
             self._trace = Trace(self._crew.tokens)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
+            if self._vault is not None:
+                await self._vault.open(self._crew.placed, self._origins())
             self._phase = "open"
             for seats in self._crew.groups:
                 self._crew.start(seats)
             undo.pop_all()
+        wanted = [entry.job for entry in entries if entry.model == self.model.name]
+        self._loras.take_back(adapters, wanted, self._schedule_waiting)
         for entry in entries:
             if entry.model == self.model.name:
                 self._take_up(entry)
@@ -239,6 +251,20 @@ class Supervisor:
             return None
         close_fds(piece.fd for piece in made.values())
         return {}
+
+    def _origins(self) -> list[Origin]:
+        """What is to be read, for which device."""
+        crew = self._crew
+        return [
+            Origin(self.model.name, device, crew.dtype, component)
+            for component in self.checkpoint.components.values()
+            for device in crew.devices_of(component.name)
+        ]
+
+    async def settle(self) -> None:
+        """All stages are up: what they have read is worth keeping for the next start."""
+        if self._vault is not None:
+            await self._vault.settle(self._crew.placed, self._origins())
 
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot
@@ -275,6 +301,7 @@ class Supervisor:
             self._timer.cancel()
         try:
             await self._reloader.end()
+            await self._loras.end()
             await self._crew.stop()
             for task in self._pool:
                 _unlink(task.job)
@@ -316,7 +343,8 @@ class Supervisor:
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
-            loras=self._loras.adapters.state(fds), started_at=self._started_at, trace=self._trace.spans(),
+            loras=self._loras.adapters.state(fds), vault=None if self._vault is None else self._vault.state(),
+            started_at=self._started_at, trace=self._trace.spans(),
         )  # fmt: skip
 
     @classmethod
@@ -341,6 +369,8 @@ class Supervisor:
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
         made._loras.adapters.put_back(state.loras, fds)
+        if state.vault is not None:
+            made._vault = Vault.restored(state.vault, Notify.of_environment(), made._crew.placed)
         made._reloader = Reloader(made, made._crew)
         made._trace = Trace(made._crew.tokens, state.trace)
         made._scheduler = Scheduler.restored(state.scheduler)
@@ -387,6 +417,8 @@ class Supervisor:
         self._admitting += 1
         self._no_admissions.clear()
         try:
+            if user.lora:
+                await self._loras.taken_back()
             job = await asyncio.to_thread(self.check, user)
             if job.output in self._outputs:
                 raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
@@ -438,9 +470,12 @@ class Supervisor:
 
     async def cancel(self, identity: str) -> None:
         """Stop a task at its next step; its listeners get `Failed(cancelled)` at once. `NotFound` if there is none."""
-        if self._pool.get(identity).ended is None:
+        if (task := self._pool.get(identity)).ended is None:
             failure = to_failure(Cancelled("the request was cancelled"))
-            self._dispatch(CancelAsked(identity, failure))
+            if identity in self._scheduler:
+                self._dispatch(CancelAsked(identity, failure))
+            else:  # it waits for its adapters
+                self._end(task, Failed(id=identity, error=failure))
 
     def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
@@ -516,14 +551,19 @@ class Supervisor:
         self._check_open()
         return await self._loras.add(name, files)
 
-    def remove_lora(self, name: str) -> None:
+    async def remove_lora(self, name: str) -> None:
         """Take an adapter away from requests to come; those that were accepted are finished with it. Raises
         `NotFound`."""
-        self._loras.remove(name)
+        self._check_open()
+        await self._loras.remove(name)
 
     def loras(self) -> list[LoraInfo]:
         """The adapters that requests can name, and those that unfinished requests still use."""
         return self._loras.adapters.infos([task.job for task in self._pool.unfinished()])
+
+    async def _keep_adapters(self, adapters: list[KeptAdapter]) -> None:
+        if self._journal is not None:
+            await self._journal.keep_adapters(self.model.name, adapters)
 
     def _known_jobs(self) -> list[Job]:
         """Of each task that a stage may still know."""
@@ -635,10 +675,22 @@ class Supervisor:
         task = Task(job, spec, entry.params, entry.submitted_at)
         task.weights = weights or {}
         self._pool.add(task)
-        if gone := self._loras.adapters.missing(job):
-            self._end(task, Failed(id=job.id, error=to_failure(lost(gone[0]))))
-            return
-        self._dispatch(Submitted(spec))
+        if not (self._loras.is_taking_back and self._loras.adapters.missing(job)):
+            self._schedule(task)
+
+    def _schedule(self, task: Task) -> None:
+        """To be run from now on; or it fails, if its adapters are lost."""
+        if gone := self._loras.adapters.missing(task.job):
+            self._end(task, Failed(id=task.id, error=to_failure(self._loras.lost(gone[0]))))
+        else:
+            self._dispatch(Submitted(task.spec))
+
+    def _schedule_waiting(self) -> None:
+        """The adapters are there that an earlier run has kept, or are lost."""
+        for task in self._pool.unfinished():
+            if task.id not in self._scheduler:
+                self._schedule(task)
+        self._loras.let_go()
 
     # Events and actions.
 
