@@ -315,7 +315,7 @@ def cancel(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """The models this engine knows, and whether their weights are here."""
+    """The models this engine knows, whether their weights are here, and what they take at each memory level."""
     from engine.catalogue import describe_models
     from engine.display import print_models
 
@@ -329,13 +329,16 @@ def models(as_json: Json = False) -> None:
 def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of a checkpoint.")],
     model: Annotated[str | None, typer.Option(help="See `engine models` [found by looking].")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of the video whose memory is told, such as 832x480x81 [the model's usual one].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint holds, what is missing or wrong in it, and how much memory it needs. Loads no weights."""
     from engine.check import check_checkpoint
     from engine.display import print_check
 
-    report = check_checkpoint(directory, model)
+    report = check_checkpoint(directory, model, size)
     _print_json(report) if as_json else print_check(report)
     if not report.complete:
         raise typer.Exit(BadCheckpoint.exit_code)
