@@ -118,6 +118,13 @@ def serve(
     attention_backend: Annotated[
         str | None, typer.Option(help="What computes attention: auto, or one that `engine doctor` shows [auto].")
     ] = None,
+    memory_level: Annotated[
+        str | None,
+        typer.Option(help="auto, or 0 to 3: how much of the weights leaves the GPU when it is not in use [auto]."),
+    ] = None,
+    gpu_budget: Annotated[
+        str | None, typer.Option(help="What the engine may take of each GPU, such as 8GiB [all that is free].")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each dit and of vae; 0: half the cores for all dits and vae [0].")
     ] = None,
@@ -134,7 +141,11 @@ def serve(
 ) -> None:
     """Serve one model on a Unix socket until `engine shutdown`, SIGTERM or Ctrl-C."""
     flags = _given(locals(), leave_out=("config",))
+    from engine.operator import read_level
     from engine.serve import run, system_params
+
+    if memory_level is not None:
+        flags["memory_level"] = read_level(memory_level)
 
     run(system_params(config, flags))
 
