@@ -152,11 +152,15 @@ class VaeStage:
         decoding = self._decodings.get(identity)
         if decoding is None or decoding.next > index:
             decoding = self._decodings[identity] = Decoding(codec.clip(*latents.shape[2:]))
-        while decoding.next <= index:
-            chunk = latents[:, decoding.next * self._chunk : (decoding.next + 1) * self._chunk]
-            pixels = decoding.clip.decode(chunk.unsqueeze(0).to(self._device))
-            decoding.next += 1
-            self._links.beat()
+        try:
+            while decoding.next <= index:
+                chunk = latents[:, decoding.next * self._chunk : (decoding.next + 1) * self._chunk]
+                pixels = decoding.clip.decode(chunk.unsqueeze(0).to(self._device))
+                decoding.next += 1
+                self._links.beat()
+        except BaseException:
+            del self._decodings[identity]  # what it keeps of the frames before may be of two times by now
+            raise
         check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
         put_tensor(self._links.outputs["frames"], identity, index, to_frames(pixels), QUEUE_TIMEOUT)
 
