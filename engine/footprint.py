@@ -28,7 +28,7 @@ SLOTS = 2
 """Blocks of weights on the device that are being read and being filled, where weights are streamed."""
 
 STEPS = 8
-"""Into so many equal parts `ladder` cuts the blocks of level 3."""
+"""Into so many equal parts `plans` cuts the blocks of level 3."""
 
 
 class Coefficient(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -147,13 +147,31 @@ def needs(
     return found
 
 
-def ladder(model: ModelParams, size: RequestSize, setting: Setting = DEFAULT_SETTING) -> list[Need]:
-    """What a policy chooses from, the most memory first: levels 0, 1, 2, then level 3 with fewer and fewer blocks."""
+def plans(model: ModelParams) -> list[MemoryPlan]:
+    """What a policy chooses from, what leaves the most on the device first: levels 0, 1, 2, then level 3 with fewer and
+    fewer blocks, an eighth at a time."""
     layers = model.transformer.num_layers
     blocks = sorted({layers * step // STEPS for step in range(STEPS + 1)}, reverse=True)
-    plans = [MemoryPlan(level=level) for level in (0, 1, 2)]
-    plans += [MemoryPlan(level=3, blocks=count) for count in blocks]
-    return [need(model, size, plan, setting) for plan in plans]
+    return [MemoryPlan(level=level) for level in (0, 1, 2)] + [MemoryPlan(level=3, blocks=n) for n in blocks]
+
+
+class Account:
+    """What plans take in one engine. Remembers what it has reckoned."""
+
+    def __init__(self, model: ModelParams, setting: Setting = DEFAULT_SETTING) -> None:
+        self._need = functools.lru_cache(4096)(functools.partial(need, model, setting=setting))
+        self._usual = usual_size(model)
+
+    def need(self, running: RequestSize | None, plan: MemoryPlan) -> Need:
+        """While a request of this size runs; with None, what one of the model's usual size would need."""
+        return self._need(running or self._usual, plan)
+
+
+def usual_size(model: ModelParams) -> RequestSize:
+    """Of a request that says nothing of its size."""
+    usual = model.defaults
+    guided = max(usual.guidance_scale, usual.guidance_scale_2 or 0.0) > 1
+    return RequestSize(usual.width, usual.height, usual.num_frames, guided)
 
 
 def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting = DEFAULT_SETTING) -> Need:
@@ -263,10 +281,9 @@ def plan_for(
 ) -> MemoryPlan | None:
     """The lowest level that fits into `budget` bytes of the GPU, and at level 3 the most resident blocks; None: nothing
     does, and `refusal` says why."""
-    layers = model.transformer.num_layers
-    plans = [MemoryPlan(level=level) for level in (0, 1, 2)]
-    plans += [MemoryPlan(level=3, blocks=count) for count in range(layers, -1, -1)]
-    found = (need(model, size, plan, setting) for plan in plans)
+    every = [MemoryPlan(level=level) for level in (0, 1, 2)]
+    every += [MemoryPlan(level=3, blocks=count) for count in range(model.transformer.num_layers, -1, -1)]
+    found = (need(model, size, plan, setting) for plan in every)
     return next((n.plan for n in found if n.gpu <= budget and bounds.allow(n)), None)
 
 
@@ -282,8 +299,8 @@ def refusal(
     def fits(other: RequestSize, allowed: Bounds = bounds) -> MemoryPlan | None:
         return plan_for(model, other, budget, setting, allowed)
 
-    allowed = [n for n in ladder(model, size, setting) if bounds.allow(n)]
-    least = min(allowed or ladder(model, size, setting)[:1], key=lambda n: n.gpu)
+    account = [need(model, size, plan, setting) for plan in plans(model)]
+    least = min([n for n in account if bounds.allow(n)] or account[:1], key=lambda n: n.gpu)
     stride = model.vae.temporal_stride
     fewer = (msgspec.structs.replace(size, frames=f) for f in range(size.frames - stride, 0, -stride))
     frames = next((other.frames for other in fewer if fits(other)), None)
