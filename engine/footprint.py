@@ -296,16 +296,17 @@ def refusal(
 ) -> Refusal:
     """Why no plan fits, and what would. For sizes that `plan_for` has none for."""
 
-    def fits(other: RequestSize, allowed: Bounds = bounds) -> MemoryPlan | None:
-        return plan_for(model, other, budget, setting, allowed)
+    def fits(other: RequestSize) -> bool:
+        return any(n.gpu <= budget and bounds.allow(n) for n in needs(model, other, setting))
 
-    account = [need(model, size, plan, setting) for plan in plans(model)]
-    least = min([n for n in account if bounds.allow(n)] or account[:1], key=lambda n: n.gpu)
+    account = needs(model, size, setting)
+    # Of two that take as much the higher level: what it lacks, a lower one lacks, too.
+    least = min([n for n in reversed(account) if bounds.allow(n)] or account[:1], key=lambda n: n.gpu)
     stride = model.vae.temporal_stride
     fewer = (msgspec.structs.replace(size, frames=f) for f in range(size.frames - stride, 0, -stride))
     frames = next((other.frames for other in fewer if fits(other)), None)
     smaller = next((other for other in smaller_sizes(model, size) if fits(other)), None)
-    other_level = fits(size, Bounds(host=bounds.host))
+    other_level = plan_for(model, size, budget, setting, Bounds(host=bounds.host))
     return Refusal(
         least=least, missing=max(0, least.gpu - budget), frames=frames,
         size=None if smaller is None else (smaller.width, smaller.height),

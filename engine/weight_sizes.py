@@ -5,6 +5,7 @@ Derived from the modules in `stages/models/`; a test compares every figure with 
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class TextEncoderBytes(NamedTuple):
         return self.layers * self.block + self.embedding + self.rest
 
 
+@functools.cache
 def transformer_bytes(config: TransformerConfig, dtype: str) -> TransformerBytes:
     """In an engine that computes in `dtype`; time embedding, modulation, norm2 and head are float32 in all."""
     item, dim, ffn, patch = ITEM_BYTES[dtype], config.dim, config.ffn_dim, math.prod(config.patch_size)
@@ -61,6 +63,7 @@ def transformer_bytes(config: TransformerConfig, dtype: str) -> TransformerBytes
     return TransformerBytes(config.num_layers, block, cross, rest)
 
 
+@functools.cache
 def text_encoder_bytes(config: TextEncoderConfig, dtype: str) -> TextEncoderBytes:
     item, width, inner = ITEM_BYTES[dtype], config.d_model, config.num_heads * config.d_kv
     bias = config.relative_attention_num_buckets * config.num_heads
@@ -81,6 +84,7 @@ def vae_bytes(config: VaeConfig) -> int:
     return 4 * vae_parameters(config)
 
 
+@functools.cache
 def vae_parameters(config: VaeConfig) -> int:
     pixels, z = 3 * config.patch_size**2, config.z_dim
     base = config.base_dim if config.decoder_base_dim is None else config.decoder_base_dim
