@@ -145,7 +145,7 @@ class Sampler:
 class Policy:
     """Chooses the memory plan: the lowest level that fits, with hysteresis.
 
-    A cycle of pressure: others take memory and give it back. It ends when what the cycle began with fits again for
+    A cycle of pressure: others take memory and give it back. It ends when a plan that was raised from fits again for
     `DWELL`, or when nothing has moved for `REST`. In a cycle there are at most two changes: the first raise goes to the
     lowest level that fits, with foresight if memory is being taken steadily; a second one in the same cycle goes to the
     highest, so that no third is needed; going lower is the last change of a cycle, or the first of the next. A request
@@ -168,8 +168,8 @@ class Policy:
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
         """Of the last `REST` seconds and one before: when, and what of the device there was for this engine."""
         self._changes = 0
-        self._before: MemoryPlan | None = None
-        """What the cycle began with, once it was raised from."""
+        self._left: list[MemoryPlan] = []
+        """Plans that were raised from and are not back, each higher than the one before."""
         self._noise = 0
         """Bytes; `NOISE` of the device, or of the budget."""
         self._failed: dict[tuple[RequestSize | None, MemoryPlan], int] = {}
@@ -178,13 +178,13 @@ class Policy:
     def on(self, sample: Sample, running: RequestSize | None, now: float) -> MemoryPlan | None:
         """The plan that should hold from the next step on, if it is another one. `now`: the sample's clock."""
         if running != self._running:
-            self._running, self._changes, self._before = running, 0, None
+            self._running, self._changes, self._left = running, 0, []
         there = self._there(sample)
         if there is None or self._limits.lowest == self._limits.highest:
             return None
         self._remember(now, there)
         if self._still(now):
-            self._changes, self._before = 0, None
+            self._changes = 0
         if self._short(self.plan, there - int(self._slope() * LEAD)):
             return self._raise(there)
         return self._lower(now)
@@ -201,7 +201,7 @@ class Policy:
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
-        return self._change(higher[0], raised=True) if higher else None
+        return self._higher(higher[0]) if higher else None
 
     def _there(self, sample: Sample) -> int | None:
         """Bytes of the device that this engine may use; None: not known."""
@@ -249,7 +249,7 @@ class Policy:
         wanted = self._fitting(there - int(self._slope() * FORESIGHT)) if not self._changes else None
         if wanted is None or order(wanted) <= order(self.plan):
             wanted = higher[-1]
-        return self._change(wanted, raised=True)
+        return self._higher(wanted)
 
     def _lower(self, now: float) -> MemoryPlan | None:
         """A lower level has fitted for `DWELL`, with room for noise, and this cycle leaves a change for it."""
@@ -258,13 +258,12 @@ class Policy:
         wanted = self._fitting(free - self._noise)
         if wanted is None or order(wanted) >= order(self.plan):
             return None
-        if self._changes == 0:
-            return self._change(wanted, raised=False)
-        if self._changes == 1 and self._before is not None and order(wanted) <= order(self._before):
-            self._change(wanted, raised=False)
-            self._changes, self._before = 0, None
-            return self.plan
-        return None
+        back = bool(self._left) and order(wanted) <= order(self._left[-1])
+        if self._changes > (1 if back else 0):
+            return None
+        self._left = [p for p in self._left if order(p) < order(wanted)]
+        self._changes, self.plan = 0 if back else 1, wanted
+        return wanted
 
     def _least_since(self, since: float) -> int:
         """The least there was from the last sample before this moment on; 0 if nothing is known of that time."""
@@ -272,9 +271,9 @@ class Policy:
         known = sum(at <= since for at, _ in self._seen)
         return min(values[known - 1 :]) if known else 0
 
-    def _change(self, plan: MemoryPlan, *, raised: bool) -> MemoryPlan:
-        if raised and self._before is None and not self._changes:
-            self._before = self.plan
+    def _higher(self, plan: MemoryPlan) -> MemoryPlan:
+        if not self._changes:
+            self._left = [p for p in self._left if order(p) < order(self.plan)] + [self.plan]
         self._changes += 1
         self.plan = plan
         return plan
