@@ -22,7 +22,7 @@ from engine.weight_sizes import (
     transformer_bytes,
     vae_bytes,
 )
-from ipc.messages import MemoryPlan
+from ipc.messages import STAGE_OF_COMPONENT, MemoryPlan, StageName
 
 SLOTS = 2
 """Blocks of weights on the device that are being read and being filled, where weights are streamed."""
@@ -81,6 +81,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     """With a context on the GPU: text, dit and vae, and a spare one; 1 if they are fused, 0 on a CPU."""
     queues: bool = True
     """Queues and state slots are on the GPU."""
+    stages: tuple[StageName, ...] = ("text", "dit", "vae")
+    """That compute there."""
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -120,10 +122,10 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
         changes = [] if self.frames is None else [f"{self.frames} frames"]
         changes += [] if self.size is None else [f"{self.size[0]}x{self.size[1]}"]
         changes += [] if self.level is None else [f"memory_level {self.level}"]
-        changes.append(f"a budget of {gigabytes(self.budget)}")
+        changes.append(f"{gigabytes(self.budget)} of GPU memory")
         return (
             f"it takes {gigabytes(self.least.gpu)} of GPU memory at memory level {self.least.level}, "
-            f"{gigabytes(self.missing)} more than there may be; what would fit: {', or '.join(changes)}"
+            f"{gigabytes(self.missing)} more than there is for it; what would fit: {', or '.join(changes)}"
         )
 
 
@@ -176,26 +178,45 @@ def usual_size(model: ModelParams) -> RequestSize:
 
 def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting = DEFAULT_SETTING) -> Need:
     """What the plan takes while a request of this size is computed."""
-    sizes, figures = component_bytes(model, setting.dtype), measured()
+    figures, stages = measured(), setting.stages
+    sizes = {n: b for n, b in component_bytes(model, setting.dtype).items() if STAGE_OF_COMPONENT[n] in stages}
     beside = int(setting.processes * figures.context_bytes.value)
     beside += sum(device_sizes(model).values()) if setting.queues else 0
-    dit = dit_bytes(model, size, setting.dtype)
-    text, decode = int(figures.text_bytes.value), decode_bytes(model, size, setting, tiled=plan.level >= 1)
+    working = working_bytes(model, size, plan, setting)
     if plan.level < 2:
-        gpu = sum(sizes.values()) + max(dit, text, decode)
-        return Need(plan.level, None, beside + gpu, 0, 1.0)
-    blocks, transformer = plan.blocks or 0, transformer_bytes(model.transformer, setting.dtype)
-    resident = transformer.total
+        resident, host = sum(sizes.values()), 0
+    else:
+        resident, host = resident_dit(model, plan, setting.dtype) if "dit" in stages else 0, sum(sizes.values())
+    blocks, slowdown = None, 1.0
     if plan.level == 3:
-        streamed = SLOTS if blocks < transformer.layers else 0
-        # Slots are there for the weights of the keys and values in any case: once per request, they travel.
-        resident = transformer.rest + (blocks + max(streamed, 1)) * transformer.block
-    text += SLOTS * text_encoder_bytes(model.text_encoder, setting.dtype).block
-    decode += sizes["vae"]
-    images = sizes.get("image_encoder", 0)
-    gpu = beside + resident + max(dit, text, decode, images)
-    slowdown = step_slowdown(model, size, blocks, setting.dtype) if plan.level == 3 else 1.0
-    return Need(plan.level, blocks if plan.level == 3 else None, gpu, sum(sizes.values()), slowdown)
+        blocks = plan.blocks or 0
+        slowdown = step_slowdown(model, size, blocks, setting.dtype) if "dit" in stages else 1.0
+    return Need(plan.level, blocks, beside + resident + max(working.values()), host, slowdown)
+
+
+def resident_dit(model: ModelParams, plan: MemoryPlan, dtype: str) -> int:
+    """Bytes of the transformer at work that stay on the device from level 2 on, slots included."""
+    parts = transformer_bytes(model.transformer, dtype)
+    if plan.level < 3:
+        return parts.total
+    blocks = plan.blocks or 0
+    # With all blocks resident, one slot: the weights of the keys and values travel in any case, once per request.
+    return parts.rest + (blocks + (SLOTS if blocks < parts.layers else 1)) * parts.block
+
+
+def working_bytes(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting) -> dict[StageName, int]:
+    """What each stage takes of the device while it works, beside the weights that stay there: activations, and from
+    level 2 on what it brings in."""
+    figures, sizes = measured(), component_bytes(model, setting.dtype)
+    working: dict[StageName, int] = {
+        "text": int(figures.text_bytes.value),
+        "dit": dit_bytes(model, size, setting.dtype),
+        "vae": decode_bytes(model, size, setting, tiled=plan.level >= 1),
+    }
+    if plan.level >= 2:
+        working["text"] += SLOTS * text_encoder_bytes(model.text_encoder, setting.dtype).block
+        working["vae"] = max(working["vae"] + sizes["vae"], sizes.get("image_encoder", 0))
+    return {stage: amount for stage, amount in working.items() if stage in setting.stages}
 
 
 def tokens_of(model: ModelParams, size: RequestSize) -> int:

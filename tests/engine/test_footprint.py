@@ -135,6 +135,23 @@ def test_a_cpu_has_no_contexts() -> None:
     assert sum(component_bytes(model, "float32").values()) < found.gpu < GIB
 
 
+def test_a_device_has_what_computes_there() -> None:
+    """On a further dit's GPU there is neither text encoder nor VAE; all stages together have no more than the parts."""
+    model = load_model(LARGE)
+    bare = Setting(processes=0, queues=False)
+    alone = msgspec.structs.replace(bare, stages=("dit",))
+    others = msgspec.structs.replace(bare, stages=("text", "vae"))
+    for plan in plans(model):
+        dit, rest, all_of_them = (need(model, USUAL, plan, s) for s in (alone, others, bare))
+        assert max(dit.gpu, rest.gpu) <= all_of_them.gpu <= dit.gpu + rest.gpu
+        assert dit.host + rest.host == all_of_them.host
+        assert rest.slowdown == 1.0 and dit.slowdown == all_of_them.slowdown
+    weights = component_bytes(model, "bfloat16")
+    assert need(model, USUAL, MemoryPlan(), alone).gpu == weights["transformer"] + footprint.dit_bytes(
+        model, USUAL, "bfloat16"
+    )
+
+
 def test_streaming_is_as_slow_as_was_measured() -> None:
     """The 14B on an H100: nothing at 32,760 tokens (measured 0.2 %), about a tenth at 8,000 (measured 9.8 %), and the
     break-even is near 8,700."""
@@ -209,7 +226,8 @@ def test_a_refusal_in_words() -> None:
     model = load_model(LARGE)
     said = refusal(model, USUAL, 24 * GIB, bounds=Bounds(highest=1))
     assert said.level == 3
-    assert "at memory level 1" in str(said) and "memory_level 3" in str(said) and "a budget of" in str(said)
+    assert "at memory level 1" in str(said) and "memory_level 3" in str(said)
+    assert str(said).endswith(f"{footprint.gigabytes(said.budget)} of GPU memory")
     assert footprint.gigabytes(1) == "0.1 GB" and footprint.gigabytes(10**9) == "1.0 GB"
     assert footprint.gigabytes(10**9 + 1) == "1.1 GB"
 
