@@ -19,12 +19,31 @@ from engine.adapters import Adapters
 from engine.child import run_module
 from engine.conditioning import DEFAULT_STRENGTH, Init, check_length, find_init, size_of_condition
 from engine.decode import decode_strictly
+from engine.footprint import (
+    ALL_LEVELS,
+    DEFAULT_SETTING,
+    Bounds,
+    RequestSize,
+    Setting,
+    gigabytes,
+    plan_for,
+    refusal,
+)
 from engine.params import PRESETS, Defaults, ModelParams, SystemParams, UserParams
 from engine.roots import absolute, below_root, utf8
 from ipc.errors import BadRequest, EngineError
 from ipc.messages import Job
 
 MAX_PROMPT_BYTES = 16 * 1024
+
+
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """What there can ever be for a request: bytes of the GPU, all of it or the operator's budget, and the memory plans
+    that are allowed."""
+
+    bytes: int
+    setting: Setting = DEFAULT_SETTING
+    bounds: Bounds = ALL_LEVELS
 
 
 def admit(
@@ -34,10 +53,11 @@ def admit(
     *,
     on_gpu: bool = False,
     adapters: Adapters | None = None,
+    room: Room | None = None,
 ) -> Job:
     """Check a request and fill in every default. Raises `BadRequest`; changes nothing. Blocking: it reads files.
 
-    `adapters`: those it may name; None: there are none.
+    `adapters`: those it may name; None: there are none. `room`: of the device that computes it; None: of any size.
 
     The length of the prompt in tokens is checked by `check_prompt_tokens`, which needs the tokenizer.
     """
@@ -58,6 +78,8 @@ def admit(
     height, width = _size(user, model, init)
     if init is not None:
         check_length(init, num_frames)
+    if room is not None:
+        check_room(RequestSize(width, height, num_frames, max(guidance, guidance_2) > 1), model, room)
     return Job(
         id=uuid.uuid4().hex,
         prompt=user.prompt,
@@ -156,6 +178,15 @@ def _frames(user: UserParams, model: ModelParams) -> int:
         near = f"{below} or {above}" if frames > 1 else "1"
         raise BadRequest(f"num_frames is {frames}; it must be {stride}n + 1, the nearest is {near}")
     return frames
+
+
+def check_room(size: RequestSize, model: ModelParams, room: Room) -> None:
+    """Refuse what can never fit, with the numbers; what does not fit at the moment is another matter."""
+    if plan_for(model, size, room.bytes, room.setting, room.bounds) is None:
+        raise BadRequest(
+            f"{size.width}x{size.height} with {size.frames} frames does not fit into the {gigabytes(room.bytes)} of "
+            f"GPU memory that this engine may take: {refusal(model, size, room.bytes, room.setting, room.bounds)}"
+        )
 
 
 def _guidance(user: UserParams, model: ModelParams, defaults: Defaults) -> tuple[float, float]:

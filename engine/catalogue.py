@@ -9,6 +9,7 @@ import msgspec
 from engine.checkpoint import file_bytes, open_model
 from engine.models import known_models
 from engine.params import ModelParams, SystemParams
+from engine.weight_sizes import ITEM_BYTES, transformer_bytes
 from ipc.architecture import Conditioning, TransformerConfig
 from ipc.errors import BadCheckpoint, BadConfig
 
@@ -55,17 +56,7 @@ def kind(conditioning: Conditioning) -> str:
 
 def transformer_parameters(config: TransformerConfig) -> int:
     """Weights and biases of one Wan DiT."""
-    dim, ffn, patch = config.dim, config.ffn_dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    attention = 4 * (dim * dim + dim) + 2 * dim
-    block = 2 * attention + 2 * dim * ffn + ffn + dim + 6 * dim + (2 * dim if config.cross_attn_norm else 0)
-    time = config.freq_dim * dim + dim + dim * dim + dim + 6 * (dim * dim + dim)
-    text = config.text_dim * dim + dim + dim * dim + dim
-    ends = config.in_channels * patch * dim + dim + dim * config.out_channels * patch + config.out_channels * patch
-    image = 0
-    if (width := config.image_dim) is not None:
-        block += 2 * (dim * dim + dim) + dim
-        image = 2 * width + width * width + width + width * dim + dim + 2 * dim
-    return config.num_layers * block + time + text + image + ends + 2 * dim
+    return transformer_bytes(config, "float32").total // ITEM_BYTES["float32"]
 
 
 def _card(model: ModelParams) -> ModelCard:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.admission import admit, check_prompt_tokens, resolved_params
+from engine.admission import Room, admit, check_prompt_tokens, resolved_params
 from engine.conditioning import Media, best_output_size, size_of_condition
+from engine.footprint import Bounds, RequestSize, need
 from engine.memory import slot_sizes
 from engine.models import CONFIGS, list_models, load_model
 from engine.params import ModelParams, SystemParams, UserParams
 from ipc.errors import BadConfig, BadRequest
+from ipc.messages import MemoryPlan
 
 MODEL = load_model("wan-demo")
 I2V, I2V_A14B, TI2V = (load_model(f"wan2.{n}") for n in ("1-i2v-14b-480p", "2-i2v-a14b", "2-ti2v-5b"))
@@ -319,3 +321,35 @@ def test_unknown_model_lists_the_known() -> None:
     with pytest.raises(BadConfig, match="wan-demo"):
         load_model("wan-9")
     assert "wan-demo" in list_models()
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    """One byte too little for the least that the request takes: refused, with what is missing and what would fit,
+    which then is accepted; with that byte it is accepted, too."""
+    usual = RequestSize(1280, 720, 81)
+    least = need(T2V_A14B, usual, MemoryPlan(level=3, blocks=0)).gpu
+    assert admit(ask(tmp_path), T2V_A14B, SYSTEM, room=Room(bytes=least)).num_frames == 81
+    with pytest.raises(BadRequest) as caught:
+        admit(ask(tmp_path), T2V_A14B, SYSTEM, room=Room(bytes=least - 1))
+    said = str(caught.value)
+    assert "1280x720 with 81 frames does not fit" in said and "0.1 GB more than there is" in said
+    assert "77 frames, or 1248x704, or" in said
+    assert admit(ask(tmp_path, num_frames=77), T2V_A14B, SYSTEM, room=Room(bytes=least - 1)).num_frames == 77
+    small = ask(tmp_path, width=1248, height=704)
+    assert admit(small, T2V_A14B, SYSTEM, room=Room(bytes=least - 1)).width == 1248
+
+
+def test_a_fixed_level_is_all_there_can_be(tmp_path: Path) -> None:
+    """An operator who keeps everything resident: what needs a higher level is refused, and the level is named."""
+    room = Room(bytes=24 * 10**9, bounds=Bounds(highest=0))
+    with pytest.raises(BadRequest, match=r"memory_level 3"):
+        admit(ask(tmp_path), T2V_A14B, SYSTEM, room=room)
+
+
+def test_guidance_takes_memory_of_its_own(tmp_path: Path) -> None:
+    """Room for one branch's keys and values is not enough for two."""
+    one = need(T2V_A14B, RequestSize(1280, 720, 81, guided=False), MemoryPlan(level=3, blocks=0)).gpu
+    room = Room(bytes=one)
+    assert admit(ask(tmp_path, guidance_scale=1.0), T2V_A14B, SYSTEM, room=room).guidance_scale_2 == 1.0
+    with pytest.raises(BadRequest, match="does not fit"):
+        admit(ask(tmp_path), T2V_A14B, SYSTEM, room=room)

@@ -1,0 +1,346 @@
+"""What a request needs at each memory level: bytes on the GPU, bytes of host memory, and time. Pure accounting.
+
+Weights are exact (`engine/weight_sizes.py`); what stages take beside them is reckoned from the coefficients in
+`configs/measured/memory.yaml`. Stages on one GPU take turns, so the peak is that of the largest stage beside what stays
+of the others. Levels: `MemoryPlan`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.memory import device_sizes
+from engine.models import CONFIGS, read_yaml
+from engine.params import ModelParams
+from engine.weight_sizes import (
+    ITEM_BYTES,
+    component_bytes,
+    text_encoder_bytes,
+    transformer_bytes,
+    vae_bytes,
+)
+from ipc.messages import STAGE_OF_COMPONENT, MemoryPlan, StageName
+
+SLOTS = 2
+"""Blocks of weights on the device that are being read and being filled, where weights are streamed."""
+
+STEPS = 8
+"""Into so many equal parts `plans` cuts the blocks of level 3."""
+
+
+class Coefficient(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One figure of `configs/measured/memory.yaml`."""
+
+    value: float
+    measured: bool
+    """False: derived, or a goal."""
+    source: str
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of `configs/measured/memory.yaml`, which says what each is of."""
+
+    gpu: str
+    context_bytes: Coefficient
+    dit_width_bytes: Coefficient
+    dit_hidden_bytes: Coefficient
+    vae_pixel_bytes: Coefficient
+    vae_plain_pixel_bytes: Coefficient
+    vae_tile_bytes: Coefficient
+    vae_tile_pixel_bytes: Coefficient
+    text_bytes: Coefficient
+    copy_bytes_per_second: Coefficient
+    flops: Coefficient
+    read_bytes_per_second: Coefficient
+    block_seconds: Coefficient
+
+
+@functools.cache
+def measured() -> Measured:
+    """What is in the repository. `BadConfig` if it cannot be read."""
+    return read_yaml(CONFIGS / "measured" / "memory.yaml", Measured)
+
+
+class RequestSize(msgspec.Struct, frozen=True, order=True):
+    """What a request's memory depends on. Pixels, frames; `guided`: both branches are computed."""
+
+    width: int
+    height: int
+    frames: int
+    guided: bool = True
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What of an engine its memory depends on."""
+
+    dtype: str = "bfloat16"
+    processes: int = 3
+    """With a context on the GPU: text, dit and vae, and a spare one; 1 if they are fused, 0 on a CPU."""
+    queues: bool = True
+    """Queues and state slots are on the GPU."""
+    stages: tuple[StageName, ...] = ("text", "dit", "vae")
+    """That compute there."""
+
+
+class Need(msgspec.Struct, frozen=True):
+    """What one plan takes, at most."""
+
+    level: int
+    blocks: int | None
+    gpu: int
+    """Bytes on the device: weights, activations, queues and states, contexts."""
+    host: int
+    """Bytes of host memory for weights."""
+    slowdown: float
+    """Of a step; 1.0: as if all were resident."""
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return MemoryPlan(level=self.level, blocks=self.blocks)
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing that is allowed fits."""
+
+    least: Need
+    """Of what is allowed, what takes the least of the GPU."""
+    missing: int
+    """Bytes that are lacking for it."""
+    frames: int | None
+    """At this size so many would fit; None: not even one."""
+    size: tuple[int, int] | None
+    """Width and height that would fit with all frames, of about the same aspect; None: there is none."""
+    level: int | None
+    """The memory level that would fit, if it is not allowed; None: none would."""
+    budget: int
+    """Bytes from which on it fits."""
+
+    def __str__(self) -> str:
+        changes = [] if self.frames is None else [f"{self.frames} frames"]
+        changes += [] if self.size is None else [f"{self.size[0]}x{self.size[1]}"]
+        changes += [] if self.level is None else [f"memory_level {self.level}"]
+        changes.append(f"{gigabytes(self.budget)} of GPU memory")
+        return (
+            f"it takes {gigabytes(self.least.gpu)} of GPU memory at memory level {self.least.level}, "
+            f"{gigabytes(self.missing)} more than there is for it; what would fit: {', or '.join(changes)}"
+        )
+
+
+def gigabytes(amount: int) -> str:
+    """Rounded up to a tenth, so that what is named suffices."""
+    return f"{-(-amount // 10**8) / 10:.1f} GB"
+
+
+DEFAULT_SETTING = Setting()
+"""As on a GPU, a process per stage."""
+
+
+def needs(
+    model: ModelParams, size: RequestSize, setting: Setting = DEFAULT_SETTING, blocks: int | None = None
+) -> list[Need]:
+    """One of each level, at level 3 with no block resident; then, if `blocks` are given, with so many."""
+    found = [need(model, size, MemoryPlan(level=level), setting) for level in (0, 1, 2)]
+    found.append(need(model, size, MemoryPlan(level=3, blocks=0), setting))
+    if blocks is not None:
+        found.append(need(model, size, MemoryPlan(level=3, blocks=blocks), setting))
+    return found
+
+
+def plans(model: ModelParams) -> list[MemoryPlan]:
+    """What a policy chooses from, what leaves the most on the device first: levels 0, 1, 2, then level 3 with fewer and
+    fewer blocks, an eighth at a time."""
+    layers = model.transformer.num_layers
+    blocks = sorted({layers * step // STEPS for step in range(STEPS + 1)}, reverse=True)
+    return [MemoryPlan(level=level) for level in (0, 1, 2)] + [MemoryPlan(level=3, blocks=n) for n in blocks]
+
+
+class Account:
+    """What plans take in one engine. Remembers what it has reckoned."""
+
+    def __init__(self, model: ModelParams, setting: Setting = DEFAULT_SETTING) -> None:
+        self._need = functools.lru_cache(4096)(functools.partial(need, model, setting=setting))
+        self._usual = usual_size(model)
+
+    def need(self, running: RequestSize | None, plan: MemoryPlan) -> Need:
+        """While a request of this size runs; with None, what one of the model's usual size would need."""
+        return self._need(running or self._usual, plan)
+
+
+def usual_size(model: ModelParams) -> RequestSize:
+    """Of a request that says nothing of its size."""
+    usual = model.defaults
+    guided = max(usual.guidance_scale, usual.guidance_scale_2 or 0.0) > 1
+    return RequestSize(usual.width, usual.height, usual.num_frames, guided)
+
+
+def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting = DEFAULT_SETTING) -> Need:
+    """What the plan takes while a request of this size is computed."""
+    figures, stages = measured(), setting.stages
+    sizes = {n: b for n, b in component_bytes(model, setting.dtype).items() if STAGE_OF_COMPONENT[n] in stages}
+    beside = int(setting.processes * figures.context_bytes.value)
+    beside += sum(device_sizes(model).values()) if setting.queues else 0
+    working = working_bytes(model, size, plan, setting)
+    if plan.level < 2:
+        resident, host = sum(sizes.values()), 0
+    else:
+        resident, host = resident_dit(model, plan, setting.dtype) if "dit" in stages else 0, sum(sizes.values())
+    blocks, slowdown = None, 1.0
+    if plan.level == 3:
+        blocks = plan.blocks or 0
+        slowdown = step_slowdown(model, size, blocks, setting.dtype) if "dit" in stages else 1.0
+    return Need(plan.level, blocks, beside + resident + max(working.values()), host, slowdown)
+
+
+def resident_dit(model: ModelParams, plan: MemoryPlan, dtype: str) -> int:
+    """Bytes of the transformer at work that stay on the device from level 2 on, slots included."""
+    parts = transformer_bytes(model.transformer, dtype)
+    if plan.level < 3:
+        return parts.total
+    blocks = plan.blocks or 0
+    # With all blocks resident, one slot: the weights of the keys and values travel in any case, once per request.
+    return parts.rest + (blocks + (SLOTS if blocks < parts.layers else 1)) * parts.block
+
+
+def working_bytes(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting) -> dict[StageName, int]:
+    """What each stage takes of the device while it works, beside the weights that stay there: activations, and from
+    level 2 on what it brings in."""
+    figures, sizes = measured(), component_bytes(model, setting.dtype)
+    working: dict[StageName, int] = {
+        "text": int(figures.text_bytes.value),
+        "dit": dit_bytes(model, size, setting.dtype),
+        "vae": decode_bytes(model, size, setting, tiled=plan.level >= 1),
+    }
+    if plan.level >= 2:
+        working["text"] += SLOTS * text_encoder_bytes(model.text_encoder, setting.dtype).block
+        working["vae"] = max(working["vae"] + sizes["vae"], sizes.get("image_encoder", 0))
+    return {stage: amount for stage, amount in working.items() if stage in setting.stages}
+
+
+def tokens_of(model: ModelParams, size: RequestSize) -> int:
+    """Tokens that the transformer sees."""
+    vae, (pt, ph, pw) = model.vae, model.transformer.patch_size
+    frames = (size.frames - 1) // vae.temporal_stride + 1
+    return frames // pt * (size.height // vae.spatial_stride // ph) * (size.width // vae.spatial_stride // pw)
+
+
+def dit_bytes(model: ModelParams, size: RequestSize, dtype: str) -> int:
+    """Of a task that is denoised, beside the weights: a forward's activations, and the keys and values of what it
+    attends to. The guided branches are computed one after the other, but each has its own keys and values."""
+    config, figures, item = model.transformer, measured(), ITEM_BYTES[dtype]
+    width = figures.dit_width_bytes.value * config.dim + figures.dit_hidden_bytes.value * config.ffn_dim
+    rows = config.text_len * (2 if size.guided else 1)
+    rows += model.image_encoder.tokens if model.image_encoder is not None else 0
+    return int(tokens_of(model, size) * width * item / 2) + 2 * config.num_layers * rows * config.dim * item
+
+
+def decode_bytes(model: ModelParams, size: RequestSize, setting: Setting, *, tiled: bool) -> int:
+    """Of decoding, beside the weights. In bfloat16, Wan2.1's VAE has kernels, and a copy of its weights for them."""
+    figures, pixels = measured(), size.width * size.height
+    plain = model.vae.is_residual or setting.dtype == "float32"
+    whole = (figures.vae_plain_pixel_bytes if plain else figures.vae_pixel_bytes).value * pixels
+    if tiled:
+        whole = min(whole, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)
+    return int(whole) + (0 if plain else vae_bytes(model.vae) // 2)
+
+
+def forward_flops(model: ModelParams, tokens: int) -> float:
+    """Of one forward. Source: the shapes of the products; the 14B at 32,760 tokens: 1,678e12."""
+    config = model.transformer
+    products = 2 * tokens * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+    attention = 4 * tokens * (tokens + config.text_len) * config.dim
+    return float(config.num_layers * (products + attention))
+
+
+def step_slowdown(model: ModelParams, size: RequestSize, blocks: int, dtype: str) -> float:
+    """A step at level 3 over a step with all weights resident: blocks are copied while others compute, so that a step
+    takes the longer of the two."""
+    figures, transformer = measured(), transformer_bytes(model.transformer, dtype)
+    copied = (transformer.layers - blocks) * transformer.block / figures.copy_bytes_per_second.value
+    computed = max(
+        forward_flops(model, tokens_of(model, size)) / figures.flops.value,
+        transformer.layers * transformer.block / figures.read_bytes_per_second.value,
+        transformer.layers * figures.block_seconds.value,
+    )
+    return max(1.0, copied / computed)
+
+
+def break_even_tokens(model: ModelParams, dtype: str, copy_rate: float, flops: float) -> int:
+    """From so many tokens on, streaming all blocks costs nothing; copies in bytes, computing in operations per
+    second."""
+    seconds = (blocks := transformer_bytes(model.transformer, dtype)).layers * blocks.block / copy_rate
+    low, high = 0, 1 << 30
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if forward_flops(model, middle) / flops < seconds else (low, middle)
+    return high
+
+
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """Which plans are allowed."""
+
+    lowest: int = 0
+    highest: int = 3
+    host: int | None = None
+    """Bytes of host memory that weights may take; None: unlimited."""
+
+    def allow(self, found: Need) -> bool:
+        return self.lowest <= found.level <= self.highest and (self.host is None or found.host <= self.host)
+
+
+ALL_LEVELS = Bounds()
+
+
+def plan_for(
+    model: ModelParams,
+    size: RequestSize,
+    budget: int,
+    setting: Setting = DEFAULT_SETTING,
+    bounds: Bounds = ALL_LEVELS,
+) -> MemoryPlan | None:
+    """The lowest level that fits into `budget` bytes of the GPU, and at level 3 the most resident blocks; None: nothing
+    does, and `refusal` says why."""
+    every = [MemoryPlan(level=level) for level in (0, 1, 2)]
+    every += [MemoryPlan(level=3, blocks=count) for count in range(model.transformer.num_layers, -1, -1)]
+    found = (need(model, size, plan, setting) for plan in every)
+    return next((n.plan for n in found if n.gpu <= budget and bounds.allow(n)), None)
+
+
+def refusal(
+    model: ModelParams,
+    size: RequestSize,
+    budget: int,
+    setting: Setting = DEFAULT_SETTING,
+    bounds: Bounds = ALL_LEVELS,
+) -> Refusal:
+    """Why no plan fits, and what would. For sizes that `plan_for` has none for."""
+
+    def fits(other: RequestSize) -> bool:
+        return any(n.gpu <= budget and bounds.allow(n) for n in needs(model, other, setting))
+
+    account = needs(model, size, setting)
+    # Of two that take as much the higher level: what it lacks, a lower one lacks, too.
+    least = min([n for n in reversed(account) if bounds.allow(n)] or account[:1], key=lambda n: n.gpu)
+    stride = model.vae.temporal_stride
+    fewer = (msgspec.structs.replace(size, frames=f) for f in range(size.frames - stride, 0, -stride))
+    frames = next((other.frames for other in fewer if fits(other)), None)
+    smaller = next((other for other in smaller_sizes(model, size) if fits(other)), None)
+    other_level = plan_for(model, size, budget, setting, Bounds(host=bounds.host))
+    return Refusal(
+        least=least, missing=max(0, least.gpu - budget), frames=frames,
+        size=None if smaller is None else (smaller.width, smaller.height),
+        level=None if other_level is None else other_level.level, budget=least.gpu,
+    )  # fmt: skip
+
+
+def smaller_sizes(model: ModelParams, size: RequestSize) -> Sequence[RequestSize]:
+    """Sizes that the model takes, of about the same aspect, from the largest that is smaller on."""
+    multiple = model.size_multiple
+    rows = range(size.height - multiple, 0, -multiple)
+    widths = [max(multiple, round(size.width * height / size.height / multiple) * multiple) for height in rows]
+    return [
+        msgspec.structs.replace(size, width=min(width, size.width), height=height)
+        for height, width in zip(rows, widths, strict=True)
+    ]

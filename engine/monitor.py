@@ -1,0 +1,284 @@
+"""The resource monitor: what the machine has left (`Sampler`), and what memory plan follows from it (`Policy`).
+
+The policy is pure: samples in, plans out, no clock and no I/O.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import msgspec
+import pynvml
+
+from engine.footprint import Need, RequestSize
+from engine.gpu_samples import Gpu, GpuSample
+from engine.host_samples import host_sample
+from ipc.messages import MemoryPlan
+
+INTERVAL = 0.5
+"""Seconds between samples."""
+
+DWELL = 1.0
+"""Seconds that memory must have been free before a lower level takes it."""
+
+REST = 10.0
+"""Seconds without movement after which whatever comes next is a new cycle of pressure."""
+
+SLACK = 0.01
+"""Of what the device has: so much of what others leave is left alone. Contexts grow, and allocators waste some."""
+
+NOISE = 0.01
+"""Of what the device has: less is no movement, and no reason to go lower."""
+
+FORESIGHT = 10.0
+"""Seconds for which a plan should do while memory is being taken steadily."""
+
+LEAD = 1.0
+"""Seconds before memory that is being taken steadily will be short, at which the level is raised."""
+
+HOST_RESERVE = 2 << 30
+"""Bytes of host memory that weights leave to all else."""
+
+HOST_PRESSURE = 0.1
+"""Share of time that something waited for memory, from which on no weights are brought into host memory."""
+
+REMEMBERED = 64
+"""Failed allocations that are remembered."""
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU and the host at a moment. Bytes, unless it says otherwise; None: the source is lacking."""
+
+    at: float
+    """Seconds of the monotonic clock."""
+    total: int | None = None
+    """Of the device, without what its driver keeps."""
+    ours: int | None = None
+    """Used by this engine's processes, and by the memory that outlives them."""
+    others: int | None = None
+    """Used by other processes."""
+    free: int | None = None
+    utilisation: float | None = None
+    """Share of the last sample period in which a kernel ran, 0 to 1."""
+    pcie_rx: float | None = None
+    """Bytes per second to the device."""
+    pcie_tx: float | None = None
+    """Bytes per second from the device."""
+    host_total: int | None = None
+    host_available: int | None = None
+    memlock: int | None = None
+    """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes."""
+    pressure: float | None = None
+    """Of /proc/pressure/memory, "some avg10": the share of ten seconds in which some task waited for memory, 0 to 1."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator allows."""
+
+    budget: int | None = None
+    """Bytes of the GPU that this engine may use; None: all that others leave."""
+    lowest: int = 0
+    highest: int = 3
+    """Memory levels; the same two: the plan never changes."""
+    locked: bool = False
+    """Host copies are locked by `mlock`, which RLIMIT_MEMLOCK bounds. What CUDA registers is not counted there."""
+
+
+Needs = Callable[[RequestSize | None, MemoryPlan], Need]
+"""What a plan takes while a request of this size runs, or with None while none does (`footprint.Account.need`)."""
+
+
+def why_no_copies(sample: Sample, amount: int, limits: Limits) -> str:
+    """Why `amount` bytes of weights cannot be brought into host memory now; empty if they can."""
+    if limits.locked and sample.memlock is not None and amount > sample.memlock:
+        return f"{amount:,} bytes would have to be locked in memory, and the limit (ulimit -l) is {sample.memlock:,}"
+    if sample.host_available is not None and amount + HOST_RESERVE > sample.host_available:
+        return (
+            f"{amount:,} bytes of weights and {HOST_RESERVE:,} to spare do not fit into the {sample.host_available:,} "
+            "bytes of host memory that are available"
+        )
+    if sample.pressure is not None and sample.pressure >= HOST_PRESSURE:
+        return f"host memory is short: something waited for it in {sample.pressure:.0%} of the last 10 s"
+    return ""
+
+
+class Sampler:
+    """Takes samples of the host and, if `device` is the number of a GPU, of that.
+
+    `pids` gives this engine's processes, `accounted` the bytes of the GPU that it knows to have, for where the driver
+    does not tell whose memory is whose; without, what others use is not known there.
+
+    Resource handling: holds the driver's management library open until `close`. Error handling: `sample` raises
+    nothing; what a lacking source would say is None. It takes under a millisecond.
+    """
+
+    def __init__(
+        self,
+        device: int | None,
+        pids: Callable[[], Collection[int]],
+        accounted: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._pids, self._accounted = pids, accounted
+        self._gpu: Gpu | None = None
+        if device is not None:
+            with contextlib.suppress(pynvml.NVMLError):
+                self._gpu = Gpu(device)
+
+    def sample(self) -> Sample:
+        now, gpu, host = time.monotonic(), GpuSample(), host_sample()
+        if self._gpu is not None:
+            gpu = self._gpu.sample(self._pids(), self._accounted(), now)
+        return Sample(
+            at=now, **gpu._asdict(), host_total=host.total, host_available=host.available, memlock=host.memlock,
+            pressure=host.pressure,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        if self._gpu is not None:
+            self._gpu.close()
+        self._gpu = None
+
+
+class Policy:
+    """Chooses the memory plan: the lowest level that fits, with hysteresis.
+
+    A cycle of pressure: others take memory and give it back. It ends when a plan that was raised from fits again for
+    `DWELL`, or when nothing has moved for `REST`. In a cycle there are at most two changes: the first raise goes to the
+    lowest level that fits, with foresight if memory is being taken steadily; a second one in the same cycle goes to the
+    highest, so that no third is needed; going lower is the last change of a cycle, or the first of the next. A request
+    of another size begins a new cycle.
+    """
+
+    def __init__(
+        self, needs: Needs, plans: Sequence[MemoryPlan], limits: Limits, plan: MemoryPlan, *, copies: bool = False
+    ) -> None:
+        """`plans`: what there is to choose from, the lowest level and the most blocks first (`footprint.plans`);
+        `plan`: what holds now."""
+        self._needs = needs
+        self._plans = [p for p in plans if limits.lowest <= p.level <= limits.highest]
+        self._limits = limits
+        self.plan = plan
+        """What holds, or will when what was said last has been carried out."""
+        self.copies = copies
+        """The weights are in host memory, which levels 2 and 3 need."""
+        self._running: RequestSize | None = None
+        self._seen: collections.deque[tuple[float, int]] = collections.deque()
+        """Of the last `REST` seconds and one before: when, and what of the device there was for this engine."""
+        self._changes = 0
+        self._left: list[MemoryPlan] = []
+        """Plans that were raised from and are not back, each higher than the one before."""
+        self._noise = 0
+        """Bytes; `NOISE` of the device, or of the budget."""
+        self._failed: dict[tuple[RequestSize | None, MemoryPlan], int] = {}
+        """Plans whose allocations failed -> how much there was for them."""
+
+    def on(self, sample: Sample, running: RequestSize | None, now: float) -> MemoryPlan | None:
+        """The plan that should hold from the next step on, if it is another one. `now`: the sample's clock."""
+        if running != self._running:
+            self._running, self._changes, self._left = running, 0, []
+        there = self._there(sample)
+        if there is None or self._limits.lowest == self._limits.highest:
+            return None
+        self._remember(now, there)
+        if self._still(now):
+            self._changes = 0
+        if self._short(self.plan, there - int(self._slope() * LEAD)):
+            return self._raise(there)
+        return self._lower(now)
+
+    def held(self, plan: MemoryPlan) -> None:
+        """What was asked for was not carried out: this plan holds."""
+        self.plan = plan
+
+    def failed(self, running: RequestSize | None, now: float) -> MemoryPlan | None:
+        """An allocation failed with the plan that holds: the next higher one, None if there is none. The failed one is
+        not taken again for this size before there is more memory than there was."""
+        there = self._seen[-1][1] if self._seen else 0
+        self._failed[running, self.plan] = there
+        while len(self._failed) > REMEMBERED:
+            del self._failed[next(iter(self._failed))]
+        higher = [p for p in self._allowed() if order(p) > order(self.plan)]
+        return self._higher(higher[0]) if higher else None
+
+    def _there(self, sample: Sample) -> int | None:
+        """Bytes of the device that this engine may use; None: not known."""
+        there = self._limits.budget
+        self._noise = int((sample.total or there or 0) * NOISE)
+        if sample.total is None or sample.others is None:
+            return there
+        left = sample.total - sample.others - int(sample.total * SLACK)
+        return left if there is None else min(there, left)
+
+    def _remember(self, now: float, there: int) -> None:
+        self._seen.append((now, there))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - REST:
+            self._seen.popleft()
+
+    def _still(self, now: float) -> bool:
+        """Nothing has moved for `REST`."""
+        values = [value for _, value in self._seen]
+        return self._seen[0][0] <= now - REST and max(values) - min(values) <= self._noise
+
+    def _slope(self) -> float:
+        """Bytes per second at which memory is being taken, if it was in each of the last two intervals, else 0."""
+        if len(self._seen) < 3:
+            return 0.0
+        (first, a), (_, b), (last, c) = list(self._seen)[-3:]
+        least = self._noise // 16
+        return (a - c) / (last - first) if a - b > least and b - c > least else 0.0
+
+    def _allowed(self) -> list[MemoryPlan]:
+        return [p for p in self._plans if p.level < 2 or self.copies]
+
+    def _short(self, plan: MemoryPlan, there: int) -> bool:
+        failed = self._failed.get((self._running, plan))
+        return self._needs(self._running, plan).gpu > there or (failed is not None and there <= failed)
+
+    def _fitting(self, there: int) -> MemoryPlan | None:
+        """The lowest level that fits."""
+        return next((p for p in self._allowed() if not self._short(p, there)), None)
+
+    def _raise(self, there: int) -> MemoryPlan | None:
+        """The plan that holds does not fit, or will not."""
+        higher = [p for p in self._allowed() if order(p) > order(self.plan)]
+        if not higher:
+            return None
+        wanted = self._fitting(there - int(self._slope() * FORESIGHT)) if not self._changes else None
+        if wanted is None or order(wanted) <= order(self.plan):
+            wanted = higher[-1]
+        return self._higher(wanted)
+
+    def _lower(self, now: float) -> MemoryPlan | None:
+        """A lower level has fitted for `DWELL`, with room for noise, and this cycle leaves a change for it."""
+        if self._slope() or not (free := self._least_since(now - DWELL)):
+            return None
+        wanted = self._fitting(free - self._noise)
+        if wanted is None or order(wanted) >= order(self.plan):
+            return None
+        back = bool(self._left) and order(wanted) <= order(self._left[-1])
+        if self._changes > (1 if back else 0):
+            return None
+        self._left = [p for p in self._left if order(p) < order(wanted)]
+        self._changes, self.plan = 0 if back else 1, wanted
+        return wanted
+
+    def _least_since(self, since: float) -> int:
+        """The least there was from the last sample before this moment on; 0 if nothing is known of that time."""
+        values = [value for _, value in self._seen]
+        known = sum(at <= since for at, _ in self._seen)
+        return min(values[known - 1 :]) if known else 0
+
+    def _higher(self, plan: MemoryPlan) -> MemoryPlan:
+        if not self._changes:
+            self._left = [p for p in self._left if order(p) < order(self.plan)] + [self.plan]
+        self._changes += 1
+        self.plan = plan
+        return plan
+
+
+def order(plan: MemoryPlan) -> tuple[int, int]:
+    """Of two plans the one that leaves more on the device is the lower."""
+    return plan.level, -(plan.blocks or 0)
