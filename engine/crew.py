@@ -22,12 +22,13 @@ from engine.devices import compute_dtype, compute_threads, compute_tokens, devic
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
-from engine.posts import Posts, PostState
+from engine.plans import HOST, Plans, PlansState
+from engine.posts import Post, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
 from engine.spare import Spare
 from engine.states import Descriptors, State
 from engine.successor import successor
-from engine.weights import PlacedState, Versions, VersionsState, WeightStore
+from engine.weights import Placed as PlacedWeights, PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import Failure, StageFailed, from_failure
@@ -44,6 +45,8 @@ from ipc.messages import (
     Forget,
     Loading,
     LoadProgress,
+    MemoryPlan,
+    MemorySet,
     Placed,
     QuantumDone,
     QuantumDropped,
@@ -53,6 +56,7 @@ from ipc.messages import (
     Replaced,
     Run,
     Seat,
+    SetMemory,
     StageName,
     StageStatus,
     Start,
@@ -101,6 +105,7 @@ class CrewState(State, frozen=True, kw_only=True):
     held_back: list[tuple[Seat, ...]]
     chosen: Chosen | None
     vae_chosen: VaeChosen | None
+    plans: PlansState
 
 
 class Crew:
@@ -114,9 +119,10 @@ class Crew:
         device: str,
         dit_devices: tuple[str, ...],
         memory: EngineMemory,
+        plans: Plans,
         owner: Owner,
     ) -> None:
-        """`device`: of text and vae; `dit_devices`: of each dit; both from `resolve_devices`."""
+        """`device`: of text and vae; `dit_devices`: of each dit; both from `resolve_devices`. `plans`: of all these."""
         self._params, self._model, self._checkpoint = params, model, checkpoint
         self._memory = memory
         self._owner = owner
@@ -130,6 +136,7 @@ class Crew:
         self._posts = Posts(devices, fused=params.placement == "fused")
         self.groups = self._posts.groups
         self.placed = WeightStore()
+        self.plans = plans
         self.weights = Versions()
         self._source = checkpoint_directory(model, params.checkpoint).name
         self.versions: dict[str, str] = {}
@@ -145,6 +152,8 @@ class Crew:
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._refused: dict[tuple[str, str], Failure] = {}
         """Versions of weights that a process could not map, and why."""
+        self._unfit: dict[str, Failure] = {}
+        """Devices of which a process could not keep to the plan that was asked for, and why."""
         self._successors: dict[tuple[Seat, ...], Body] = {}
         """Processes that have proved themselves, and take over when their predecessor has left."""
         self._replacing = asyncio.Lock()
@@ -190,7 +199,10 @@ class Crew:
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False, False)
             return
-        process.knows = {(version.component, version.content) for version, _ in self._placed_for(seats)}
+        device = self._posts.device_of(seats)
+        if device in self.plans.held:
+            home, process.memory = self.plans.home(device), self.plans.at_start(device)
+            process.knows = {(version.component, version.content, home) for version, _ in self._placed_for(seats)}
         for post in self._posts.of(seats):
             post.process = process
             post.restarts += 1
@@ -198,7 +210,7 @@ class Crew:
     def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling on the same device is reading the weights of these seats."""
         placed = {version.component for version, _ in self._placed_for(seats)}
-        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats)
+        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats, self.plans.home)
 
     def _is_being_chosen(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling, on whatever device, is finding out what all dits are to compute with: two that measure could find
@@ -287,7 +299,7 @@ class Crew:
             placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
             loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
-            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen,
+            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen, plans=self.plans.state(),
         )  # fmt: skip
 
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
@@ -295,6 +307,7 @@ class Crew:
         do not fit the seats that there are."""
         self._watcher.cancel()
         self._posts.put_back(state.posts)
+        self.plans.put_back(state.plans)
         for each in state.processes:
             body = Body.restored(each.body, fds)
             process = StageProcess(body, each.seats, each.epoch, None, (), self._on_report, self._on_exit)
@@ -324,6 +337,24 @@ class Crew:
     @property
     def spare_pid(self) -> int | None:
         return self._spare.pid
+
+    def pids(self) -> list[int]:
+        """Of all its processes."""
+        spare = [] if self._spare.pid is None else [self._spare.pid]
+        return [process.pid for process in self._posts.processes()] + spare
+
+    def device_of(self, seat: Seat) -> str | None:
+        """Where the seat computes; None: nowhere."""
+        return self._posts[seat].device
+
+    def level_of(self, seat: Seat) -> int:
+        """The memory level that the seat keeps; 0 for one that computes nowhere."""
+        device = self._posts[seat].device
+        return 0 if device is None else self.plans.held[device].level
+
+    def seats_on(self, device: str) -> list[Seat]:
+        """The seats that compute there."""
+        return [post.name for post in self._posts.on(device)]
 
     def _keep_spare(self) -> None:
         """Once no process is starting, so that it takes no time from one."""
@@ -393,47 +424,156 @@ class Crew:
         Returns when all have, those included that are restarted meanwhile; but for FAILED ones. Raises `StageFailed` if
         one refuses, or none is left.
         """
-        told: set[int] = set()
         self._refused.pop((component, content), None)
-        while True:
-            changed = self._changed
-            posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
+
+        def has(post: Post) -> bool:
+            return all(
+                post.has(component, content, placed.device) for placed in self._placed_at(post, component, content)
+            )
+
+        def tell(post: Post, process: StageProcess) -> None:
+            for placed in self._placed_at(post, component, content):
+                self._have_adopt(process, placed)
+
+        def check() -> None:
             if (refused := self._refused.pop((component, content), None)) is not None:
                 raise StageFailed(f"the new {component} cannot be used: {refused.message}")
+
+        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
+        await self._have_all(posts, has, tell, check, f"computes with the {component}")
+
+    def _placed_at(self, post: Post, component: str, content: str) -> list[PlacedWeights]:
+        """The places of a version that its process maps. `StageFailed` if it is not where it is computed with."""
+        assert post.device is not None, f"{post.name} computes"
+        places = self.plans.places(post.device)
+        found = [self.placed.find(place, component, content) for place in places]
+        if found[0] is None:
+            raise StageFailed(
+                f"the memory level of {post.device} changed while the {component} was read, which is now needed "
+                "elsewhere; reload again"
+            )
+        return [placed for placed in found if placed is not None]
+
+    async def _have_all(
+        self,
+        posts: Sequence[Post],
+        done: Callable[[Post], bool],
+        tell: Callable[[Post, StageProcess], None],
+        check: Callable[[], None],
+        what: str,
+    ) -> None:
+        """Tell every process at these seats for which it is not `done`, those included that are restarted meanwhile,
+        and return when it is for all; FAILED ones are left out. Raises what `check` does, `StageFailed` if none is left
+        that does `what`."""
+        told: set[int] = set()
+        while True:
+            changed = self._changed
+            check()
             if self._stopping or all(post.error is not None for post in posts):
-                raise StageFailed(f"no process is left that computes with the {component}")
-            missing = [post for post in posts if post.error is None and not post.has(component, content)]
+                raise StageFailed(f"no process is left that {what}")
+            missing = [post for post in posts if post.error is None and not done(post)]
             if not missing:
                 return
             for post in missing:
                 if post.process is not None and post.state == "up" and post.process.epoch not in told:
                     told.add(post.process.epoch)
-                    assert post.device is not None, f"{post.name} computes"
-                    placed = self.placed.find(post.device, component, content)
-                    assert placed is not None, f"{component} is placed on {post.device}"
-                    post.process.send(Adopt(version=placed.version), [placed.fd])
+                    tell(post, post.process)
             await changed.wait()
 
     def forget(self, component: str, content: str) -> None:
         """Unmap a version everywhere and let go of its memory."""
-        for post in self._posts:
-            if post.process is not None and post.has(component, content):
-                post.process.knows.discard((component, content))
-                post.process.send(Forget(component=component, content=content))
+        for process in self._posts.processes():
+            if process.ready:
+                self._have_forget(process, component, content)
         self.placed.let_go(component, content)
 
-    def _forget_what_is_gone(self, process: StageProcess) -> None:
-        """Have it unmap the versions that were let go of before it could be told."""
-        device = self._posts.device_of(process.seats)
-        for component, content in sorted(process.knows):
-            if self.placed.find(device, component, content) is None:
-                process.knows.discard((component, content))
-                process.send(Forget(component=component, content=content))
+    def _have_forget(self, process: StageProcess, component: str, content: str) -> None:
+        known = {key for key in process.knows if key[:2] == (component, content)}
+        if known:
+            process.knows -= known
+            process.send(Forget(component=component, content=content))
 
-    def devices_of(self, component: str) -> list[str]:
-        """Where it is computed with."""
+    def _have_adopt(self, process: StageProcess, placed: PlacedWeights) -> None:
+        key = (placed.version.component, placed.version.content, placed.device)
+        if key not in process.knows | process.asked:
+            process.asked.add(key)
+            process.send(Adopt(version=placed.version), [placed.fd])
+
+    def _bring_up_to_date(self, process: StageProcess) -> None:
+        """A process is up, or has mapped something: have it unmap the versions that were let go of before it could be
+        told, map the copies in host memory that came meanwhile, and keep to the plan that holds."""
+        device = self._posts.device_of(process.seats)
+        for component, content in sorted({key[:2] for key in process.knows}):
+            if not self.placed.has(component, content):
+                self._have_forget(process, component, content)
+        if device not in self.plans.held:
+            return
+        if HOST in self.plans.places(device):
+            components = self._components_of(process.seats)
+            for placed in self.placed:
+                if placed.device == HOST and placed.version.component in components:
+                    self._have_adopt(process, placed)
+        if device not in self.plans.coming and process.memory != self.plans.held[device]:
+            process.send(SetMemory(plan=self.plans.held[device]))
+
+    def places_of(self, component: str) -> list[str]:
+        """Where a version of it is placed: where it is computed with, and where host copies are kept."""
         posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
-        return list(dict.fromkeys(post.device for post in posts if post.device is not None))
+        devices = [post.device for post in posts if post.device is not None]
+        return list(dict.fromkeys(place for device in devices for place in self.plans.places(device)))
+
+    async def set_memory(self, device: str, plan: MemoryPlan) -> None:
+        """Have every process on a device keep to a plan, each from its next quantum on. For a level from 2 on, what is
+        placed on the device is in host memory too.
+
+        Raises what a process says why it cannot, or `StageFailed` if one does not answer in time: the plan before
+        holds, and they are asked to return to it."""
+        posts, before = self._posts.on(device), self.plans.held[device]
+        self._unfit.pop(device, None)
+
+        def tell(post: Post, process: StageProcess) -> None:
+            process.send(SetMemory(plan=plan))
+
+        def check() -> None:
+            if (failure := self._unfit.pop(device, None)) is not None:
+                raise from_failure(failure)
+
+        self.plans.coming[device] = plan
+        timeout = self._params.stage_deadline
+        try:
+            async with asyncio.timeout(timeout):
+                await self._have_all(posts, lambda post: post.keeps(plan), tell, check, f"computes on {device}")
+        except TimeoutError as error:
+            self._return_to(device, before)
+            raise StageFailed(
+                f"not every process on {device} has changed its memory level within {timeout:g} s: one is busy with a "
+                "long quantum or does not come up; the level before holds"
+            ) from error
+        except BaseException:
+            self._return_to(device, before)
+            raise
+        del self.plans.coming[device]
+        self.plans.held[device] = plan
+
+    def _return_to(self, device: str, plan: MemoryPlan) -> None:
+        """Whoever was asked, answered or not."""
+        del self.plans.coming[device]
+        for process in {post.process for post in self._posts.on(device)} - {None}:
+            assert process is not None
+            if process.ready:
+                process.send(SetMemory(plan=plan))
+
+    def _handle_memory_set(self, process: StageProcess, report: MemorySet) -> None:
+        device = self._posts.device_of(process.seats)
+        process.memory = report.plan
+        if report.error is not None:
+            log.warning("%s cannot change its memory level: %s", ", ".join(process.seats), report.error.message)
+            self._unfit[device] = report.error
+        for component, content in report.left if device != HOST else ():
+            process.knows.discard((component, content, device))
+            if not any(post.has(component, content, device) for post in self._posts):
+                self.placed.let_go(component, content, device)
+        self._notify()
 
     def status(self) -> list[StageStatus]:
         return [post.status() for post in self._posts]
@@ -443,11 +583,15 @@ class Crew:
         match report:
             case Placed(version=version, device=device):
                 self.placed.keep(device, version, fds.pop())
-                process.knows.add((version.component, version.content))
-            case Adopted(component=component, content=content, error=error):
+                process.knows.add((version.component, version.content, device))
+            case MemorySet():
+                self._handle_memory_set(process, report)
+            case Adopted(component=component, content=content, device=number, error=error):
+                where = (component, content, HOST if number is None else f"cuda:{number}")
+                process.asked.discard(where)
                 if error is None:
-                    process.knows.add((component, content))
-                    self._forget_what_is_gone(process)
+                    process.knows.add(where)
+                    self._bring_up_to_date(process)
                 else:
                     self._refused[component, content] = error
                 self._notify()
@@ -467,7 +611,7 @@ class Crew:
                 self._notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
-                self._forget_what_is_gone(process)
+                self._bring_up_to_date(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._posts.of(process.seats):
@@ -523,7 +667,8 @@ class Crew:
         return self._memory.fds([stage_of(seat) for seat in seats]) + [fd for _, fd in self._placed_for(seats)]
 
     def _placed_for(self, seats: tuple[Seat, ...]) -> list[tuple[WeightVersion, int]]:
-        return self.placed.of(self._posts.device_of(seats), self._components_of(seats))
+        components = self._components_of(seats)
+        return self.placed.of(self.plans.home(self._posts.device_of(seats)), components) if components else []
 
     def _components_of(self, seats: tuple[Seat, ...]) -> list[str]:
         stages = [stage_of(seat) for seat in seats]
@@ -536,6 +681,7 @@ class Crew:
 
     def _start_message(self, seats: tuple[Seat, ...]) -> Start:
         stages = [stage_of(seat) for seat in seats]
+        device = self._posts.device_of(seats)
         return Start(
             stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
             model=self._model.name,
@@ -550,6 +696,7 @@ class Crew:
             attention=self._params.attention_backend if self._chosen is None else self._chosen.attention,
             kernels="auto" if self._chosen is None else self._chosen.kernels,
             vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
+            memory=self.plans.at_start(device) if device in self.plans.held else MemoryPlan(),
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

@@ -63,9 +63,13 @@ class WeightStore:
     def find(self, device: str, component: str, content: str) -> Placed | None:
         return self._placed.get((device, component, content))
 
-    def let_go(self, component: str, content: str) -> None:
-        """Close a version's descriptors on all devices."""
-        for key in [key for key in self._placed if key[1:] == (component, content)]:
+    def has(self, component: str, content: str) -> bool:
+        """It is placed somewhere."""
+        return any(key[1:] == (component, content) for key in self._placed)
+
+    def let_go(self, component: str, content: str, device: str | None = None) -> None:
+        """Close a version's descriptors, of one device, or of all."""
+        for key in [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]:
             os.close(self._placed.pop(key).fd)
 
     def holdings(self) -> list[Holding]:
