@@ -22,27 +22,26 @@ from engine.devices import compute_dtype, compute_threads, compute_tokens, devic
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
-from engine.plans import HOST, Plans, PlansState
-from engine.posts import Post, Posts, PostState
+from engine.plans import Plans, PlansState
+from engine.posts import Changes, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
 from engine.spare import Spare
 from engine.states import Descriptors, State
 from engine.successor import successor
-from engine.weights import Placed as PlacedWeights, PlacedState, Versions, VersionsState, WeightStore
+from engine.upkeep import Upkeep
+from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import Failure, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
-    Adopt,
     Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
     Chosen,
     Component,
     Dropped,
-    Forget,
     Loading,
     LoadProgress,
     MemoryPlan,
@@ -56,7 +55,6 @@ from ipc.messages import (
     Replaced,
     Run,
     Seat,
-    SetMemory,
     StageName,
     StageStatus,
     Start,
@@ -150,10 +148,6 @@ class Crew:
         self._epoch = 0
         self._spare = Spare(params.warm_spare, device)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
-        self._refused: dict[tuple[str, str], Failure] = {}
-        """Versions of weights that a process could not map, and why."""
-        self._unfit: dict[str, Failure] = {}
-        """Devices of which a process could not keep to the plan that was asked for, and why."""
         self._successors: dict[tuple[Seat, ...], Body] = {}
         """Processes that have proved themselves, and take over when their predecessor has left."""
         self._replacing = asyncio.Lock()
@@ -162,7 +156,8 @@ class Crew:
         self._left_to_start: list[tuple[tuple[Seat, ...], float]] = []
         """By `resume`, with the seconds until then."""
         self._stopping = False
-        self._changed = asyncio.Event()
+        self._changes = Changes()
+        self.upkeep = Upkeep(self._posts, self.placed, plans, self._changes, params.stage_deadline)
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     @property
@@ -237,13 +232,13 @@ class Crew:
         self._posts[seat].state = "failed"
         self._posts[seat].error = error
         self._keep_spare()
-        self._notify()
+        self._changes.notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
         """Wait until every seat is up, but for FAILED ones whose stage is up elsewhere; raises what keeps a stage from
         being up."""
         while True:
-            changed = self._changed
+            changed = self._changes.next
             on_loading(list(self._loading.values()))
             waited_for = self._posts.waited_for()
             for post in waited_for:
@@ -257,7 +252,7 @@ class Crew:
 
     async def stop(self) -> None:
         """End every process: ask, wait, kill, reap."""
-        self._stopping = True
+        self._stopping = self.upkeep.ended = True
         self._watcher.cancel()
         self._spare.end()
         while self._successors:
@@ -275,11 +270,11 @@ class Crew:
             process.kill()
         await _wait_exited(processes, STOP_GRACE)
         self.placed.close()
-        self._notify()
+        self._changes.notify()
 
     def kill(self) -> None:
         """End every process now, whatever it is doing; `stop` then has only to reap."""
-        self._stopping = True
+        self._stopping = self.upkeep.ended = True
         for process in self._posts.processes():
             process.kill()
         self._spare.kill()
@@ -418,163 +413,6 @@ class Crew:
         body.end()
         return None
 
-    async def adopt(self, component: str, content: str) -> None:
-        """Have every process that computes with this component map a version that is placed on its device.
-
-        Returns when all have, those included that are restarted meanwhile; but for FAILED ones. Raises `StageFailed` if
-        one refuses, or none is left.
-        """
-        self._refused.pop((component, content), None)
-
-        def has(post: Post) -> bool:
-            return all(
-                post.has(component, content, placed.device) for placed in self._placed_at(post, component, content)
-            )
-
-        def tell(post: Post, process: StageProcess) -> None:
-            for placed in self._placed_at(post, component, content):
-                self._have_adopt(process, placed)
-
-        def check() -> None:
-            if (refused := self._refused.pop((component, content), None)) is not None:
-                raise StageFailed(f"the new {component} cannot be used: {refused.message}")
-
-        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
-        await self._have_all(posts, has, tell, check, f"computes with the {component}")
-
-    def _placed_at(self, post: Post, component: str, content: str) -> list[PlacedWeights]:
-        """The places of a version that its process maps. `StageFailed` if it is not where it is computed with."""
-        assert post.device is not None, f"{post.name} computes"
-        places = self.plans.places(post.device)
-        found = [self.placed.find(place, component, content) for place in places]
-        if found[0] is None:
-            raise StageFailed(
-                f"the memory level of {post.device} changed while the {component} was read, which is now needed "
-                "elsewhere; reload again"
-            )
-        return [placed for placed in found if placed is not None]
-
-    async def _have_all(
-        self,
-        posts: Sequence[Post],
-        done: Callable[[Post], bool],
-        tell: Callable[[Post, StageProcess], None],
-        check: Callable[[], None],
-        what: str,
-    ) -> None:
-        """Tell every process at these seats for which it is not `done`, those included that are restarted meanwhile,
-        and return when it is for all; FAILED ones are left out. Raises what `check` does, `StageFailed` if none is left
-        that does `what`."""
-        told: set[int] = set()
-        while True:
-            changed = self._changed
-            check()
-            if self._stopping or all(post.error is not None for post in posts):
-                raise StageFailed(f"no process is left that {what}")
-            missing = [post for post in posts if post.error is None and not done(post)]
-            if not missing:
-                return
-            for post in missing:
-                if post.process is not None and post.state == "up" and post.process.epoch not in told:
-                    told.add(post.process.epoch)
-                    tell(post, post.process)
-            await changed.wait()
-
-    def forget(self, component: str, content: str) -> None:
-        """Unmap a version everywhere and let go of its memory."""
-        for process in self._posts.processes():
-            if process.ready:
-                self._have_forget(process, component, content)
-        self.placed.let_go(component, content)
-
-    def _have_forget(self, process: StageProcess, component: str, content: str) -> None:
-        known = {key for key in process.knows if key[:2] == (component, content)}
-        if known:
-            process.knows -= known
-            process.send(Forget(component=component, content=content))
-
-    def _have_adopt(self, process: StageProcess, placed: PlacedWeights) -> None:
-        key = (placed.version.component, placed.version.content, placed.device)
-        if key not in process.knows | process.asked:
-            process.asked.add(key)
-            process.send(Adopt(version=placed.version), [placed.fd])
-
-    def _bring_up_to_date(self, process: StageProcess) -> None:
-        """A process is up, or has mapped something: have it unmap the versions that were let go of before it could be
-        told, map the copies in host memory that came meanwhile, and keep to the plan that holds."""
-        device = self._posts.device_of(process.seats)
-        for component, content in sorted({key[:2] for key in process.knows}):
-            if not self.placed.has(component, content):
-                self._have_forget(process, component, content)
-        if device not in self.plans.held:
-            return
-        if HOST in self.plans.places(device):
-            components = self._components_of(process.seats)
-            for placed in self.placed:
-                if placed.device == HOST and placed.version.component in components:
-                    self._have_adopt(process, placed)
-        if device not in self.plans.coming and process.memory != self.plans.held[device]:
-            process.send(SetMemory(plan=self.plans.held[device]))
-
-    def places_of(self, component: str) -> list[str]:
-        """Where a version of it is placed: where it is computed with, and where host copies are kept."""
-        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
-        devices = [post.device for post in posts if post.device is not None]
-        return list(dict.fromkeys(place for device in devices for place in self.plans.places(device)))
-
-    async def set_memory(self, device: str, plan: MemoryPlan) -> None:
-        """Have every process on a device keep to a plan, each from its next quantum on. For a level from 2 on, what is
-        placed on the device is in host memory too.
-
-        Raises what a process says why it cannot, or `StageFailed` if one does not answer in time: the plan before
-        holds, and they are asked to return to it."""
-        posts, before = self._posts.on(device), self.plans.held[device]
-        self._unfit.pop(device, None)
-
-        def tell(post: Post, process: StageProcess) -> None:
-            process.send(SetMemory(plan=plan))
-
-        def check() -> None:
-            if (failure := self._unfit.pop(device, None)) is not None:
-                raise from_failure(failure)
-
-        self.plans.coming[device] = plan
-        timeout = self._params.stage_deadline
-        try:
-            async with asyncio.timeout(timeout):
-                await self._have_all(posts, lambda post: post.keeps(plan), tell, check, f"computes on {device}")
-        except TimeoutError as error:
-            self._return_to(device, before)
-            raise StageFailed(
-                f"not every process on {device} has changed its memory level within {timeout:g} s: one is busy with a "
-                "long quantum or does not come up; the level before holds"
-            ) from error
-        except BaseException:
-            self._return_to(device, before)
-            raise
-        del self.plans.coming[device]
-        self.plans.held[device] = plan
-
-    def _return_to(self, device: str, plan: MemoryPlan) -> None:
-        """Whoever was asked, answered or not."""
-        del self.plans.coming[device]
-        for process in {post.process for post in self._posts.on(device)} - {None}:
-            assert process is not None
-            if process.ready:
-                process.send(SetMemory(plan=plan))
-
-    def _handle_memory_set(self, process: StageProcess, report: MemorySet) -> None:
-        device = self._posts.device_of(process.seats)
-        process.memory = report.plan
-        if report.error is not None:
-            log.warning("%s cannot change its memory level: %s", ", ".join(process.seats), report.error.message)
-            self._unfit[device] = report.error
-        for component, content in report.left if device != HOST else ():
-            process.knows.discard((component, content, device))
-            if not any(post.has(component, content, device) for post in self._posts):
-                self.placed.let_go(component, content, device)
-        self._notify()
-
     def status(self) -> list[StageStatus]:
         return [post.status() for post in self._posts]
 
@@ -585,16 +423,9 @@ class Crew:
                 self.placed.keep(device, version, fds.pop())
                 process.knows.add((version.component, version.content, device))
             case MemorySet():
-                self._handle_memory_set(process, report)
-            case Adopted(component=component, content=content, device=number, error=error):
-                where = (component, content, HOST if number is None else f"cuda:{number}")
-                process.asked.discard(where)
-                if error is None:
-                    process.knows.add(where)
-                    self._bring_up_to_date(process)
-                else:
-                    self._refused[component, content] = error
-                self._notify()
+                self.upkeep.handle_memory_set(process, report)
+            case Adopted():
+                self.upkeep.handle_adopted(process, report)
             case Chosen():
                 if self._chosen is None:
                     log.info("dit computes with attention %s and kernels %s", report.attention, report.kernels)
@@ -608,10 +439,10 @@ class Crew:
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
                 self._loading[component] = self._posts[seat].loading = progress
-                self._notify()
+                self._changes.notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
-                self._bring_up_to_date(process)
+                self.upkeep.bring_up_to_date(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._posts.of(process.seats):
@@ -619,7 +450,7 @@ class Crew:
                     self._owner.handle_report(process.epoch, post.name, report)
                 self._start_held_back()
                 self._keep_spare()
-                self._notify()
+                self._changes.notify()
             case StartFailed(error=error):
                 for post in self._posts.of(process.seats):
                     post.error = error
@@ -648,7 +479,7 @@ class Crew:
             else:
                 self._owner.handle_lost(process.epoch, post.name, process.outside, process.leaving)
         self._start_held_back()
-        self._notify()
+        self._changes.notify()
 
     def _watch(self) -> None:
         """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
@@ -701,10 +532,6 @@ class Crew:
 
     def _components(self) -> list[Component]:
         return list(self._checkpoint.components.values())
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:

@@ -153,7 +153,7 @@ class HostCopies:
         log.info("%s %s is in host memory, too", component, content[:12])
         try:
             async with asyncio.timeout(MAP_TIMEOUT):
-                await self._crew.adopt(component, content)
+                await self._crew.upkeep.adopt(component, content)
         except TimeoutError as error:
             raise StageFailed(f"not every process has mapped the copy of the {component} in host memory") from error
 

@@ -262,7 +262,7 @@ class Levels:
             try:
                 if plan.level >= OFFLOADED:
                     await self.copies.ensure()
-                await self._crew.set_memory(level.device, plan)
+                await self._crew.upkeep.set_memory(level.device, plan)
             except EngineError as error:
                 failure = to_failure(error)
                 failure = Failure(failure.code, failure.message[:MAX_REASON])

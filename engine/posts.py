@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -13,6 +14,22 @@ from ipc.errors import Failure
 from ipc.messages import LoadProgress, MemoryPlan, Seat, StageStatus, stage_of
 
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
+
+
+class Changes:
+    """Wakes those who wait for something about the processes to change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def next(self) -> asyncio.Event:
+        """Set at the next change. To be taken before looking at what may change."""
+        return self._event
+
+    def notify(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
 
 
 class Post(msgspec.Struct, eq=False):

@@ -191,7 +191,7 @@ class Reloader:
         in_use = {key for versions in self._host.weights_in_use() for key in versions} | self._candidates
         for component, content in self._versions.surplus(self._crew.placed, in_use):
             log.info("%s %s is let go", component, content[:12])
-            self._crew.forget(component, content)
+            self._crew.upkeep.forget(component, content)
         self._versions.forget_sources({(p.version.component, p.version.content) for p in self._crew.placed} | in_use)
 
     def versions(self) -> list[VersionInfo]:
@@ -218,7 +218,7 @@ class Reloader:
 
     def _is_placed(self, component: str, content: str) -> bool:
         """Wherever it is needed."""
-        places = self._crew.places_of(component)
+        places = self._crew.upkeep.places_of(component)
         return all(self._crew.placed.find(place, component, content) is not None for place in places)
 
     # One after another.
@@ -252,7 +252,7 @@ class Reloader:
         crew = self._crew
         asked = read_of(
             self._host.model, crew.dtype, list(order.components.values()),
-            {name: crew.places_of(name) for name in order.components}, list(order.in_memory), order.manifest,
+            {name: crew.upkeep.places_of(name) for name in order.components}, list(order.in_memory), order.manifest,
         )  # fmt: skip
         self.loading = {}
         try:
@@ -307,7 +307,7 @@ class Reloader:
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):
                 for component, content in sorted({(p.version.component, p.version.content) for p in placed}):
-                    await self._crew.adopt(component, content)
+                    await self._crew.upkeep.adopt(component, content)
         except TimeoutError as error:
             raise StageFailed(
                 f"not every process has mapped the new weights within {ADOPT_TIMEOUT:g} s: one is busy with a long "

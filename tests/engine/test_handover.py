@@ -53,9 +53,9 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
         "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen plans",
-        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
-        "_successors _replacing _unfit "
-        "_changed _watcher _left_to_start",
+        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _stopping upkeep "
+        "_successors _replacing "
+        "_changes _watcher _left_to_start",
     ),
     StageProcess: (
         "seats epoch ready outstanding knows asked memory leaving _outbox _body counter _popen _channel _pidfd pid "

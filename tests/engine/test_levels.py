@@ -73,6 +73,48 @@ async def test_a_step_that_lacks_memory_fails_where_the_level_is_fixed(said: Pat
         assert (device.plan, device.mode) == (MemoryPlan(), "auto")
 
 
+def let_choose(supervisor: Supervisor) -> None:
+    """As on a GPU: the level may rise."""
+    (level,) = supervisor._levels._devices.values()
+    supervisor._levels._let_choose(level)
+    supervisor._levels._announce(level)
+
+
+async def test_a_step_that_lacks_memory_is_tried_at_the_next_levels(said: Path) -> None:
+    """The dit's steps fit from level 2 on: the request goes up there, one level after the other, from the step that it
+    was at, and the frames are the same; the next request finds the level as it is. When the next level is refused, the
+    request fails with what the stage said, and the level is as before."""
+    async with engine() as supervisor:
+        calm = await video(supervisor, said / "calm.mp4")
+        let_choose(supervisor)
+        (said / "short").write_text("2")
+        assert await video(supervisor, said / "v.mp4") == calm
+        assert [(c.before.level, c.after.level, c.why) for c in supervisor.trace().changes] == [
+            (0, 1, "the dit stage ran out of memory"), (1, 2, "the dit stage ran out of memory")
+        ]  # fmt: skip
+        failed = sum(span.failed for span in supervisor.trace().spans)
+        assert await video(supervisor, said / "v.mp4") == calm
+        assert sum(span.failed for span in supervisor.trace().spans) == failed, "it began at level 2"
+        (said / "short").write_text("3")
+        (said / "refuse").write_text("3")
+        with pytest.raises(OutOfMemory, match="the dit stage ran out of memory"):
+            await video(supervisor, said / "v.mp4")
+        assert plan(supervisor) == MemoryPlan(level=2)
+
+
+async def test_a_step_that_fits_at_no_level(said: Path) -> None:
+    """It is tried at each, and fails then; the engine goes on, at what leaves the most room."""
+    async with engine() as supervisor:
+        calm = await video(supervisor, said / "calm.mp4")
+        let_choose(supervisor)
+        (said / "short").write_text("4")
+        with pytest.raises(OutOfMemory):
+            await video(supervisor, said / "v.mp4")
+        assert plan(supervisor) == MemoryPlan(level=3, blocks=0)
+        (said / "short").unlink()
+        assert await video(supervisor, said / "v.mp4") == calm
+
+
 async def test_a_change_that_one_process_refuses(said: Path) -> None:
     """It does not hold for any: the plan before does, `last` and the trace say why, and requests go on."""
     async with engine() as supervisor:
