@@ -78,9 +78,10 @@ def place_adapter(
     return AdapterVersion(version=version, rank=rank, tensors=len({delta.target for delta in deltas})), placement
 
 
-def attach_adapter(version: WeightVersion, fd: int) -> dict[str, list[Part]]:
-    """Map what `place_adapter` placed. The descriptor stays the caller's. ValueError for memory that is not that."""
-    placement = Placement.attach(version, fd, _shapes_in(version, fd))
+def attach_adapter(version: WeightVersion, fd: int, *, pinned: bool = False) -> dict[str, list[Part]]:
+    """Map what `place_adapter` placed; `pinned`, if a GPU is to add it. The descriptor stays the caller's. ValueError
+    for memory that is not that."""
+    placement = Placement.attach(version, fd, _shapes_in(version, fd), pinned=pinned)
     tensors = placement.tensors
     placement.close()
     parts: dict[str, list[Part]] = {}

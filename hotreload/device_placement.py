@@ -38,8 +38,9 @@ class DevicePlacement:
         """Take over `memory`; use `create` or `attach`."""
         self._memory = memory
         self._table = table
-        self._data = view_tensor("uint8", (table.size,), memory.view)
-        self.tensors: dict[str, Tensor] = {t.name: view_placed(self._data, t) for t in table.tensors}
+        self.flat = view_tensor("uint8", (table.size,), memory.view)
+        """All data, uint8."""
+        self.tensors: dict[str, Tensor] = {t.name: view_placed(self.flat, t) for t in table.tensors}
         """By name: views of the memory."""
 
     @classmethod
@@ -75,7 +76,7 @@ class DevicePlacement:
 
     def fingerprint(self) -> str:
         """Of the table and of all data, gaps included, in hex."""
-        return xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(self._table)) + checksum(self._data)
+        return xxhash.xxh3_64_hexdigest(msgspec.msgpack.encode(self._table)) + checksum(self.flat)
 
     def close(self) -> None:
         self._memory.close()

@@ -31,10 +31,7 @@ def make_overlay(base: Mapping[str, Tensor], applied: Sequence[Applied], runs: R
     Of one of the `runs` that is touched, all tensors are made, and lie one right behind the other again. Raises what
     torch raises when there is no memory for them; a GPU may still be at work on them.
     """
-    additions: dict[str, list[tuple[Part, float]]] = {}
-    for adapter, strength in applied:
-        for name, parts in adapter.items():
-            additions.setdefault(name, []).extend((part, strength) for part in parts)
+    additions = additions_of(applied)
     made: dict[str, Tensor] = {}
     # Ordinary tensors, which outlive the step that they are made in.
     with torch.inference_mode(False), torch.no_grad():
@@ -43,9 +40,18 @@ def make_overlay(base: Mapping[str, Tensor], applied: Sequence[Applied], runs: R
             room = torch.empty(sum(base[name].numel() for name in run), dtype=first.dtype, device=first.device)
             for name in run:
                 flat, room = room[: base[name].numel()], room[base[name].numel() :]
-                _fill(flat, base[name].reshape(-1), additions.get(name, ()))
+                fill(flat, base[name].reshape(-1), additions.get(name, ()))
                 made[name] = flat.view(base[name].shape)
     return made
+
+
+def additions_of(applied: Sequence[Applied]) -> dict[str, list[tuple[Part, float]]]:
+    """Tensor -> what is added to it, in order, each with its strength."""
+    additions: dict[str, list[tuple[Part, float]]] = {}
+    for adapter, strength in applied:
+        for name, parts in adapter.items():
+            additions.setdefault(name, []).extend((part, strength) for part in parts)
+    return additions
 
 
 def touched(names: Collection[str], runs: Runs) -> list[tuple[str, ...]]:
@@ -54,8 +60,8 @@ def touched(names: Collection[str], runs: Runs) -> list[tuple[str, ...]]:
     return sorted({run_of.get(name, (name,)) for name in names})
 
 
-def _fill(target: Tensor, base: Tensor, parts: Sequence[tuple[Part, float]]) -> None:
-    """Flat tensors of one dtype and device."""
+def fill(target: Tensor, base: Tensor, parts: Sequence[tuple[Part, float]]) -> None:
+    """Flat tensors of one dtype and device, which may be the same one: what the parts add to `base`."""
     if not parts:
         target.copy_(base)
         return
@@ -74,4 +80,4 @@ def _fill(target: Tensor, base: Tensor, parts: Sequence[tuple[Part, float]]) -> 
 def _float(tensor: Tensor | None, like: Tensor) -> Tensor:
     """In float32, where `like` is. It goes there first: torch would else convert it here, and copy twice the bytes."""
     assert tensor is not None, "a pair has both halves"
-    return tensor.to(like.device).to(torch.float32)
+    return tensor.to(like.device, non_blocking=True).to(torch.float32)

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import mmap
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import msgspec
 import torch
@@ -28,6 +30,8 @@ from ipc.layout import tensor_bytes
 from ipc.memory import PAGE_BYTES, SharedMemory, round_up
 from ipc.messages import WeightVersion
 from ipc.tensors import dtype_name, dtype_of
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 """Bytes; a cache line, and more than any kernel asks for."""
@@ -71,15 +75,15 @@ class Placement:
     Error handling: OSError when the memory is not there; ValueError for memory that is not what its version says.
     """
 
-    def __init__(self, fd: int, table: Table, mapping: mmap.mmap) -> None:
+    def __init__(self, fd: int, table: Table, mapping: PinnableMap) -> None:
         """Take over `fd`; use `create` or `attach`."""
         self._fd = fd
         self._mapping = mapping
         self.table = table
-        data = memoryview(mapping)[table.data_offset :]
-        self._data = data
-        flat = torch.frombuffer(data, dtype=torch.uint8)
-        self.tensors: dict[str, Tensor] = {t.name: view_placed(flat, t) for t in table.tensors}
+        self._data = memoryview(mapping)[table.data_offset :]
+        self.flat = flat_tensor(self._data)
+        """All data, uint8."""
+        self.tensors: dict[str, Tensor] = {t.name: view_placed(self.flat, t) for t in table.tensors}
         """By name: views of the memory."""
 
     @classmethod
@@ -88,19 +92,24 @@ class Placement:
         table = lay_out(tensors, runs)
         with SharedMemory.create(name, table.data_offset + table.size, more_seals=True) as memory:
             fd = fcntl.fcntl(memory.fd, fcntl.F_DUPFD_CLOEXEC, 0)
-        mapping = mmap.mmap(fd, table.data_offset + table.size, flags=mmap.MAP_SHARED)
+        mapping = PinnableMap(fd, table.data_offset + table.size, flags=mmap.MAP_SHARED)
         header = msgspec.msgpack.encode(table)
         mapping[: 8 + len(header)] = len(header).to_bytes(8, "little") + header
         return cls(fd, table, mapping)
 
     @classmethod
-    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes, runs: Runs = ()) -> Self:
-        """Map what another process placed. The descriptor is duplicated. What is written to the tensors stays here."""
+    def attach(cls, version: WeightVersion, fd: int, tensors: Shapes, runs: Runs = (), *, pinned: bool = False) -> Self:
+        """Map what another process placed. The descriptor is duplicated. What is written to the tensors stays here;
+        with `pinned`, which is for a GPU to copy from (`pin`), nothing may be written."""
         if (got := os.fstat(fd).st_size) != version.bytes:
             raise ValueError(f"placed {version.component}: got {got} bytes, expected {version.bytes}")
         own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
         try:
-            mapping = mmap.mmap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
+            if pinned:
+                mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+                mapping.pin(read_only=True)
+            else:
+                mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
             length = int.from_bytes(mapping[:8], "little")
             table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
             if table != lay_out(tensors, runs):
@@ -126,6 +135,10 @@ class Placement:
             component=component, content=content, fingerprint=self.fingerprint(), bytes=len(self._mapping)
         )
 
+    def pin(self) -> None:
+        """Lock the pages of a placement that was created here, so that a GPU copies from them by itself."""
+        self._mapping.pin(read_only=False)
+
     def fingerprint(self) -> str:
         """xxh3-128 of all data, gaps included, in hex."""
         total = xxhash.xxh3_128()
@@ -139,6 +152,32 @@ class Placement:
             self._fd = -1
 
 
+class PinnableMap(mmap.mmap):
+    """A mapping that a GPU may be told of, and is told to forget before it goes."""
+
+    _address = 0
+
+    def pin(self, *, read_only: bool) -> None:
+        """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. Where that cannot be (the limit of
+        locked memory), a copy from it is slower, and waited for."""
+        address = flat_tensor(memoryview(self)).data_ptr()
+        code = int(_cudart().cudaHostRegister(address, len(self), PORTABLE | (READ_ONLY if read_only else 0)))
+        if code:
+            log.warning("%.1f GiB of weights cannot be page-locked (CUDA error %d)", len(self) / 2**30, code)
+        else:
+            self._address = address
+
+    def __del__(self) -> None:
+        if self._address:
+            _cudart().cudaHostUnregister(self._address)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+PORTABLE, READ_ONLY = 0x01, 0x08
+"""Flags of cudaHostRegister."""
 F_SEAL_FUTURE_WRITE = 0x0010
 """Linux 5.1; not in `fcntl` before Python 3.13."""
 
@@ -173,13 +212,21 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str,
 
 
 def rebind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make these parameters of a module that is bound other tensors of the same shapes, without a copy."""
+    """Make these parameters and buffers of a module other tensors of the same shapes, without a copy."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         before = getattr(owner, leaf)
         assert before.shape == tensor.shape, f"{name}: got {tuple(tensor.shape)}, expected {tuple(before.shape)}"
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        is_parameter = isinstance(before, nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def flat_tensor(data: memoryview) -> Tensor:
+    """The bytes as a uint8 tensor, without a copy. If they are read-only, so must the tensor be: torch cannot know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def view_placed(data: Tensor, tensor: PlacedTensor) -> Tensor:

@@ -26,7 +26,9 @@ class Lent:
     Resource handling: owns a descriptor, or a mapping, of each until `keep` leaves it out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool) -> None:
+        """`pinned`: a GPU adds them. It copies from page-locked memory at ten times the rate."""
+        self._pinned = pinned
         self._unmapped: dict[str, tuple[WeightVersion, int]] = {}
         self._mapped: dict[str, Adapter] = {}
 
@@ -49,6 +51,6 @@ class Lent:
     def _map(self, content: str) -> Adapter:
         if content in self._unmapped:
             version, fd = self._unmapped[content]
-            self._mapped[content] = attach_adapter(version, fd)
+            self._mapped[content] = attach_adapter(version, fd, pinned=self._pinned)
             os.close(self._unmapped.pop(content)[1])
         return self._mapped[content]

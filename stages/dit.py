@@ -11,20 +11,23 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ipc.errors import BadRequest, NumericalError
-from ipc.messages import Chosen, Job, Run, Start
+from ipc.errors import BadRequest, NumericalError, OutOfMemory
+from ipc.messages import Chosen, Job, MemoryPlan, Run, Start
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import kernels, solvers
 from stages.attention import choice
 from stages.attention.backends import IMPLEMENTATIONS, Case
 from stages.graphs import Graphs
+from stages.lanes import Mark, lane_of
 from stages.models.blank import blank
 from stages.models.transformer import Compute, WanTransformer, keeps_float32
+from stages.offload import Pools
 from stages.sampling import (
     GRAPH_TOKENS,
     NO_IMAGE,
@@ -32,6 +35,7 @@ from stages.sampling import (
     ImageLatents,
     expert_index,
     first_sample,
+    forwards,
     get_noise,
     guided,
     image_channels,
@@ -44,13 +48,20 @@ from stages.sampling import (
 )
 from stages.solvers import Schedule
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import Bound, Network
+from stages.weights import OFFLOADED, Bound, Network
 
 EXPERTS = ("transformer", "transformer_2")
 """Component of each, by `expert_index`."""
 
 
 log = logging.getLogger(__name__)
+
+
+class Maker(NamedTuple):
+    """An expert, and the weights that it makes keys and values with."""
+
+    expert: int
+    bound: Bound
 
 
 @dataclass(slots=True)
@@ -69,8 +80,10 @@ class Denoising:
     done: int = 0
     context: Context | None = None
     """What the expert of the last step attends to; made when its first step comes."""
-    made_by: tuple[int, Bound] | None = None
-    """The expert that `context` is of, and its weights."""
+    made_by: Maker | None = None
+    """Of `context`."""
+    next: tuple[Maker, Context, Mark] | None = None
+    """Made ahead, for the expert of the next step; not to be used before the mark."""
 
     @property
     def total(self) -> int:
@@ -79,7 +92,9 @@ class Denoising:
     @property
     def bytes(self) -> int:
         """Held for the task by this process."""
-        tensors = (self.latents, self.history, *self.image, *(self.context.tensors if self.context is not None else ()))
+        ahead = () if self.next is None else self.next[1].tensors
+        context = () if self.context is None else self.context.tensors
+        tensors = (self.latents, self.history, *self.image, *context, *ahead)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -97,6 +112,8 @@ class DitStage:
         self._experts = experts
         self._compute = compute
         self._graphs = Graphs()
+        self._pools: Pools | None = None
+        """Of the experts' blocks, if those are in host memory."""
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, Denoising] = {}
 
@@ -121,7 +138,9 @@ class DitStage:
             )
             model.compute = compute
             experts.append(network)
-        return cls(start, links, experts, compute)
+        stage = cls(start, links, experts, compute)
+        stage.set_memory(start.memory)
+        return stage
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -175,7 +194,7 @@ class DitStage:
         rows = torch.zeros(1, config.text_len, config.text_dim, device=self._device)
         tokens = None
         for network in self._experts:
-            model = network.module
+            model = network.use(network.content)
             if (images := self._start.image_encoder) is not None:
                 tokens = model.encode_image(torch.zeros(1, images.tokens, images.hidden_size, device=self._device))
             time = model.encode_time(torch.tensor([500], device=self._device))
@@ -183,6 +202,35 @@ class DitStage:
             latents = torch.zeros(config.out_channels, *size, device=self._device)
             if not bool(torch.isfinite(predict(model, latents, 0, context, 1.0, image)).all()):
                 raise NumericalError("a rehearsed step gave values that are not finite; check the weights")
+
+    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+        """With two experts, the blocks of the one at work are on the device, in rooms that both use in turn."""
+        self._graphs = Graphs()  # they hold, and read, what is about to move
+        if plan.level < OFFLOADED:
+            self._onload()
+            return []
+        if self._pools is not None:
+            self._pools.release()
+        resident = None if plan.level == OFFLOADED else plan.blocks or 0
+        device = torch.device(self._device)
+        self._pools = Pools(device, lane_of(device), resident)
+        left: list[tuple[str, str]] = []
+        for network in self._experts:
+            left += network.offload(self._pools)
+        return left
+
+    def _onload(self) -> None:
+        if self._pools is None:
+            return
+        self._pools.release()
+        for number, network in enumerate(self._experts):
+            try:
+                network.onload(self._links, outliving=self._start.outliving)
+            except OutOfMemory:
+                for moved in self._experts[:number]:
+                    moved.offload(self._pools)
+                raise
+        self._pools = None
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(task.bytes for task in self._tasks.values()))
@@ -232,14 +280,16 @@ class DitStage:
         index = task.schedule.start + task.done
         timestep = task.schedule.timesteps[index]
         expert = expert_index(timestep, self._start.boundary)
-        scale = (task.job.guidance_scale, task.job.guidance_scale_2)[expert]
+        scale = scales(task.job)[expert]
         model = self._bound(expert, task)
-        maker = (expert, self._experts[expert].bound)
+        maker = Maker(expert, self._experts[expert].bound)
         if task.context is None or task.made_by != maker:
             task.context = None  # free the other expert's keys and values first
-            task.context, task.made_by = self._context(task, model, guided(scale)), maker
+            task.context, task.made_by = self._made_ahead(task, maker) or self._context(task, model, expert), maker
         run = plainly
-        if task.latents.is_cuda and len(task.context.rope) <= GRAPH_TOKENS:
+        if self._pools is not None:
+            self._bring_next(task, expert)
+        elif task.latents.is_cuda and len(task.context.rope) <= GRAPH_TOKENS:
             # A graph reads the weights where they were when it was recorded.
             run = partial(self._graphs.run, (*maker, model.patch_embedding.weight.data_ptr()))
         velocity = predict(model, task.latents, index, task.context, scale, task.image, run)
@@ -256,28 +306,62 @@ class DitStage:
         commit_tensors(task.slot, task.done, state)
         self._links.beat()
 
+    def _bring_next(self, task: Denoising, expert: int) -> None:
+        """If the next step is the other expert's, make its context beside this step, and have its blocks come as those
+        of this one are done with."""
+        assert self._pools is not None and task.context is not None
+        following = task.schedule.start + task.done + 1
+        if following == task.schedule.steps:
+            return
+        other = expert_index(task.schedule.timesteps[following], self._start.boundary)
+        if other == expert:
+            return
+        network, lane = self._experts[other], self._pools.lane
+        with lane.aside():
+            model = network.of(task.job, task.done + 1)
+            context = self._context(task, model, other)
+            task.next = Maker(other, network.bound), context, lane.computed()
+        self._pools.follow("blocks", network.bound_source, forwards(task.context))
+
+    def _made_ahead(self, task: Denoising, maker: Maker) -> Context | None:
+        """What was made of the prompts for this step in the one before."""
+        if (ahead := task.next) is None:
+            return None
+        task.next = None
+        ahead_of, context, mark = ahead
+        if ahead_of != maker or self._pools is None:
+            return None
+        self._pools.lane.wait(mark)
+        return context
+
     def _bound(self, expert: int, task: Denoising) -> WanTransformer:
         """The expert with the weights and adapters of the task. There is one overlay at a time: it takes as much
         memory as the tensors that it is of."""
-        if task.job.loras:
-            for number, network in enumerate(self._experts):
-                if number != expert:
+        for number, network in enumerate(self._experts):
+            if number != expert:
+                network.release()
+                if task.job.loras:
                     network.drop_overlay()
         return self._experts[expert].of(task.job, task.done)
 
-    def _context(self, task: Denoising, model: WanTransformer, negative: bool) -> Context:
+    def _context(self, task: Denoising, model: WanTransformer, expert: int) -> Context:
         """Keys and values of the prompts and of the image's tokens for this expert, and all timesteps, embedded: once
         for all its steps."""
         prompts = self._links.inputs["prompts"]
-        encoded = []
-        for sequence in range(2 if negative else 1):
-            embeds = slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
-            encoded.append(model.encode_prompt(embeds.unsqueeze(0)))
+        embeds = [
+            slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
+            for sequence in range(2 if guided(scales(task.job)[expert]) else 1)
+        ]
         image = None
         if self._start.image_encoder is not None:
             image = model.encode_image(self._init_latents(task.job, 1, self._device).unsqueeze(0))
         times = model.encode_time(timesteps_of(task.schedule, task.image.first_frame is not None, self._device))
-        return Context(torch.cat(encoded, dim=2), model.rope(*task.latents.shape[1:]), times, image)
+        return Context(model.encode_prompt(torch.stack(embeds)), model.rope(*task.latents.shape[1:]), times, image)
+
+
+def scales(job: Job) -> tuple[float, float]:
+    """Of guidance, by expert."""
+    return job.guidance_scale, job.guidance_scale_2
 
 
 def choose_compute(start: Start) -> Compute:

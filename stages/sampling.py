@@ -147,7 +147,17 @@ def branches(
 ) -> Tensor:
     """Velocities [N, C, T, H, W] for latents [1, C, T, H, W] at one `Time`, of N prompts: as one forward or as N."""
     time, number = Time(embedding, modulation), prompts.shape[2]
-    if number > 1 and image is None and latents.is_cuda and len(rope) <= BATCHED_TOKENS:
+    if are_one(prompts, rope, image):
         return model.velocity(latents.expand(number, -1, -1, -1, -1), time, prompts, rope)
     each = (prompts[:, :, i : i + 1] for i in range(number))
     return torch.cat([model.velocity(latents, time, prompt, rope, image) for prompt in each])
+
+
+def are_one(prompts: Tensor, rope: Tensor, image: Tensor | None) -> bool:
+    """Whether the branches of these prompts are computed as one batch: where that is faster."""
+    return prompts.shape[2] > 1 and image is None and prompts.is_cuda and len(rope) <= BATCHED_TOKENS
+
+
+def forwards(context: Context) -> int:
+    """How often a step goes through the blocks."""
+    return 1 if are_one(context.prompts, context.rope, context.image) else context.prompts.shape[2]

@@ -11,14 +11,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, Run, Start
+from ipc.messages import Job, MemoryPlan, Run, Start
 from ipc.tensors import dtype_of, room_tensor
 from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, TextEncoder, build, encode
 from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import Network
+from stages.weights import Network, held, version_of
 
 KEPT_PROMPTS = 64
 """Prompts whose embeddings are kept; the negative prompt is mostly the same. Only real rows are kept: 8 KiB a token."""
@@ -32,6 +32,7 @@ class TextStage:
 
     def __init__(self, start: Start, links: Links, tokenizer: Tokenizer, encoder: Network[TextEncoder]) -> None:
         self._links = links
+        self._outliving = start.outliving
         self._length = start.transformer.text_len
         self._tokenizer = tokenizer
         self._encoder = encoder
@@ -55,7 +56,9 @@ class TextStage:
             dtype=lambda key: dtype_of(start.dtype),
             aliases=ALIASES,
         )
-        return cls(start, links, tokenizer, network)
+        stage = cls(start, links, tokenizer, network)
+        stage.set_memory(start.memory)
+        return stage
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -81,8 +84,9 @@ class TextStage:
         texts = [job.prompt]
         if guided(max(job.guidance_scale, job.guidance_scale_2)):
             texts.append(job.negative_prompt)
-        for sequence, text in enumerate(texts):
-            self._put(job.id, sequence, self._embed(job, tuple(prompt_ids(self._tokenizer, text, self._length))))
+        ids = [tuple(prompt_ids(self._tokenizer, text, self._length)) for text in texts]
+        for sequence, rows in enumerate(self._embed(job, ids)):
+            self._put(job.id, sequence, rows)
             self._links.beat()
 
     def _put(self, identity: str, sequence: int, rows: Tensor) -> None:
@@ -97,26 +101,31 @@ class TextStage:
         self._jobs.pop(identity, None)
 
     def rehearse(self) -> None:
+        ids = tuple(prompt_ids(self._tokenizer, "a video", self._length))
         with torch.inference_mode():
-            self._encoded(self._encoder.module, tuple(prompt_ids(self._tokenizer, "a video", self._length)))
+            self._encoded(self._encoder.use(self._encoder.content), [ids])
+
+    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+        return held(self._encoder, plan, self._links, self._outliving)
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(rows.nbytes for rows in self._kept.values()))
 
-    def _embed(self, job: Job, ids: tuple[int, ...]) -> Tensor:
-        """[tokens, text_dim] on the CPU; kept by version and content, the least recently used is forgotten."""
-        encoder = self._encoder.of(job)
-        key = (self._encoder.content, ids)
-        rows = self._kept.pop(key, None)
-        if rows is None:
-            rows = self._encoded(encoder, ids)
-        self._kept[key] = rows
-        if len(self._kept) > KEPT_PROMPTS:
+    def _embed(self, job: Job, texts: list[tuple[int, ...]]) -> list[Tensor]:
+        """[tokens, text_dim] of each, on the CPU; kept by version and content, the least recently used is forgotten."""
+        content = version_of(job, "text_encoder", 0) or self._encoder.content
+        known = {ids: rows for ids in texts if (rows := self._kept.pop((content, ids), None)) is not None}
+        if missing := [ids for ids in dict.fromkeys(texts) if ids not in known]:
+            known |= zip(missing, self._encoded(self._encoder.of(job), missing), strict=True)
+            self._encoder.release()
+        for ids in texts:
+            self._kept[content, ids] = known[ids]
+        while len(self._kept) > KEPT_PROMPTS:
             self._kept.popitem(last=False)
-        return rows
+        return [known[ids] for ids in texts]
 
-    def _encoded(self, encoder: TextEncoder, ids: tuple[int, ...]) -> Tensor:
-        rows = encode(encoder, list(ids)).cpu()
-        if not bool(torch.isfinite(rows).all()):
+    def _encoded(self, encoder: TextEncoder, texts: list[tuple[int, ...]]) -> list[Tensor]:
+        every = [rows.cpu() for rows in encode(encoder, *texts)]
+        if not all(bool(torch.isfinite(rows).all()) for rows in every):
             raise NumericalError("the text encoder gave values that are not finite; check its weights")
-        return rows
+        return every

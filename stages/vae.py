@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, KernelKind, Run, Start, VaeChosen
+from ipc.messages import Job, KernelKind, MemoryPlan, Run, Start, VaeChosen
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.media import fit, read_frames, read_image, upright
 from stages.models import vae_check
@@ -24,7 +24,7 @@ from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
 from stages.models.vae_codec import ClipCoder, Codec, make_codec
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import Network
+from stages.weights import OFFLOADED, Network, held
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class VaeStage:
         image_encoder: Network[ImageEncoder] | None,
     ) -> None:
         self._links = links
+        self._outliving = start.outliving
+        self._plan = MemoryPlan()
         self._device = torch.device(start.devices["vae"])
         self._kind = kind
         self._chunk = start.decode_latents
@@ -75,7 +77,9 @@ class VaeStage:
         images = None
         if image_encoder is not None:
             images = Network.load(image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype)
-        return cls(start, links, kind, network, images)
+        stage = cls(start, links, kind, network, images)
+        stage.set_memory(start.memory)
+        return stage
 
     @property
     def weights(self) -> Mapping[str, str]:
@@ -103,17 +107,35 @@ class VaeStage:
             self._encode(self._jobs[run.id])
         else:
             self._decode(run.id, run.index)
+        self._rest()
 
     def drop(self, identity: str) -> None:
         self._decodings.pop(identity, None)
         self._jobs.pop(identity, None)
         self._links.inputs["latents"].release(identity)
+        self._rest()
 
     @torch.inference_mode()
     def rehearse(self) -> None:
-        codec = make_codec(self._vae.module, self._kind, self._device)
+        codec = make_codec(self._vae.use(self._vae.content), self._kind, self._device)
         latents = torch.zeros(1, codec.config.z_dim, 1, 4, 4, device=self._device)
         check_finite(codec.clip(4, 4).decode(latents), "a rehearsed chunk has", "the VAE")
+
+    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+        """A decoding that has begun goes on with the weights that its codec has."""
+        self._codec = None
+        left: list[tuple[str, str]] = []
+        for network in self._all.values():
+            left += held(network, plan, self._links, self._outliving)
+        self._plan = plan
+        return left
+
+    def _rest(self) -> None:
+        """Nothing is being decoded or encoded: if the weights come from the host, the device needs none of them."""
+        if self._plan.level >= OFFLOADED and not self._decodings:
+            self._codec = None
+            for network in self._all.values():
+                network.release()
 
     def state(self) -> StageState:
         held = sum(decoding.clip.nbytes for decoding in self._decodings.values())

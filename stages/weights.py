@@ -5,22 +5,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hotreload.device_placement import DevicePlacement
+from hotreload.host_version import HostVersion
 from hotreload.overlay import make_overlay
 from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
-from ipc.errors import OutOfMemory
-from ipc.messages import Component, Job, Start, WeightVersion
+from ipc.errors import OutOfMemory, StageFailed
+from ipc.messages import Component, Job, MemoryPlan, Start, WeightVersion
 from stages.adapters import Lent, Wanted, wanted_by
+from stages.lanes import lane_of
 from stages.models.joined import JoinedModule
+from stages.offload import Offload, Pools, Source, source_of, unbind
 from stages.stage import Links, component
 
 M = TypeVar("M", bound=nn.Module)
+
+OFFLOADED = 2
+"""From this memory level on, weights are in host memory (`MemoryPlan`)."""
 
 
 class Bound(NamedTuple):
@@ -37,21 +43,33 @@ class Network(Generic[M]):
     makes every parameter and buffer a view of other memory, and copies nothing. With adapters, the tensors that they
     touch are made anew, in memory of this process (`hotreload/overlay.py`), and the others are the version's.
 
+    Offloaded (`offload`), the module is on meta, the versions are in host memory, and `stages/offload.py` brings what
+    is computed with to the device.
+
     Resource handling: a version stays mapped until `forget`, the last one for ever; an overlay is there until something
     else is bound.
     """
 
-    def __init__(self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str) -> None:
+    def __init__(
+        self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str, device: torch.device
+    ) -> None:
         """`module` is bound to version `content`; use `load`."""
         self.module = module
         self.bound = Bound(content)
-        self._lent = Lent()
+        self.device = device
+        """Where it computes."""
+        self._lent = Lent(pinned=device.type == "cuda")
         self._overlays = itertools.count(1)
         self._overlaid: tuple[str, ...] = ()
         """Names of the tensors that are not the version's."""
         self._name, self._shapes, self._aliases = name, shapes, aliases
         self._versions: dict[str, dict[str, Tensor]] = {}
-        """Content hash -> its tensors."""
+        """Content hash -> its tensors on the device."""
+        self._on_host: dict[str, HostVersion] = {}
+        """Content hash -> the version in host memory."""
+        self._offload: Offload | None = None
+        self._source: Source | None = None
+        """The last one that was made."""
 
     @property
     def content(self) -> str:
@@ -77,47 +95,64 @@ class Network(Generic[M]):
         Raises `BadCheckpoint`, and `OutOfMemory` if there is no room for them.
         """
         aliases = aliases or {}
-        shapes = shapes_of(module, dtype, aliases)
+        shapes, where = shapes_of(module, dtype, aliases), torch.device(device)
 
         def progress(done: int, total: int) -> None:
             links.loading(name, done, total)
 
+        network = cls(module, name, shapes, aliases, "", where)
         if placed := links.placed.get(name):
-            network = cls(module, name, shapes, aliases, "")
             for version, fd in placed:
                 network.adopt(version, fd)
-            network.use(start.serving.get(name, placed[-1][0].content))
-            return network
-        source = component(start, name)
-        if not start.outliving:
+            content = start.serving.get(name, placed[-1][0].content)
+        elif start.outliving or start.memory.level >= OFFLOADED:
+            home = "cpu" if start.memory.level >= OFFLOADED else device
+            version, placement = place(
+                module, component(start, name), device=home, dtype=dtype, aliases=aliases, progress=progress
+            )
+            links.place(version, home, placement.fd)
+            network._keep(version, placement)
+            placement.close()
+            content = version.content
+        else:
             content = load_weights(
-                module, source, device=device, dtype=dtype, aliases=aliases, progress=progress,
+                module, component(start, name), device=device, dtype=dtype, aliases=aliases, progress=progress,
                 allocate=own_memory(shapes, runs_of(module), device),
             )  # fmt: skip
-            fuse(module)
-            network = cls(module, name, shapes, aliases, content)
             network._versions[content] = {n: t for n, t in module.state_dict().items() if n not in aliases}
-            return network
-        version, placement = place(module, source, device=device, dtype=dtype, aliases=aliases, progress=progress)
-        links.place(version, device, placement.fd)
-        network = cls(module, name, shapes, aliases, version.content)
-        network._versions[version.content] = placement.tensors
-        placement.close()
+        if start.memory.level < OFFLOADED:
+            network.use(content)
+        else:
+            unbind(module)
+            network.bound = Bound(content)
         return network
 
     def adopt(self, version: WeightVersion, fd: int) -> None:
-        """Map a version that another process has placed, and see that it is what it is said to be (ValueError)."""
-        if version.content not in self._versions:
-            placement = attach(version, fd, self._shapes, runs_of(self.module))
+        """Map a version that another process has placed, and see that it is what it is said to be (ValueError). What is
+        placed in host memory for a GPU is mapped in the background: nobody waits for it but who offloads."""
+        if version.device is not None or self.device.type == "cpu":
+            if version.content not in self._versions:
+                placement = attach(version, fd, self._shapes, runs_of(self.module))
+                self._keep(version, placement)
+                placement.close()
+        elif version.content not in self._on_host:
+            self._on_host[version.content] = HostVersion.mapping(version, fd, self._shapes, runs_of(self.module))
+
+    def _keep(self, version: WeightVersion, placement: Placement | DevicePlacement) -> None:
+        if isinstance(placement, Placement):
+            if self.device.type == "cuda":
+                placement.pin()
+            self._on_host[version.content] = HostVersion.of(placement)
+        if isinstance(placement, DevicePlacement) or self.device.type == "cpu":
             self._versions[version.content] = placement.tensors
-            placement.close()
 
     def forget(self, content: str) -> None:
         """Unmap a version. If it is bound, another takes its place: its memory must not wait for the next task."""
-        others = [other for other in self._versions if other != content]
+        others = [other for other in self._versions.keys() | self._on_host.keys() if other != content]
         if content == self.content and others:
             self.use(others[-1])
         self._versions.pop(content, None)
+        self._on_host.pop(content, None)
 
     def lend(self, version: WeightVersion, fd: int) -> None:
         """Know an adapter that a task is about to want. The descriptor is duplicated."""
@@ -132,7 +167,10 @@ class Network(Generic[M]):
 
     def drop_overlay(self) -> None:
         """Bind the version without adapters."""
-        if self.bound.loras:
+        if self.bound.loras and self._offload is not None:
+            self._offload.release()
+            self.bound = Bound(self.content)
+        elif self.bound.loras:
             base = self._versions[self.content]
             rebind(self.module, {name: base[name] for name in self._overlaid})
             fuse(self.module)
@@ -141,7 +179,11 @@ class Network(Generic[M]):
     def use(self, content: str, loras: Wanted = ()) -> M:
         """The module, bound to a version that was adopted (KeyError) or is bound already, with these adapters, which
         were lent. When it raises, for want of memory, the version without adapters is bound."""
-        if (content, loras) == self.bound[:2]:
+        if self._offload is not None:
+            self._offload.bind(self._made_source(content, loras))
+            self.bound = Bound(content, loras)
+            return self.module
+        if (content, loras) == self.bound[:2] and content in self._versions:
             return self.module
         # First without adapters: what the overlay that was bound takes is free for the next.
         if content == self.content:
@@ -157,9 +199,95 @@ class Network(Generic[M]):
             self.bound, self._overlaid = Bound(content, loras, next(self._overlays)), tuple(made)
         return self.module
 
+    def offload(self, pools: Pools) -> list[tuple[str, str]]:
+        """Compute from the versions in host memory from now on, with these pools. Returns component and content hash of
+        what was mapped on the device, and is not any more. Raises OSError or ValueError, and `StageFailed` if a version
+        is not in host memory; nothing has changed then."""
+        if missing := self._versions.keys() - self._on_host.keys():
+            raise StageFailed(f"{self._name}: version {min(missing)} is not in host memory yet; wait until it is there")
+        tables = [host.placement().table for host in self._on_host.values()]
+        left = [] if self.device.type == "cpu" else [(self._name, content) for content in self._versions]
+        content = self.content
+        if self._offload is not None:
+            self._offload.end()
+        unbind(self.module)
+        if isinstance(self.module, JoinedModule):
+            self.module.fuse()  # lets go of the tensors that were fused
+        if self.device.type != "cpu":
+            self._versions.clear()
+        self._offload = Offload(self.module, tables[0], self._aliases, pools)
+        self.bound, self._overlaid = Bound(content), ()
+        return left
+
+    def onload(self, links: Links, *, outliving: bool) -> None:
+        """Compute with weights on the device from now on: all versions are brought there, to memory that outlives this
+        process, which is handed over. Raises `OutOfMemory`, and is offloaded still."""
+        if self._offload is None:
+            return
+        self._offload.release()
+        brought = {content: self._brought(host.placement(), outliving) for content, host in self._on_host.items()}
+        for content, placement in brought.items():
+            if isinstance(placement, DevicePlacement):
+                version = placement.seal(self._name, content)
+                links.place(version, str(self.device), placement.fd)
+                placement.close()
+        self._versions = {content: placement.tensors for content, placement in brought.items()}
+        self._offload.end()
+        self._offload, content = None, self.content
+        self.bound = Bound("")
+        self.use(content)
+
+    def _brought(self, host: Placement, outliving: bool) -> Placement | DevicePlacement | Tensors:
+        """A version in the memory that the module computes with."""
+        if self.device.type == "cpu":
+            return host
+        if outliving:
+            placement = create(self._name, str(self.device), self._shapes, runs_of(self.module))
+            placement.flat.copy_(host.flat[: len(placement.flat)])
+            return placement
+        allocate = own_memory(self._shapes, runs_of(self.module), str(self.device))
+        made = {name: allocate(name, tensor.shape, tensor.dtype) for name, tensor in host.tensors.items()}
+        for name, tensor in made.items():
+            tensor.copy_(host.tensors[name])
+        return Tensors(made)
+
+    def release(self) -> None:
+        """If offloaded, give back what is on the device beside the pools, until it is used again."""
+        if self._offload is not None:
+            self._offload.release()
+
+    @property
+    def bound_source(self) -> Source:
+        """What is bound, of an offloaded network."""
+        assert self._offload is not None and self._offload.source is not None, f"{self._name} is bound to nothing"
+        return self._offload.source
+
+    def _made_source(self, content: str, loras: Wanted) -> Source:
+        """A version, with adapters, to be brought to the device."""
+        key = (self._name, content, loras)
+        if self._source is None or self._source.key != key:
+            self._source = None
+            host = self._on_host[content].placement()
+            self._source = source_of(key, host, self._lent.applied(loras), self.device)
+        return self._source
+
     def of(self, job: Job, step: int = 0) -> M:
         """The module as a task wants it, at its step `step`."""
         return self.use(version_of(job, self._name, step) or self.content, wanted_by(job, self._name))
+
+
+def held(network: Network[Any], plan: MemoryPlan, links: Links, outliving: bool) -> list[tuple[str, str]]:
+    """Have a network by itself, which is not always in use, hold so much on its device; what `offload` returns."""
+    if plan.level < OFFLOADED:
+        network.onload(links, outliving=outliving)
+        return []
+    return network.offload(Pools(network.device, lane_of(network.device), resident=0))
+
+
+class Tensors(NamedTuple):
+    """Weights in memory of this process."""
+
+    tensors: dict[str, Tensor]
 
 
 def version_of(job: Job, name: str, step: int) -> str | None:

@@ -45,6 +45,8 @@ from ipc.messages import (
     Dropped,
     Forget,
     Loading,
+    MemoryPlan,
+    MemorySet,
     Placed,
     Prepare,
     QuantumDone,
@@ -54,6 +56,7 @@ from ipc.messages import (
     Rehearse,
     Rehearsed,
     Run,
+    SetMemory,
     StageName,
     Start,
     StartFailed,
@@ -84,7 +87,7 @@ class Entry:
     """Something to be done in its turn. `skip`: a quantum whose task was dropped meanwhile. `fd`: what came along; it
     is closed when that is done."""
 
-    message: Run | Drop | Adopt
+    message: Run | Drop | Adopt | SetMemory
     skip: bool = False
     fd: int = -1
 
@@ -102,13 +105,16 @@ class Worker:
         counter: ProgressCounter,
         stages: Mapping[StageName, Stage],
         threads: Mapping[StageName, int],
+        plan: MemoryPlan,
         rest: Callable[[], None],
     ) -> None:
-        """`rest` is called when there is nothing to do, before the supervisor hears that the last thing is done."""
+        """`plan` is what the stages were loaded with. `rest` is called when there is nothing to do, before the
+        supervisor hears that the last thing is done."""
         self._channel = channel
         self._counter = counter
         self._stages = stages
         self._threads = threads
+        self._plan = plan
         self._rest = rest
         self._entries: collections.deque[Entry] = collections.deque()
         self._begun: set[tuple[StageName, str]] = set()
@@ -164,7 +170,7 @@ class Worker:
                     self._network(version.component).lend(version, fd)
                 self._begun.add((stage, job.id))
                 self._stages[stage].begin(job)
-            case Run():
+            case Run() | SetMemory():
                 self._entries.append(Entry(message))
             case Drop(id=identity, stage=stage):
                 for entry in self._entries:
@@ -193,6 +199,27 @@ class Worker:
                 if entry.skip or (STAGE_OF_PHASE[phase], identity) not in self._begun:
                     return QuantumDropped(id=identity, phase=phase, index=index)
                 return self._run(run)
+            case SetMemory(plan=plan):
+                return self._set_memory(plan)
+
+    def _set_memory(self, plan: MemoryPlan) -> MemorySet:
+        """All stages, or, if one cannot, none."""
+        left: list[tuple[str, str]] = []
+        done: list[Stage] = []
+        begin = time.monotonic()
+        for name, stage in self._stages.items():
+            self._counter.increment()
+            try:
+                left += stage.set_memory(plan)
+                done.append(stage)
+            except Exception as error:
+                failure = describe(error, name)
+                for changed in done:
+                    changed.set_memory(self._plan)
+                return MemorySet(plan=self._plan, seconds=time.monotonic() - begin, error=failure)
+        self._plan = plan
+        self._rest()
+        return MemorySet(plan=plan, left=left, seconds=time.monotonic() - begin)
 
     def _adopt(self, version: WeightVersion, fd: int) -> Adopted:
         failure = None
@@ -459,7 +486,7 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     close_fds(fds)
     rest = rest_of(start)
     rest()
-    worker = Worker(channel, counter, stages, start.threads, rest)
+    worker = Worker(channel, counter, stages, start.threads, start.memory, rest)
     signal.signal(signal.SIGTERM, worker.handle_sigterm)
     channel.send(ready(start, stages, time.perf_counter() - began), timeout=SEND_TIMEOUT)
     worker.serve()

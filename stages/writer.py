@@ -22,7 +22,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 
 from ipc.errors import OutputError
-from ipc.messages import Job, Run, Start
+from ipc.messages import Job, MemoryPlan, Run, Start
 from stages.files import Directory
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
 
@@ -109,6 +109,9 @@ class WriterStage:
 
     def rehearse(self) -> None:
         av.codec.CodecContext.create(CODEC, "w")
+
+    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+        return []
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))

@@ -59,7 +59,7 @@ class Bench:
             module = WanTransformer(model.transformer)
         shapes = shapes_of(module, lambda name: torch.float32 if keeps_float32(name) else dtype, {})
         self._shapes = {name: shape for name, (_, shape) in shapes.items()}
-        self.network = Network(module, "transformer", shapes, {}, "")
+        self.network = Network(module, "transformer", shapes, {}, "", torch.device(device))
         self._place(shapes)
 
     def _place(self, shapes: Shapes) -> None:

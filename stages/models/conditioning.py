@@ -51,6 +51,11 @@ class ConditionEmbedder(nn.Module):
         x = float32_linear(F.silu(float32_linear(x, self.time_embedder.linear_1)), self.time_embedder.linear_2)
         return Time(x, float32_linear(F.silu(x), self.time_proj).unflatten(-1, (6, -1)))
 
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """[B, N, image_dim] -> [B, N, dim] float32, in a model that sees images."""
+        assert self.image_embedder is not None, "image_dim is set"
+        return self.image_embedder(tokens)
+
 
 class Mlp(nn.Module):
     """Linear, GELU (tanh), Linear."""

@@ -9,43 +9,55 @@ importing it took every start of this stage 3.4 s of CPU, where torch takes 2, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipc.architecture import TextEncoderConfig
+from stages.models.walks import Walk, WalkedModule
 
 ALIASES = {"encoder.embed_tokens.weight": "shared.weight"}
 """The token embedding has two names in the module; a checkpoint may have either both or the second."""
 
 
-class TextEncoder(nn.Module):
-    """Token ids [B, N] -> rows [B, N, d_model] in the dtype of the weights."""
+class TextEncoder(WalkedModule):
+    """Token ids -> rows of d_model in the dtype of the weights."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
+        self._config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, self.shared)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.encoder(ids)
+    def walks(self) -> dict[str, Walk]:
+        config = self._config
+        prefixes = [f"encoder.block.{number}." for number in range(config.num_layers)]
+        return {"blocks": Walk(prefixes=prefixes, build=lambda: Block(config))}
+
+    def on_host(self) -> frozenset[str]:
+        """The table of 256,384 tokens, of which a prompt takes some."""
+        return frozenset({"shared.weight"})
+
+    def forward(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Ids [B, N] of each text -> rows [B, N, d_model] of each: block by block of all, so that the weights of a
+        block are needed once."""
+        device = self.encoder.final_layer_norm.weight.device
+        rows = [self.shared(ids.to(self.shared.weight.device)).to(device) for ids in texts]
+        for block in self.walk("blocks"):
+            rows = [block(x) for x in rows]
+        return [self.encoder.final_layer_norm(x) for x in rows]
 
 
 class Stack(nn.Module):
-    """The embedding, blocks, a norm."""
+    """The embedding's second name, blocks, a norm."""
 
     def __init__(self, config: TextEncoderConfig, embed_tokens: nn.Embedding) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
         self.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layer_norm = RMSNorm(config)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
-        for block in self.block:
-            x = block(x)
-        return self.final_layer_norm(x)
 
 
 class Block(nn.Module):
@@ -149,9 +161,9 @@ def build(config: TextEncoderConfig) -> TextEncoder:
 
 
 @torch.inference_mode()
-def encode(encoder: TextEncoder, ids: list[int]) -> Tensor:
-    """Token ids, `</s>` included -> [tokens, d_model] in the dtype of the weights.
+def encode(encoder: TextEncoder, *texts: Sequence[int]) -> list[Tensor]:
+    """Token ids of each text, `</s>` included -> [tokens, d_model] of each in the dtype of the weights.
 
     Only the real tokens are run: masked padding cannot change their rows.
     """
-    return encoder(torch.tensor([ids], device=encoder.shared.weight.device))[0]
+    return [rows[0] for rows in encoder([torch.tensor([ids]) for ids in texts])]

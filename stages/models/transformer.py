@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,15 @@ from stages.kernels.plain import add_gated
 from stages.models.conditioning import ConditionEmbedder, Time, float32_linear, rope_table
 from stages.models.feed_forward import FeedForward
 from stages.models.joined import JoinedModule
+from stages.models.walks import Walk, WalkedModule
 
 FLOAT32_NAMES = (
     "condition_embedder.time_", "condition_embedder.image_embedder.norm", "scale_shift_table", "norm2.", "proj_out.",
 )  # fmt: skip
+
+
+KEYS = tuple(f"attn2.{x}." for x in ("to_k", "to_v", "norm_k", "add_k_proj", "add_v_proj", "norm_added_k"))
+"""Of a block: what makes keys and values of the prompt, once per request."""
 
 
 def keeps_float32(name: str) -> bool:
@@ -53,7 +58,7 @@ class Compute(NamedTuple):
     kernels: KernelKind = "torch"
 
 
-class WanTransformer(JoinedModule):
+class WanTransformer(JoinedModule, WalkedModule):
     """The DiT of any Wan model. Latents [B, in_channels, T, H, W], velocity [B, out_channels, T, H, W]: fewer, where
     the latents of an image come with the noise."""
 
@@ -84,19 +89,18 @@ class WanTransformer(JoinedModule):
             raise ValueError(
                 f"prompt_embeds must be [B, {expected[0]}, {expected[1]}], got {list(prompt_embeds.shape)}"
             )
-        text = self.condition_embedder.text_embedder(prompt_embeds.to(self.dtype))
-        return torch.stack([block.attn2.keys_values(text) for block in self._blocks])
+        (text,) = [embedder.text_embedder(prompt_embeds.to(self.dtype)) for embedder in self._embedder]
+        return torch.stack([attention.keys_values(text) for attention in self._cross_attentions])
 
     def encode_image(self, image_embeds: Tensor) -> Tensor:
         """Image tokens [B, N, image_dim] of CLIP -> keys and values of all cross-attentions, [layers, 2, B, N, heads,
         head_dim]; the same for every prompt. ValueError if this model sees none."""
-        embedder = self.condition_embedder.image_embedder
-        if embedder is None:
+        if self.config.image_dim is None:
             raise ValueError("this model has no cross-attention to image tokens (image_dim is not set)")
         if image_embeds.ndim != 3 or image_embeds.shape[2] != self.config.image_dim:
             raise ValueError(f"image_embeds must be [B, N, {self.config.image_dim}], got {list(image_embeds.shape)}")
-        image = embedder(image_embeds).to(self.dtype)
-        return torch.stack([block.attn2.image_keys_values(image) for block in self._blocks])
+        (image,) = [embedder.embed_image(image_embeds).to(self.dtype) for embedder in self._embedder]
+        return torch.stack([attention.image_keys_values(image) for attention in self._cross_attentions])
 
     def rope(self, frames: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         """Rotation table for latents of this size: [L, head_dim/2, 2] float32, (cos, sin) of each pair's angle."""
@@ -108,7 +112,8 @@ class WanTransformer(JoinedModule):
     def encode_time(self, timestep: Tensor) -> Time:
         """timestep in 0..1000, [B] or [B, 2]: the first latent frame's and the others'. For all steps of a request at
         once, B is the number of steps, and each step takes its `Time.row`."""
-        return self.condition_embedder.embed_time(timestep)
+        (time,) = [embedder.embed_time(timestep) for embedder in self._embedder]
+        return time
 
     def forward(
         self, latents: Tensor, timestep: Tensor, prompt: Tensor, rope: Tensor, image: Tensor | None = None
@@ -130,9 +135,26 @@ class WanTransformer(JoinedModule):
         time = time.spread(grid[0])
         stream = Stream(self._patchify(latents))
         images = [None] * len(prompt) if image is None else image.unbind(0)
-        for block, text_kv, image_kv in zip(self.blocks, prompt.unbind(0), images, strict=True):
+        for block, text_kv, image_kv in zip(self.walk("blocks"), prompt.unbind(0), images, strict=True):
             stream = block(stream, time.modulation, text_kv, rope, image_kv, self.compute)
         return self._unpatchify(self._head(stream, time.embedding), grid)
+
+    def walks(self) -> dict[str, Walk]:
+        """The blocks, in every forward; their keys and values, and the embeddings of prompt and time, per request."""
+        config = self.config
+        numbers = range(config.num_layers)
+        return {
+            "blocks": Walk(
+                prefixes=[f"blocks.{number}." for number in numbers], build=lambda: Block(config),
+                has=lambda name: not name.startswith(KEYS), bound=lambda block: cast(Block, block).attn1.fuse(),
+                often=True,
+            ),
+            "keys": Walk(
+                prefixes=[f"blocks.{number}." for number in numbers], build=lambda: Block(config),
+                has=lambda name: name.startswith(KEYS),
+            ),
+            "embedder": Walk(prefixes=["condition_embedder."], build=lambda: ConditionEmbedder(config)),
+        }  # fmt: skip
 
     def runs(self) -> list[tuple[str, ...]]:
         """Tensors that a forward uses as one where they lie one right behind the other (`hotreload.placement.Runs`)."""
@@ -147,6 +169,19 @@ class WanTransformer(JoinedModule):
         """Take q, k and v of each self-attention as one product where their weights lie so; to be called when weights
         are bound. Returns how many of the blocks can."""
         return sum(block.attn1.fuse() for block in self._blocks)
+
+    @property
+    def _embedder(self) -> Iterator[ConditionEmbedder]:
+        """The one there is, to be used before the next is asked for."""
+        for embedder in self.walk("embedder"):
+            assert isinstance(embedder, ConditionEmbedder)
+            yield embedder
+
+    @property
+    def _cross_attentions(self) -> Iterator[CrossAttention]:
+        for block in self.walk("keys"):
+            assert isinstance(block, Block)
+            yield block.attn2
 
     @property
     def _blocks(self) -> Iterator[Block]:

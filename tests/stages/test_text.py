@@ -70,7 +70,7 @@ def parity(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = msgspec.structs.replace(MODEL, transformer=transformer, text_encoder=config)
     with Rig(checkpoint, model) as rig:
         start = rig.start(("text",), tokenizer=str(file))
-        network = Network(encoder, "text_encoder", {}, {}, "random")
+        network = Network(encoder, "text_encoder", {}, {}, "random", torch.device("cpu"))
         yield Parity(rig, TextStage(start, rig.links(start), load_tokenizer(str(file)), network), reference)
 
 
