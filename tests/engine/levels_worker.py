@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import stages.dit
-import stages.worker
-from ipc.messages import MemoryPlan, MemorySet, SetMemory
-from stages.worker import Entry, Worker
+from ipc.messages import MemoryPlan, MemorySet
+from stages.worker import Worker, describe, main
 
-held = MemoryPlan()
-"""What this process keeps to."""
+level = 0
+"""That this process keeps."""
 
+load = stages.dit.DitStage.load
 advance = stages.dit.DitStage._advance
-take_in = Worker._take_in
-carry_out = Worker._carry_out
+carry_out = Worker._set_memory
 
 
 def said(name: str) -> int | None:
@@ -29,38 +28,33 @@ def said(name: str) -> int | None:
     return int(path.read_text()) if path.exists() else None
 
 
+def note_level(start: Any, links: Any) -> Any:
+    global level
+    level = start.memory.level
+    return load(start, links)
+
+
 def short(self: Any, task: Any) -> None:
-    if held.level < (said("short") or 0):
+    if level < (said("short") or 0):
         raise MemoryError("the step does not fit")
     advance(self, task)
 
 
-def set_memory(plan: MemoryPlan) -> MemorySet:
-    global held
+def set_memory(self: Any, plan: MemoryPlan) -> MemorySet:
+    global level
     if said("die") == plan.level:
         Path(os.environ["LEVELS"], "die").unlink()
         os._exit(1)
     if said("refuse") == plan.level:
-        failure = stages.worker.describe(MemoryError("the slots do not fit"), "dit")
-        return MemorySet(plan=held, error=failure)
-    held = plan
-    return MemorySet(plan=plan)
+        return MemorySet(plan=self._plan, error=describe(MemoryError("the slots do not fit"), "dit"))
+    done = carry_out(self, plan)
+    level = done.plan.level
+    return done
 
 
-def take_in_level(self: Any, received: Any) -> None:
-    if isinstance(received.message, SetMemory):
-        self._entries.append(Entry(received.message))
-    else:
-        take_in(self, received)
-
-
-def carry_out_level(self: Any, entry: Any) -> Any:
-    return set_memory(entry.message.plan) if isinstance(entry.message, SetMemory) else carry_out(self, entry)
-
-
+stages.dit.DitStage.load = note_level  # type: ignore[method-assign]
 stages.dit.DitStage._advance = short  # type: ignore[method-assign]
-Worker._take_in = take_in_level  # type: ignore[method-assign]
-Worker._carry_out = carry_out_level  # type: ignore[method-assign]
+Worker._set_memory = set_memory  # type: ignore[method-assign]
 
 if __name__ == "__main__":
-    stages.worker.main()
+    main()
