@@ -118,6 +118,13 @@ def serve(
     attention_backend: Annotated[
         str | None, typer.Option(help="What computes attention: auto, or one that `engine doctor` shows [auto].")
     ] = None,
+    memory_level: Annotated[
+        str | None,
+        typer.Option(help="auto, or 0 to 3: how much of the weights leaves the GPU when it is not in use [auto]."),
+    ] = None,
+    gpu_budget: Annotated[
+        str | None, typer.Option(help="What the engine may take of each GPU, such as 8GiB [all that is free].")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each dit and of vae; 0: half the cores for all dits and vae [0].")
     ] = None,
@@ -134,7 +141,11 @@ def serve(
 ) -> None:
     """Serve one model on a Unix socket until `engine shutdown`, SIGTERM or Ctrl-C."""
     flags = _given(locals(), leave_out=("config",))
+    from engine.operator import read_level
     from engine.serve import run, system_params
+
+    if memory_level is not None:
+        flags["memory_level"] = read_level(memory_level)
 
     run(system_params(config, flags))
 
@@ -384,10 +395,33 @@ def trace(
     traced = Client(socket).trace()
     spans = of_tasks(traced.spans, identity, last)
     try:
-        out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock)))
+        out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock, traced.changes)))
     except OSError as error:
         raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
     print(f"{out}: {len(spans)} quanta of {len({span.task for span in spans})} requests; open it in ui.perfetto.dev")
+
+
+@app.command()
+def memory(
+    level: Annotated[
+        str | None, typer.Argument(metavar="LEVEL", help="0 to 3, or auto: as much as fits [only show].")
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(min=0, help="At level 3: of the DiT's blocks, so many stay on the GPU [0].")
+    ] = None,
+    socket: Socket = None,
+    as_json: Json = False,
+) -> None:
+    """How much of the weights is in GPU memory, and why; or change it. Requests go on, with the same results."""
+    from engine.client import Client
+    from engine.display import print_plans
+    from engine.operator import read_level
+
+    client = Client(socket)
+    if blocks is not None and level != "3":
+        raise BadRequest("--blocks is of level 3: engine memory 3 --blocks N")
+    found = client.memory_levels() if level is None else client.change_memory(read_level(level), blocks)
+    _print_json(found) if as_json else print_plans(found)
 
 
 @app.command()

@@ -29,9 +29,12 @@ from ipc.messages import (
     AddLora,
     Canary,
     Cancel,
+    ChangeMemory,
+    DeviceMemory,
     Done,
     EngineStatus,
     Failed,
+    GetMemory,
     GetStatus,
     GetTrace,
     Holding,
@@ -40,6 +43,8 @@ from ipc.messages import (
     ListVersions,
     LoraInfo,
     LoraList,
+    MemoryLevel,
+    MemoryReport,
     Ok,
     Progress,
     Reload,
@@ -204,6 +209,18 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(GetTrace(ref=0), Traced)
 
+    def memory_levels(self) -> list[DeviceMemory]:
+        """How much of the weights each device keeps, and why."""
+        with Connection(self.socket, self._deadlines) as connection:
+            return connection.ask(GetMemory(ref=0), MemoryReport).devices
+
+    def change_memory(self, level: MemoryLevel, blocks: int | None = None) -> list[DeviceMemory]:
+        """Have the devices keep so much of the weights from now on (at level 3 `blocks` of the DiT's), or, with auto,
+        as much as fits. Returns when they do; if it raises, what was before holds."""
+        with Connection(self.socket, self._deadlines) as connection:
+            asked = ChangeMemory(ref=0, level=level, blocks=blocks)
+            return connection.ask(asked, MemoryReport, self._deadlines.reload).devices
+
     def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
         """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as
         `name`. Returns when it does; if it raises, nothing has changed."""
@@ -361,6 +378,18 @@ class AsyncClient:
         """When the latest quanta ran, and where."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(GetTrace(ref=0), Traced)
+
+    async def memory_levels(self) -> list[DeviceMemory]:
+        """How much of the weights each device keeps, and why."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            return (await connection.ask(GetMemory(ref=0), MemoryReport)).devices
+
+    async def change_memory(self, level: MemoryLevel, blocks: int | None = None) -> list[DeviceMemory]:
+        """Have the devices keep so much of the weights from now on (at level 3 `blocks` of the DiT's), or, with auto,
+        as much as fits. Returns when they do; if it raises, what was before holds."""
+        async with AsyncConnection(self.socket, self._deadlines) as connection:
+            asked = ChangeMemory(ref=0, level=level, blocks=blocks)
+            return (await connection.ask(asked, MemoryReport, self._deadlines.reload)).devices
 
     async def add_lora(self, name: str, *files: str | os.PathLike[str]) -> LoraInfo:
         """Have the engine read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as

@@ -22,11 +22,13 @@ from engine.devices import compute_dtype, compute_threads, compute_tokens, devic
 from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
-from engine.posts import Posts, PostState
+from engine.plans import Plans, PlansState
+from engine.posts import Changes, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
 from engine.spare import Spare
 from engine.states import Descriptors, State
 from engine.successor import successor
+from engine.upkeep import Upkeep
 from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -34,16 +36,16 @@ from ipc.errors import Failure, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
-    Adopt,
     Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
     Chosen,
     Component,
     Dropped,
-    Forget,
     Loading,
     LoadProgress,
+    MemoryPlan,
+    MemorySet,
     Placed,
     QuantumDone,
     QuantumDropped,
@@ -101,6 +103,7 @@ class CrewState(State, frozen=True, kw_only=True):
     held_back: list[tuple[Seat, ...]]
     chosen: Chosen | None
     vae_chosen: VaeChosen | None
+    plans: PlansState
 
 
 class Crew:
@@ -114,9 +117,10 @@ class Crew:
         device: str,
         dit_devices: tuple[str, ...],
         memory: EngineMemory,
+        plans: Plans,
         owner: Owner,
     ) -> None:
-        """`device`: of text and vae; `dit_devices`: of each dit; both from `resolve_devices`."""
+        """`device`: of text and vae; `dit_devices`: of each dit; both from `resolve_devices`. `plans`: of all these."""
         self._params, self._model, self._checkpoint = params, model, checkpoint
         self._memory = memory
         self._owner = owner
@@ -130,6 +134,7 @@ class Crew:
         self._posts = Posts(devices, fused=params.placement == "fused")
         self.groups = self._posts.groups
         self.placed = WeightStore()
+        self.plans = plans
         self.weights = Versions()
         self._source = checkpoint_directory(model, params.checkpoint).name
         self.versions: dict[str, str] = {}
@@ -143,8 +148,6 @@ class Crew:
         self._epoch = 0
         self._spare = Spare(params.warm_spare, device)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
-        self._refused: dict[tuple[str, str], Failure] = {}
-        """Versions of weights that a process could not map, and why."""
         self._successors: dict[tuple[Seat, ...], Body] = {}
         """Processes that have proved themselves, and take over when their predecessor has left."""
         self._replacing = asyncio.Lock()
@@ -153,7 +156,8 @@ class Crew:
         self._left_to_start: list[tuple[tuple[Seat, ...], float]] = []
         """By `resume`, with the seconds until then."""
         self._stopping = False
-        self._changed = asyncio.Event()
+        self._changes = Changes()
+        self.upkeep = Upkeep(self._posts, self.placed, plans, self._changes, params.stage_deadline)
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     @property
@@ -190,7 +194,10 @@ class Crew:
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False, False)
             return
-        process.knows = {(version.component, version.content) for version, _ in self._placed_for(seats)}
+        device = self._posts.device_of(seats)
+        if device in self.plans.held:
+            home, process.memory = self.plans.home(device), self.plans.at_start(device)
+            process.knows = {(version.component, version.content, home) for version, _ in self._placed_for(seats)}
         for post in self._posts.of(seats):
             post.process = process
             post.restarts += 1
@@ -198,7 +205,7 @@ class Crew:
     def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling on the same device is reading the weights of these seats."""
         placed = {version.component for version, _ in self._placed_for(seats)}
-        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats)
+        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats, self.plans.home)
 
     def _is_being_chosen(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling, on whatever device, is finding out what all dits are to compute with: two that measure could find
@@ -225,13 +232,13 @@ class Crew:
         self._posts[seat].state = "failed"
         self._posts[seat].error = error
         self._keep_spare()
-        self._notify()
+        self._changes.notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
         """Wait until every seat is up, but for FAILED ones whose stage is up elsewhere; raises what keeps a stage from
         being up."""
         while True:
-            changed = self._changed
+            changed = self._changes.next
             on_loading(list(self._loading.values()))
             waited_for = self._posts.waited_for()
             for post in waited_for:
@@ -245,7 +252,7 @@ class Crew:
 
     async def stop(self) -> None:
         """End every process: ask, wait, kill, reap."""
-        self._stopping = True
+        self._stopping = self.upkeep.ended = True
         self._watcher.cancel()
         self._spare.end()
         while self._successors:
@@ -263,11 +270,11 @@ class Crew:
             process.kill()
         await _wait_exited(processes, STOP_GRACE)
         self.placed.close()
-        self._notify()
+        self._changes.notify()
 
     def kill(self) -> None:
         """End every process now, whatever it is doing; `stop` then has only to reap."""
-        self._stopping = True
+        self._stopping = self.upkeep.ended = True
         for process in self._posts.processes():
             process.kill()
         self._spare.kill()
@@ -287,7 +294,7 @@ class Crew:
             placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
             loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
-            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen,
+            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen, plans=self.plans.state(),
         )  # fmt: skip
 
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
@@ -295,6 +302,7 @@ class Crew:
         do not fit the seats that there are."""
         self._watcher.cancel()
         self._posts.put_back(state.posts)
+        self.plans.put_back(state.plans)
         for each in state.processes:
             body = Body.restored(each.body, fds)
             process = StageProcess(body, each.seats, each.epoch, None, (), self._on_report, self._on_exit)
@@ -324,6 +332,24 @@ class Crew:
     @property
     def spare_pid(self) -> int | None:
         return self._spare.pid
+
+    def pids(self) -> list[int]:
+        """Of all its processes."""
+        spare = [] if self._spare.pid is None else [self._spare.pid]
+        return [process.pid for process in self._posts.processes()] + spare
+
+    def device_of(self, seat: Seat) -> str | None:
+        """Where the seat computes; None: nowhere."""
+        return self._posts[seat].device
+
+    def level_of(self, seat: Seat) -> int:
+        """The memory level that the seat keeps; 0 for one that computes nowhere."""
+        device = self._posts[seat].device
+        return 0 if device is None else self.plans.held[device].level
+
+    def seats_on(self, device: str) -> list[Seat]:
+        """The seats that compute there."""
+        return [post.name for post in self._posts.on(device)]
 
     def _keep_spare(self) -> None:
         """Once no process is starting, so that it takes no time from one."""
@@ -387,54 +413,6 @@ class Crew:
         body.end()
         return None
 
-    async def adopt(self, component: str, content: str) -> None:
-        """Have every process that computes with this component map a version that is placed on its device.
-
-        Returns when all have, those included that are restarted meanwhile; but for FAILED ones. Raises `StageFailed` if
-        one refuses, or none is left.
-        """
-        told: set[int] = set()
-        self._refused.pop((component, content), None)
-        while True:
-            changed = self._changed
-            posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
-            if (refused := self._refused.pop((component, content), None)) is not None:
-                raise StageFailed(f"the new {component} cannot be used: {refused.message}")
-            if self._stopping or all(post.error is not None for post in posts):
-                raise StageFailed(f"no process is left that computes with the {component}")
-            missing = [post for post in posts if post.error is None and not post.has(component, content)]
-            if not missing:
-                return
-            for post in missing:
-                if post.process is not None and post.state == "up" and post.process.epoch not in told:
-                    told.add(post.process.epoch)
-                    assert post.device is not None, f"{post.name} computes"
-                    placed = self.placed.find(post.device, component, content)
-                    assert placed is not None, f"{component} is placed on {post.device}"
-                    post.process.send(Adopt(version=placed.version), [placed.fd])
-            await changed.wait()
-
-    def forget(self, component: str, content: str) -> None:
-        """Unmap a version everywhere and let go of its memory."""
-        for post in self._posts:
-            if post.process is not None and post.has(component, content):
-                post.process.knows.discard((component, content))
-                post.process.send(Forget(component=component, content=content))
-        self.placed.let_go(component, content)
-
-    def _forget_what_is_gone(self, process: StageProcess) -> None:
-        """Have it unmap the versions that were let go of before it could be told."""
-        device = self._posts.device_of(process.seats)
-        for component, content in sorted(process.knows):
-            if self.placed.find(device, component, content) is None:
-                process.knows.discard((component, content))
-                process.send(Forget(component=component, content=content))
-
-    def devices_of(self, component: str) -> list[str]:
-        """Where it is computed with."""
-        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
-        return list(dict.fromkeys(post.device for post in posts if post.device is not None))
-
     def status(self) -> list[StageStatus]:
         return [post.status() for post in self._posts]
 
@@ -443,14 +421,11 @@ class Crew:
         match report:
             case Placed(version=version, device=device):
                 self.placed.keep(device, version, fds.pop())
-                process.knows.add((version.component, version.content))
-            case Adopted(component=component, content=content, error=error):
-                if error is None:
-                    process.knows.add((component, content))
-                    self._forget_what_is_gone(process)
-                else:
-                    self._refused[component, content] = error
-                self._notify()
+                process.knows.add((version.component, version.content, device))
+            case MemorySet():
+                self.upkeep.handle_memory_set(process, report)
+            case Adopted():
+                self.upkeep.handle_adopted(process, report)
             case Chosen():
                 if self._chosen is None:
                     log.info("dit computes with attention %s and kernels %s", report.attention, report.kernels)
@@ -464,11 +439,11 @@ class Crew:
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
                 self._loading[component] = self._posts[seat].loading = progress
-                self._notify()
+                self._changes.notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
-                self.placed.proven(self._posts.device_of(process.seats), process.knows)
-                self._forget_what_is_gone(process)
+                self.placed.proven(process.knows)
+                self.upkeep.bring_up_to_date(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._posts.of(process.seats):
@@ -476,7 +451,7 @@ class Crew:
                     self._owner.handle_report(process.epoch, post.name, report)
                 self._start_held_back()
                 self._keep_spare()
-                self._notify()
+                self._changes.notify()
             case StartFailed(error=error):
                 for post in self._posts.of(process.seats):
                     post.error = error
@@ -498,7 +473,7 @@ class Crew:
         self._memory.reclaim([stage_of(seat) for seat in process.seats], process.epoch)
         if self._stopping:
             return
-        unfit = not process.ready and self.placed.refuted(self._posts.device_of(process.seats), process.knows)
+        unfit = not process.ready and self.placed.refuted(process.knows)
         if unfit:
             log.warning("%s could not use the weights of an earlier run and reads them", ", ".join(process.seats))
             for post in posts:
@@ -510,7 +485,7 @@ class Crew:
             else:
                 self._owner.handle_lost(process.epoch, post.name, process.outside, process.leaving)
         self._start_held_back()
-        self._notify()
+        self._changes.notify()
 
     def _watch(self) -> None:
         """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
@@ -529,7 +504,8 @@ class Crew:
         return self._memory.fds([stage_of(seat) for seat in seats]) + [fd for _, fd in self._placed_for(seats)]
 
     def _placed_for(self, seats: tuple[Seat, ...]) -> list[tuple[WeightVersion, int]]:
-        return self.placed.of(self._posts.device_of(seats), self._components_of(seats))
+        components = self._components_of(seats)
+        return self.placed.of(self.plans.home(self._posts.device_of(seats)), components) if components else []
 
     def _components_of(self, seats: tuple[Seat, ...]) -> list[str]:
         stages = [stage_of(seat) for seat in seats]
@@ -542,6 +518,7 @@ class Crew:
 
     def _start_message(self, seats: tuple[Seat, ...]) -> Start:
         stages = [stage_of(seat) for seat in seats]
+        device = self._posts.device_of(seats)
         return Start(
             stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
             model=self._model.name,
@@ -556,14 +533,11 @@ class Crew:
             attention=self._params.attention_backend if self._chosen is None else self._chosen.attention,
             kernels="auto" if self._chosen is None else self._chosen.kernels,
             vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
+            memory=self.plans.at_start(device) if device in self.plans.held else MemoryPlan(),
         )  # fmt: skip
 
     def _components(self) -> list[Component]:
         return list(self._checkpoint.components.values())
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:

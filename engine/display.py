@@ -21,11 +21,13 @@ from engine.catalogue import ModelCard
 from engine.check import CheckReport
 from engine.footprint import Coefficient, Need, measured
 from ipc.messages import (
+    DeviceMemory,
     Done,
     EngineStatus,
     Holding,
     LoadProgress,
     LoraInfo,
+    MemoryChange,
     Progress,
     Reloaded,
     Replaced,
@@ -433,10 +435,50 @@ def print_status(status: EngineStatus) -> None:
         (q.name, f"{q.depth}/{q.slots}", q.peak, q.puts, size(q.bytes), size(q.slot_bytes)) for q in status.queues
     ]
     print_table(("queue", "depth", "peak", "puts", "passed", "slot"), queues)
+    if any(device.device != "cpu" or device.plan.level for device in status.memory):
+        print()
+        print_plans(status.memory)
     if status.weights:
         print()
         weights = [(name, content, loras(status, name) or "-") for name, content in status.weights.items()]
         print_table(("weights", "content hash", "LoRAs"), weights)
+
+
+def print_plans(devices: Sequence[DeviceMemory]) -> None:
+    """`engine memory`."""
+    rows = [
+        (d.device, level(d), d.mode, ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))
+        for d in devices
+    ]
+    print_table(("device", "memory level", "mode", "at once", "copies on the host", "GPU memory", "last change"), rows)
+
+
+def level(device: DeviceMemory) -> str:
+    plan = device.plan
+    return str(plan.level) + ("" if plan.blocks is None else f", {plan.blocks} blocks stay")
+
+
+def copies(device: DeviceMemory) -> str:
+    """How far they are, or why there are none."""
+    found = device.copies
+    if found.state == "reading":
+        return f"{size(found.done)} of {size(found.total)}"
+    return found.problem or found.state
+
+
+def used(sample: Mapping[str, Any] | None) -> str:
+    """What was last seen of a GPU."""
+    if sample is None or sample["total"] is None:
+        return "-"
+    parts = [("ours", sample["ours"]), ("others'", sample["others"]), ("free", sample["free"])]
+    return ", ".join(f"{size(amount)} {whose}" for whose, amount in parts if amount is not None)
+
+
+def last_change(change: MemoryChange | None) -> str:
+    if change is None:
+        return "-"
+    failed = "" if change.error is None else f"; failed: {change.error.message}"
+    return f"{change.before.level} to {change.after.level} in {seconds(change.seconds)}: {change.why}{failed}"
 
 
 def loras(status: EngineStatus, component: str) -> str:

@@ -99,11 +99,22 @@ class TaskDropped(msgspec.Struct, frozen=True):
     id: str
 
 
+class LevelChanged(msgspec.Struct, frozen=True):
+    """The process at a seat keeps `level` from now on, and may be asked for more of them, up to `top`. The higher, the
+    less of its device's memory it takes. Until this is said, both are 0."""
+
+    stage: Seat
+    level: int
+    top: int
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Nothing happened but time: deadlines and ageing are looked at."""
 
 
-Event = Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | TaskDropped | Tick
+Event = (
+    Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | TaskDropped | LevelChanged | Tick
+)  # fmt: skip
 
 
 # Actions.
@@ -148,6 +159,14 @@ class Restart(msgspec.Struct, frozen=True):
     delay: float
 
 
+class RaiseLevel(msgspec.Struct, frozen=True):
+    """A quantum there had not enough memory: have the seat keep a level above `level`. `LevelChanged` answers, also if
+    that cannot be: then its `top` is no higher than what holds. May be asked again before it is answered."""
+
+    stage: Seat
+    level: int
+
+
 class Report(msgspec.Struct, frozen=True):
     """Tell whoever listens: `step` of `steps` of `phase` is done; about `seconds_left` until the video is."""
 
@@ -178,7 +197,7 @@ class DeclareFailed(msgspec.Struct, frozen=True):
     error: Failure
 
 
-Action = BeginTask | Grant | DropTask | Purge | Restart | Report | Finish | Fail | DeclareFailed
+Action = BeginTask | Grant | DropTask | Purge | Restart | RaiseLevel | Report | Finish | Fail | DeclareFailed
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):

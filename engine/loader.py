@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from engine.adapters import Part
+from engine.params import ModelParams
 from engine.process import spawn
 from engine.weights import Placed
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import EngineError, ProtocolError, ServerUnavailable, from_failure
 from ipc.messages import (
     AnyLoaderReport,
+    Component,
     Loading,
     LoadProgress,
     Placed as PlacedReport,
@@ -29,6 +32,22 @@ LINGER = 30.0
 """Seconds that the process waits for more: it has torch loaded, which takes as long as to read several GB."""
 
 OnLoading = Callable[[LoadProgress], None]
+
+
+def read_of(
+    model: ModelParams,
+    dtype: str,
+    components: Sequence[Component],
+    devices: Mapping[str, Sequence[str]],
+    in_memory: Sequence[str] = (),
+    manifest: str | None = None,
+) -> Read:
+    """The order to read these components of a model, as `Read` says."""
+    return Read(
+        supervisor_pid=os.getpid(), components=list(components), in_memory=list(in_memory), manifest=manifest,
+        devices={name: list(places) for name, places in devices.items()}, dtype=dtype, transformer=model.transformer,
+        vae=model.vae, text_encoder=model.text_encoder, image_encoder=model.image_encoder,
+    )  # fmt: skip
 
 
 class Outcome(NamedTuple):

@@ -13,7 +13,7 @@ from engine.decode import decode_strictly
 from engine.params import UserParams
 from hotreload.lora_options import EXTENSION, check_paths, parse_lora
 from ipc.errors import BadConfig, BadRequest
-from ipc.messages import Canary, StageName, When
+from ipc.messages import Canary, MemoryLevel, StageName, When
 
 
 class CanaryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +50,14 @@ def read_stages(names: Iterable[str]) -> list[StageName]:
             raise BadConfig(f"--stage is {name!r}; it must be {', '.join(get_args(StageName))}")
         stages.append(cast(StageName, name))
     return stages
+
+
+def read_level(text: str) -> MemoryLevel:
+    """`BadConfig` for what is none."""
+    levels = {str(level): level for level in get_args(MemoryLevel)}
+    if text not in levels:
+        raise BadConfig(f"the memory level is {text!r}; it must be {', '.join(levels)}")
+    return cast(MemoryLevel, levels[text])
 
 
 def read_lora_files(text: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -10,9 +11,25 @@ import msgspec
 from engine.process import StageProcess, resident_bytes
 from engine.states import State
 from ipc.errors import Failure
-from ipc.messages import LoadProgress, Seat, StageStatus, stage_of
+from ipc.messages import LoadProgress, MemoryPlan, Seat, StageStatus, stage_of
 
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
+
+
+class Changes:
+    """Wakes those who wait for something about the processes to change."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def next(self) -> asyncio.Event:
+        """Set at the next change. To be taken before looking at what may change."""
+        return self._event
+
+    def notify(self) -> None:
+        self._event.set()
+        self._event = asyncio.Event()
 
 
 class Post(msgspec.Struct, eq=False):
@@ -29,9 +46,13 @@ class Post(msgspec.Struct, eq=False):
     loading: LoadProgress | None = None
     """What its process reads, until it is up."""
 
-    def has(self, component: str, content: str) -> bool:
-        """Its process has this version of weights, and is up."""
-        return self.process is not None and self.state == "up" and (component, content) in self.process.knows
+    def has(self, component: str, content: str, place: str) -> bool:
+        """Its process has this version of weights where it was placed, and is up."""
+        return self.process is not None and self.state == "up" and (component, content, place) in self.process.knows
+
+    def keeps(self, plan: MemoryPlan) -> bool:
+        """Its process keeps to this plan, and is up."""
+        return self.process is not None and self.state == "up" and self.process.memory == plan
 
     def status(self) -> StageStatus:
         return StageStatus(
@@ -113,13 +134,19 @@ class Posts:
     def _is_done_without(self, post: Post) -> bool:
         return any(other.error is None for other in self.siblings(post.name))
 
-    def is_loading_for(self, seats: tuple[Seat, ...]) -> bool:
-        """A sibling on the same device is coming up, and places the weights that these seats have too."""
-        device = self.device_of(seats)
+    def is_loading_for(self, seats: tuple[Seat, ...], home: Callable[[str], str]) -> bool:
+        """A sibling is coming up, and places the weights where these seats have them too. `home`: where the weights of
+        the processes on a device are."""
+        where = home(self.device_of(seats))
         return any(
-            post.process is not None and not post.process.ready and post.device == device
+            post.process is not None and not post.process.ready and post.device is not None
+            and home(post.device) == where
             for post in self.siblings(seats[0])
-        )
+        )  # fmt: skip
+
+    def on(self, device: str) -> list[Post]:
+        """The seats that compute there."""
+        return [post for post in self if post.device == device]
 
     def settled(self) -> bool:
         """Each is up or given up, and not all are given up: no process is starting."""

@@ -27,7 +27,17 @@ from engine.states import Descriptors, State
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
-from ipc.messages import AnyStageProcessMessage, AnyStageReport, Prepare, Run, Seat, StageName, Start, stage_of
+from ipc.messages import (
+    AnyStageProcessMessage,
+    AnyStageReport,
+    MemoryPlan,
+    Prepare,
+    Run,
+    Seat,
+    StageName,
+    Start,
+    stage_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +64,9 @@ class ProcessState(State, frozen=True, kw_only=True):
     epoch: int
     ready: bool
     outstanding: int
-    knows: list[tuple[str, str]]
+    knows: list[tuple[str, str, str]]
+    asked: list[tuple[str, str, str]]
+    memory: MemoryPlan
     outbox: list[tuple[bytes, list[int]]]
     """Packets that it has not read the ones before of, and the places of the descriptors that go with each."""
     killed: bool
@@ -151,8 +163,12 @@ class StageProcess:
         self.ready = False
         self.outstanding = 0
         """Runs granted and not answered; a process with none may be silent for as long as it likes."""
-        self.knows: set[tuple[str, str]] = set()
-        """(component, content hash) of the versions of weights that it has mapped, or was started with."""
+        self.knows: set[tuple[str, str, str]] = set()
+        """(component, content hash, device) of the versions of weights that it has mapped, or was started with."""
+        self.asked: set[tuple[str, str, str]] = set()
+        """Those that it is to map and has not answered about."""
+        self.memory = MemoryPlan()
+        """What it keeps to, as it was started with, or has said."""
         self._on_report = on_report
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -190,14 +206,15 @@ class StageProcess:
     def state(self, fds: Descriptors) -> ProcessState:
         return ProcessState(
             body=self._body.state(fds), seats=self.seats, epoch=self.epoch, ready=self.ready,
-            outstanding=self.outstanding, knows=sorted(self.knows), killed=self._killed, leaving=self.leaving,
-            oom_kills=self._oom_kills,
+            outstanding=self.outstanding, knows=sorted(self.knows), asked=sorted(self.asked),
+            memory=self.memory, killed=self._killed, leaving=self.leaving, oom_kills=self._oom_kills,
             outbox=[(packet, fds.put_all(with_it)) for packet, with_it in self._outbox],
         )  # fmt: skip
 
     def put_back(self, state: ProcessState, fds: Descriptors) -> None:
         """Be what it was under the program before this one; it is not touched before `resume`."""
         self.ready, self.outstanding, self.knows = state.ready, state.outstanding, set(state.knows)
+        self.asked, self.memory = set(state.asked), state.memory
         self._killed, self.leaving, self._oom_kills = state.killed, state.leaving, state.oom_kills
         self._outbox.extend((packet, fds.take_all(with_it)) for packet, with_it in state.outbox)
 

@@ -1,4 +1,5 @@
-"""Which quantum of a task a stage could run now: its inputs are done and the slots it needs are free."""
+"""Which quantum of a task a stage could run now: its inputs are done, the slots it needs are free, and it has not just
+failed there for want of memory."""
 
 from __future__ import annotations
 
@@ -15,6 +16,12 @@ def ready(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> P
     """The phase of the task's next quantum on this stage, if it could run now."""
     if not stage.up:
         return None
+    phase = _next_phase(task, stage, ledger, line)
+    return None if phase is None or task.lacks_memory(phase, stage.level) else phase
+
+
+def _next_phase(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> Phase | None:
+    """The same, of a stage that is up and has memory enough."""
     match stage.stage:
         case "text":
             return "text" if not task.granted["text"] and may_prepare(task, ledger, line) else None

@@ -52,6 +52,13 @@ class Key(NamedTuple):
     arrival: int
 
 
+class Shortage(NamedTuple):
+    """A quantum has failed for want of memory: the level of the stage then, and what it said."""
+
+    level: int
+    error: Failure
+
+
 @dataclass(slots=True, eq=False)
 class TaskRecord:
     """One task: what was granted, what is done, what it holds, who knows it."""
@@ -81,6 +88,8 @@ class TaskRecord:
     """Slots for its inputs are held, from the first grant on."""
     rewinding: bool = False
     """The writer's file is lost: when no decode is outstanding, decoding starts over."""
+    short: dict[Phase, Shortage] = field(default_factory=dict)
+    """Phases whose next quantum has failed so. Until it is done, it is granted alone, and only at a higher level."""
     ended: bool = False
     """`Finish` or `Fail` is out; what is left is to be forgotten by the stages."""
     seconds: float = 0.0
@@ -123,6 +132,12 @@ class TaskRecord:
         """Chunks before this one were granted a slot of frames, which they hold until they are written."""
         return self.done["write"] + self.holds["frames"]
 
+    def lacks_memory(self, phase: Phase, level: int) -> bool:
+        """The next quantum of this phase is not to be granted at this level, or not before what was granted ahead of it
+        is answered."""
+        lack = self.short.get(phase)
+        return lack is not None and (level <= lack.level or self.outstanding(phase) > 0)
+
     def any_outstanding(self) -> bool:
         return self.granted != self.done
 
@@ -153,6 +168,10 @@ class StageRecord:
     """In the order of the grants, which is the order of the answers."""
     deaths: list[float] = field(default_factory=list)
     """Times of the deaths within `RESTART_WINDOW`, which were answered by restarts."""
+    level: int = 0
+    """Of the memory of its device; the higher, the less it takes."""
+    top: int = 0
+    """The highest that it could be asked to keep."""
     failed_starts: int = 0
     """Processes that died before they were up, since one was: however long each took, as many as there are delays."""
 

@@ -23,7 +23,7 @@ from engine.checkpoint import given_component, open_components
 from engine.crew import Crew
 from engine.decode import decode_strictly
 from engine.judge import judge
-from engine.loader import Loader
+from engine.loader import Loader, read_of
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.weights import Placed, Source, Versions
 from ipc.channel import close_fds
@@ -191,7 +191,7 @@ class Reloader:
         in_use = {key for versions in self._host.weights_in_use() for key in versions} | self._candidates
         for component, content in self._versions.surplus(self._crew.placed, in_use):
             log.info("%s %s is let go", component, content[:12])
-            self._crew.forget(component, content)
+            self._crew.upkeep.forget(component, content)
         self._versions.forget_sources({(p.version.component, p.version.content) for p in self._crew.placed} | in_use)
 
     def versions(self) -> list[VersionInfo]:
@@ -217,9 +217,9 @@ class Reloader:
         )  # fmt: skip
 
     def _is_placed(self, component: str, content: str) -> bool:
-        """On every device where it is computed with."""
-        devices = self._crew.devices_of(component)
-        return all(self._crew.placed.find(device, component, content) is not None for device in devices)
+        """Wherever it is needed."""
+        places = self._crew.upkeep.places_of(component)
+        return all(self._crew.placed.find(place, component, content) is not None for place in places)
 
     # One after another.
 
@@ -249,12 +249,10 @@ class Reloader:
     @asynccontextmanager
     async def _read(self, order: Order) -> AsyncIterator[list[Placed]]:
         """What the loader has placed; its descriptors are closed at the end, but for those that were kept."""
-        model, crew = self._host.model, self._crew
-        asked = Read(
-            supervisor_pid=os.getpid(), components=list(order.components.values()),
-            devices={name: crew.devices_of(name) for name in order.components}, in_memory=list(order.in_memory),
-            manifest=order.manifest, dtype=crew.dtype, transformer=model.transformer, vae=model.vae,
-            text_encoder=model.text_encoder, image_encoder=model.image_encoder,
+        crew = self._crew
+        asked = read_of(
+            self._host.model, crew.dtype, list(order.components.values()),
+            {name: crew.upkeep.places_of(name) for name in order.components}, list(order.in_memory), order.manifest,
         )  # fmt: skip
         self.loading = {}
         try:
@@ -309,7 +307,7 @@ class Reloader:
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):
                 for component, content in sorted({(p.version.component, p.version.content) for p in placed}):
-                    await self._crew.adopt(component, content)
+                    await self._crew.upkeep.adopt(component, content)
         except TimeoutError as error:
             raise StageFailed(
                 f"not every process has mapped the new weights within {ADOPT_TIMEOUT:g} s: one is busy with a long "

@@ -12,6 +12,9 @@ replayed in tests (`tests/engine/simulator.py`). What it keeps to:
   free (`engine/readiness.py`). A slot is held from the grant that will fill it, so no queue ever makes a stage wait.
 - Every stage that was told of a task is told once to drop it, and only when nothing on its way there is still being
   made; what a dead process cannot free is purged.
+- A quantum that fails for want of memory is granted again once the stage's process takes less of its device's memory
+  (`RaiseLevel`, `LevelChanged`), once at each level above; what was granted ahead of it counts for nothing. Where there
+  is no higher level, it fails its task.
 - Lost quanta are granted again. A task ends exactly once, with `Finish` or `Fail`.
 """
 
@@ -35,8 +38,10 @@ from engine.events import (
     Fail,
     Finish,
     Grant,
+    LevelChanged,
     Purge,
     QuantumEnded,
+    RaiseLevel,
     Report,
     Restart,
     StageGone,
@@ -56,12 +61,13 @@ from engine.records import (
     RESTART_WINDOW,
     Ledger,
     Quantum,
+    Shortage,
     StageRecord,
     TaskRecord,
     check_outstanding,
 )
 from engine.scheduler_state import SchedulerState, put_back, state_of_stage, state_of_task, task_of_state
-from ipc.errors import DeadlineExceeded, EngineError, Failure, PoisonedRequest, StageFailed, to_failure
+from ipc.errors import DeadlineExceeded, EngineError, Failure, OutOfMemory, PoisonedRequest, StageFailed, to_failure
 from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName
 
 CRASHES = 2
@@ -120,6 +126,8 @@ class Scheduler:
                 self.handle_stage_lost(event, now)
             case StageGone():
                 self.handle_stage_gone(event)
+            case LevelChanged():
+                self.handle_level_changed(event)
             case Tick():
                 pass
         self._expire(now)
@@ -157,6 +165,12 @@ class Scheduler:
         if (task.id, phase, index) != (event.id, event.phase, event.index):
             return
         stage.outstanding.popleft()
+        if not task.ended and index != task.done[phase]:
+            self._take_back(task, phase)
+            return
+        if not task.ended and event.error is not None and event.error.code == OutOfMemory.code:
+            self._run_short(task, stage, phase, event.error)
+            return
         task.done[phase] += 1
         if task.ended:
             self._let_go(task)
@@ -210,11 +224,21 @@ class Scheduler:
             self._lose([stage], stage.epoch)
         self._declare_failed(stage, event.error)
 
+    def handle_level_changed(self, event: LevelChanged) -> None:
+        """What waits for a higher level may go on, waits for another one, or fails if there is none."""
+        stage = self._stages[event.stage]
+        stage.level, stage.top = event.level, event.top
+        for task in self._line.all():
+            for phase, lack in list(task.short.items()):
+                if not task.ended and task.seat(stage.stage) == stage.name and STAGE_OF_PHASE[phase] == stage.stage:
+                    self._find_memory(task, stage, lack)
+
     # A task's way.
 
     def _advance(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
         """A quantum is done."""
         task.phase = phase
+        task.short.pop(phase, None)
         self._line.measured(task, phase, seconds)
         if phase == "write":
             self._ledger.give(task, "frames", 1)
@@ -228,6 +252,28 @@ class Scheduler:
         elif phase == "write":
             self._actions.append(Finish(task.id))
             self._end(task)
+
+    def _run_short(self, task: TaskRecord, stage: StageRecord, phase: Phase, error: Failure) -> None:
+        """A quantum had not enough memory: it has another try if it has had none at this level."""
+        self._take_back(task, phase)
+        before = task.short.get(phase)
+        if before is not None and before.level >= stage.level:
+            self._fail(task, error)
+            return
+        lack = task.short[phase] = Shortage(stage.level, error)
+        self._find_memory(task, stage, lack)
+
+    def _find_memory(self, task: TaskRecord, stage: StageRecord, lack: Shortage) -> None:
+        if stage.top <= lack.level:
+            self._fail(task, lack.error)
+        elif stage.level <= lack.level:
+            self._actions.append(RaiseLevel(stage.name, lack.level))
+
+    def _take_back(self, task: TaskRecord, phase: Phase) -> None:
+        """A quantum that will be granted again was answered."""
+        task.granted[phase] -= 1
+        if task.rewinding and phase == "decode":
+            self._rewind(task)
 
     def _fail(self, task: TaskRecord, error: Failure) -> None:
         self._actions.append(Fail(task.id, error))
@@ -299,8 +345,11 @@ class Scheduler:
             stage.outstanding.clear()
         for task in tasks:
             for stage in stages:
-                if task.told.pop(stage.name, None) == "dropping":
+                told = task.told.pop(stage.name, None)
+                if told == "dropping":
                     self._purge(task, stage.stage)
+                elif told is not None:  # a new process has other memory
+                    task.short = {p: lack for p, lack in task.short.items() if STAGE_OF_PHASE[p] != stage.stage}
             if task.ended:
                 self._let_go(task)
             elif task.rewinding:

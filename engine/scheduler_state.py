@@ -12,7 +12,7 @@ from typing import Literal
 
 from engine.estimates import Policy
 from engine.events import Capacity, TaskSpec
-from engine.records import Key, Quantum, Slots, StageRecord, TaskRecord
+from engine.records import Key, Quantum, Shortage, Slots, StageRecord, TaskRecord
 from engine.states import State
 from ipc.errors import Failure
 from ipc.messages import Phase, Seat, StageName
@@ -36,6 +36,7 @@ class TaskState(State, frozen=True, kw_only=True):
     killed_at: tuple[Phase, int] | None
     admitted: bool
     rewinding: bool
+    short: dict[Phase, Shortage]
     ended: bool
     seconds: float
     key: Key
@@ -50,6 +51,8 @@ class StageRecordState(State, frozen=True, kw_only=True):
     failed: Failure | None
     outstanding: list[tuple[str, Phase, int]]
     deaths: list[float]
+    level: int
+    top: int
     failed_starts: int
 
 
@@ -72,7 +75,8 @@ def state_of_task(task: TaskRecord) -> TaskState:
         spec=task.spec, arrival=task.arrival, total=dict(task.total), granted=dict(task.granted), done=dict(task.done),
         holds=dict(task.holds), told=dict(task.told), left=sorted(task.left), phase=task.phase,
         overtaken=task.overtaken, crashes=task.crashes, kills=task.kills, killed_at=task.killed_at,
-        admitted=task.admitted, rewinding=task.rewinding, ended=task.ended, seconds=task.seconds, key=task.key,
+        admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), ended=task.ended,
+        seconds=task.seconds, key=task.key,
     )  # fmt: skip
 
 
@@ -81,8 +85,8 @@ def task_of_state(state: TaskState) -> TaskRecord:
         spec=state.spec, arrival=state.arrival, total=dict(state.total), granted=dict(state.granted),
         done=dict(state.done), holds=collections.Counter(state.holds), told=dict(state.told), left=set(state.left),
         phase=state.phase, overtaken=state.overtaken, crashes=state.crashes, kills=state.kills,
-        killed_at=state.killed_at, admitted=state.admitted, rewinding=state.rewinding, ended=state.ended,
-        seconds=state.seconds, key=state.key,
+        killed_at=state.killed_at, admitted=state.admitted, rewinding=state.rewinding, short=dict(state.short),
+        ended=state.ended, seconds=state.seconds, key=state.key,
     )  # fmt: skip
 
 
@@ -90,7 +94,7 @@ def state_of_stage(stage: StageRecord) -> StageRecordState:
     return StageRecordState(
         name=stage.name, epoch=stage.epoch, up=stage.up, failed=stage.failed,
         outstanding=[(task.id, phase, number) for task, phase, number in stage.outstanding],
-        deaths=list(stage.deaths), failed_starts=stage.failed_starts,
+        deaths=list(stage.deaths), level=stage.level, top=stage.top, failed_starts=stage.failed_starts,
     )  # fmt: skip
 
 
@@ -98,4 +102,5 @@ def put_back(stage: StageRecord, state: StageRecordState, tasks: dict[str, TaskR
     """Make a fresh record what it was. KeyError if a quantum is of a task that is not there."""
     stage.epoch, stage.up, stage.failed = state.epoch, state.up, state.failed
     stage.outstanding.extend(Quantum(tasks[identity], phase, number) for identity, phase, number in state.outstanding)
+    stage.level, stage.top = state.level, state.top
     stage.deaths, stage.failed_starts = list(state.deaths), state.failed_starts

@@ -45,8 +45,10 @@ from ipc.messages import (
     AnyClientMessage,
     AnyServerMessage,
     Cancel,
+    ChangeMemory,
     Done,
     Failed,
+    GetMemory,
     GetStatus,
     GetTrace,
     Hello,
@@ -54,6 +56,7 @@ from ipc.messages import (
     ListTasks,
     ListVersions,
     LoraList,
+    MemoryReport,
     Ok,
     Refused,
     Reload,
@@ -347,6 +350,12 @@ class Session:
                 return VersionList(ref=ref, versions=self._supervisor.versions())
             case GetTrace(ref=ref):
                 return msgspec.structs.replace(self._supervisor.trace(), ref=ref)
+            case GetMemory(ref=ref):
+                return MemoryReport(ref=ref, devices=self._supervisor.memory_levels())
+            case ChangeMemory(ref=ref, level=level, blocks=blocks):
+                self._check_owner("change its memory level")
+                log.info("process %d asked for memory level %s", self.pid, level)
+                return MemoryReport(ref=ref, devices=await self._supervisor.change_memory(level, blocks))
             case AddLora(ref=ref, name=name, files=files):
                 self._check_owner("load LoRAs")
                 return LoraList(ref=ref, loras=[await self._supervisor.add_lora(name, *files)])

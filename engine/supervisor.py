@@ -37,8 +37,10 @@ from engine.events import (
     Fail,
     Finish,
     Grant,
+    LevelChanged,
     Purge,
     QuantumEnded,
+    RaiseLevel,
     Report,
     Restart,
     StageGone,
@@ -48,16 +50,20 @@ from engine.events import (
     TaskDropped,
     Tick,
 )  # fmt: skip
+from engine.footprint import RequestSize, Setting
 from engine.journal import Entry, Journal, JournalState
+from engine.levels import Levels, LevelsState
 from engine.loras import Loras
 from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
 from engine.models import load_model
 from engine.params import ModelParams, SystemParams, UserParams
+from engine.plans import Plans
 from engine.process import resident_bytes
 from engine.records import PHASES_OF
 from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
+from engine.starting import check_level, plans_at_start, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, task_spec
@@ -81,9 +87,11 @@ from ipc.errors import (
 )
 from ipc.messages import (
     STAGE_OF_COMPONENT,
+    STAGE_OF_PHASE,
     Accepted,
     AnyStageReport,
     Begin,
+    DeviceMemory,
     Done,
     Drop,
     Dropped,
@@ -92,6 +100,10 @@ from ipc.messages import (
     Holding,
     Job,
     LoraInfo,
+    MemoryChange,
+    MemoryLevel,
+    MemoryPlan,
+    Phase,
     Progress,
     QuantumDone,
     QuantumDropped,
@@ -133,7 +145,9 @@ class Opened(NamedTuple):
 def look_up(params: SystemParams) -> Opened:
     """The model, its devices and its files. Raises `BadConfig` and `BadCheckpoint`."""
     model = load_model(params.model)
-    return Opened(model, *resolve_devices(params), open_model(model, params))
+    device, dit_devices = resolve_devices(params)
+    check_level(params, device)
+    return Opened(model, device, dit_devices, open_model(model, params))
 
 
 class SupervisorState(State, frozen=True, kw_only=True):
@@ -145,11 +159,13 @@ class SupervisorState(State, frozen=True, kw_only=True):
     scheduler: SchedulerState
     memory: MemoryState
     crew: CrewState
+    levels: LevelsState
     journal: JournalState | None
     loras: AdaptersState
     vault: VaultState | None
     started_at: float
     trace: list[Span]
+    changes: list[MemoryChange]
 
 
 class Supervisor:
@@ -204,11 +220,15 @@ class Supervisor:
             self._memory = await self._make_memory()
             undo.callback(self._memory.close)
             undo.callback(self._loras.close)
+            settings = self._settings()
+            plans = Plans(await asyncio.to_thread(plans_at_start, self.params, self.model, settings))
             self._crew = Crew(
-                self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, self
+                self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, plans, self
             )
             undo.push_async_callback(self._crew.stop)
             self._reloader = Reloader(self, self._crew)
+            self._levels = Levels(self, self._crew, self.params, self.model, settings)
+            undo.push_async_callback(self._levels.end)
             self._trace = Trace(self._crew.tokens)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
@@ -217,6 +237,7 @@ class Supervisor:
             self._phase = "open"
             for seats in self._crew.groups:
                 self._crew.start(seats)
+            self._levels.start()
             undo.pop_all()
         wanted = [entry.job for entry in entries if entry.model == self.model.name]
         self._loras.take_back(adapters, wanted, self._schedule_waiting)
@@ -231,6 +252,11 @@ class Supervisor:
             return EngineMemory(self.model, dits=len(self.dit_devices), device=await self._device_memory())
         except OSError as error:
             raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
+
+    def _settings(self) -> dict[str, Setting]:
+        """Of each device, what its memory depends on."""
+        queues = self._memory.on_device and set(self.dit_devices) == {self.device}
+        return settings_of(self.params, self.device, self.dit_devices, queues)
 
     def _give_up(self) -> None:
         """A start that failed: nothing is accepted, nor done about what the stages still report."""
@@ -258,7 +284,7 @@ class Supervisor:
         return [
             Origin(self.model.name, device, crew.dtype, component)
             for component in self.checkpoint.components.values()
-            for device in crew.devices_of(component.name)
+            for device in crew.upkeep.places_of(component.name)
         ]
 
     async def settle(self) -> None:
@@ -300,6 +326,7 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
         try:
+            await self._levels.end()
             await self._reloader.end()
             await self._loras.end()
             await self._crew.stop()
@@ -333,8 +360,8 @@ class Supervisor:
 
     @property
     def is_reloading(self) -> bool:
-        """Weights or stages are being exchanged, or a LoRA is being read."""
-        return self._reloader.is_busy or self._crew.is_replacing or self._loras.is_busy
+        """Weights or stages are being exchanged, a LoRA is being read, or a memory level is changing."""
+        return self._reloader.is_busy or self._crew.is_replacing or self._loras.is_busy or self._levels.is_changing
 
     def state(self, fds: Descriptors) -> SupervisorState:
         """All that it has and knows. The journal is closed first: `pause`."""
@@ -342,9 +369,10 @@ class Supervisor:
         return SupervisorState(
             params=self.params, opened=Opened(self.model, self.device, self.dit_devices, self.checkpoint),
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
-            crew=self._crew.state(fds), journal=None if self._journal is None else self._journal.state(fds),
+            crew=self._crew.state(fds), levels=self._levels.state(),
+            journal=None if self._journal is None else self._journal.state(fds),
             loras=self._loras.adapters.state(fds), vault=None if self._vault is None else self._vault.state(),
-            started_at=self._started_at, trace=self._trace.spans(),
+            started_at=self._started_at, trace=self._trace.spans(), changes=self._trace.changes(),
         )  # fmt: skip
 
     @classmethod
@@ -364,15 +392,19 @@ class Supervisor:
         else:
             made._journal = None
         made._memory = EngineMemory.restored(state.memory, fds)
+        settings = made._settings()
+        plans = Plans(dict.fromkeys(settings, MemoryPlan()))
         made._crew = Crew(
-            made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, made
+            made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, plans, made
         )  # fmt: skip
         made._crew.put_back(state.crew, fds)
+        made._levels = Levels(made, made._crew, made.params, made.model, settings)
+        made._levels.put_back(state.levels)
         made._loras.adapters.put_back(state.loras, fds)
         if state.vault is not None:
             made._vault = Vault.restored(state.vault, Notify.of_environment(), made._crew.placed)
         made._reloader = Reloader(made, made._crew)
-        made._trace = Trace(made._crew.tokens, state.trace)
+        made._trace = Trace(made._crew.tokens, state.trace, state.changes)
         made._scheduler = Scheduler.restored(state.scheduler)
         made._check_restored(state)
         return made
@@ -387,14 +419,16 @@ class Supervisor:
             raise ValueError(f"{len(scheduled ^ known)} tasks are either scheduled or known, but not both")
 
     async def pause(self) -> None:
-        """Before the hand-over: put everything on disk and close the journal; end the process that reads weights, of
+        """Before the hand-over: put everything on disk and close the journal; end the processes that read weights, of
         which the next program knows nothing. Requests must be held back."""
+        await self._levels.end()
         await self._reloader.end()
         if self._journal is not None:
             await self._journal.pause()
 
     async def unpause(self) -> None:
         """There is no next program: go on."""
+        self._levels.start()
         if self._journal is not None:
             await self._journal.resume()
 
@@ -405,6 +439,7 @@ class Supervisor:
         if self._journal is not None and (lost := self._outputs - {entry.job.output for entry in entries}):
             log.error("integrity: %d unfinished requests are not in the journal", len(lost))
         self._crew.resume()
+        self._levels.start()
         self._dispatch(Tick())
         if self._idle.is_set():
             self._loop.call_later(IDLE_CHECK, self._check_when_idle)
@@ -440,7 +475,8 @@ class Supervisor:
         Blocks on the file system and on short-lived processes: call it in a thread.
         """
         job = admit(
-            user, self.model, self.params, on_gpu=self.device != "cpu", adapters=self._loras.adapters
+            user, self.model, self.params, on_gpu=self.device != "cpu", adapters=self._loras.adapters,
+            room=None if self._phase == "new" else self._levels.room(),
         )  # fmt: skip
         check_prompt_tokens(job, self.model, Path(self.checkpoint.tokenizer))
         return job
@@ -490,7 +526,7 @@ class Supervisor:
             finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
             spare_pid=self._crew.spare_pid, weights=dict(self._crew.weights.serving),
-            loras=merged_loras(self.checkpoint),
+            loras=merged_loras(self.checkpoint), memory=self._levels.status(),
         )  # fmt: skip
 
     def memory(self) -> list[Holding]:
@@ -499,7 +535,47 @@ class Supervisor:
 
     def trace(self) -> Traced:
         """When the latest quanta ran, and where; `engine.trace.chrome_trace` makes a file for Perfetto of it."""
-        return Traced(spans=self._trace.spans(), clock=time.time() - time.monotonic())
+        clock = time.time() - time.monotonic()
+        return Traced(spans=self._trace.spans(), clock=clock, changes=self._trace.changes())
+
+    # Memory levels.
+
+    async def change_memory(self, level: MemoryLevel, blocks: int | None = None) -> list[DeviceMemory]:
+        """Keep so much of the weights on the devices from now on (`MemoryPlan`), or, with auto, as much as fits.
+        Requests go on, with the same results. Raises `OutOfMemory`, `BadCheckpoint` or `StageFailed`: what was before
+        holds."""
+        self._check_open()
+        await self.ready()
+        await self._levels.change(level, blocks)
+        return self._levels.status()
+
+    def memory_levels(self) -> list[DeviceMemory]:
+        """How much of the weights each device keeps, and why."""
+        return self._levels.status()
+
+    def running_size(self) -> RequestSize | None:
+        """The largest of the requests that are being computed."""
+        return self._pool.running_size()
+
+    def handle_level(self, seat: Seat, level: int, top: int) -> None:
+        """Tell the scheduler how much a seat leaves on its device, and how much it could."""
+        self._dispatch(LevelChanged(seat, level, top))
+
+    def handle_memory_change(self, change: MemoryChange) -> None:
+        """Have it in the trace, and tell those who follow requests."""
+        self._trace.change(change)
+        for task in self._pool.unfinished():
+            level = self._level_of(task.id, task.progress.phase)
+            if level != task.progress.memory_level:
+                task.report(msgspec.structs.replace(task.progress, memory_level=level))
+
+    def _level_of(self, identity: str, phase: Phase | Literal["queued"]) -> int:
+        """The memory level at which a task's phase is computed."""
+        if phase == "queued":
+            return 0
+        stage = STAGE_OF_PHASE[phase]
+        seat = self._scheduler.seat_of(identity, stage) if identity in self._scheduler else None
+        return self._crew.level_of(seat or stage)
 
     # Weights.
 
@@ -734,13 +810,20 @@ class Supervisor:
                 self._memory.purge(identity, stage)
             case Restart(seat, delay):
                 self._crew.restart(seat, delay)
+            case RaiseLevel(seat, level):
+                self._levels.raise_above(seat, level)
             case DeclareFailed(seat, error):
                 self._crew.declare_failed(seat, error)
 
     def handle_progress(self, identity: str, phase: Any, step: int, steps: int, seconds_left: float | None) -> None:
         """Pass the scheduler's view of a task on to its listeners."""
         if (task := self._pool.find(identity)) is not None:
-            task.report(Progress(id=identity, phase=phase, step=step, steps=steps, seconds_left=seconds_left))
+            level = self._level_of(identity, phase)
+            task.report(
+                Progress(
+                    id=identity, phase=phase, step=step, steps=steps, seconds_left=seconds_left, memory_level=level
+                )
+            )  # fmt: skip
 
     def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None:
         """What a stage process said, as an event."""

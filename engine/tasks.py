@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from engine.events import TaskSpec
+from engine.footprint import RequestSize
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
@@ -152,6 +153,14 @@ class TaskPool:
 
     def unfinished(self) -> list[Task]:
         return [t for t in self._tasks.values() if t.ended is None]
+
+    def running_size(self) -> RequestSize | None:
+        """Of the largest task that has begun; None: there is none."""
+        jobs = [task.job for task in self.unfinished() if task.state == "running"]
+        sizes = [
+            RequestSize(j.width, j.height, j.num_frames, max(j.guidance_scale, j.guidance_scale_2) > 1) for j in jobs
+        ]
+        return max(sizes, key=lambda size: (size.width * size.height * size.frames, size.guided), default=None)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())

@@ -1,4 +1,5 @@
-"""When each quantum ran, and where: the latest of them, and the same as a file for Perfetto.
+"""When each quantum ran, and where, and when memory levels changed: the latest of them, and the same as a file for
+Perfetto.
 
 Pure: no clock and no I/O.
 """
@@ -11,22 +12,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ipc.errors import NotFound
-from ipc.messages import Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
+from ipc.messages import MemoryChange, Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
 
 KEPT_QUANTA = 2048
 """Of about 20 requests of 50 steps and 81 frames."""
+
+KEPT_CHANGES = 128
+"""Of memory levels. Each is up to a kilobyte, and all have to fit into a frame beside the quanta."""
 
 STAGES, DEVICES = 1, 2
 """The groups of rows in the file, which are "processes" there."""
 
 
 class Trace:
-    """The latest quanta that were run."""
+    """The latest quanta that were run, and changes of memory levels."""
 
-    def __init__(self, devices: Mapping[Seat, str | None], spans: Iterable[Span] = ()) -> None:
-        """`devices`: the compute token that each seat needs; `spans`: of the program before this one."""
+    def __init__(
+        self, devices: Mapping[Seat, str | None], spans: Iterable[Span] = (), changes: Iterable[MemoryChange] = ()
+    ) -> None:
+        """`devices`: the compute token that each seat needs; `spans`, `changes`: of the program before this one."""
         self._devices = devices
         self._spans = collections.deque(spans, maxlen=KEPT_QUANTA)
+        self._changes = collections.deque(changes, maxlen=KEPT_CHANGES)
         self._granted: dict[Seat, dict[tuple[str, Phase, int], float]] = {seat: {} for seat in devices}
         """Times of the grants that are not answered, of each seat."""
 
@@ -51,6 +58,14 @@ class Trace:
         """Its process is dead: what was granted to it will not be answered."""
         self._granted[seat].clear()
 
+    def change(self, change: MemoryChange) -> None:
+        """A device keeps to another memory plan, or could not."""
+        self._changes.append(change)
+
+    def changes(self) -> list[MemoryChange]:
+        """In their order."""
+        return list(self._changes)
+
     def spans(self) -> list[Span]:
         """In the order of the answers."""
         return list(self._spans)
@@ -72,17 +87,22 @@ def of_tasks(spans: Sequence[Span], start: str | None, last: bool) -> list[Span]
     return found
 
 
-def chrome_trace(spans: Sequence[Span], clock: float) -> dict[str, Any]:
-    """At least one span as an object of Chrome's trace event format, which Perfetto and chrome://tracing open; `clock`
-    as in `Traced`.
+def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryChange] = ()) -> dict[str, Any]:
+    """At least one span, and changes of memory levels, as an object of Chrome's trace event format, which Perfetto and
+    chrome://tracing open; `clock` as in `Traced`.
 
     A row for each seat, and one for each compute token with whatever ran with it; a slice for each quantum, in
-    microseconds since the first grant.
+    microseconds since the first grant. In a row for each device an instant for each change, of those between the first
+    grant and the last end.
     """
     spans = sorted(spans, key=lambda span: span.begin)
-    zero = min(span.granted for span in spans)
-    rows = _rows(spans)
+    zero, end = min(span.granted for span in spans), max(span.end for span in spans)
+    changes = [change for change in changes if zero <= change.at <= end]
+    rows = _rows([place for span in spans for place in _places(span)] + [_row(change) for change in changes])
     events = _titles(rows)
+    for change in changes:
+        group, name = _row(change)
+        events.append(_instant(change, zero) | {"pid": group, "tid": rows[group, name]})
     for span in spans:
         for group, name in _places(span):
             events.append(_slice(span, zero) | {"pid": group, "tid": rows[group, name]})
@@ -96,9 +116,13 @@ def _places(span: Span) -> list[tuple[int, str]]:
     return [stage] if span.device is None else [stage, (DEVICES, span.device)]
 
 
-def _rows(spans: Sequence[Span]) -> dict[tuple[int, str], int]:
+def _row(change: MemoryChange) -> tuple[int, str]:
+    return (DEVICES, f"{change.device} memory level")
+
+
+def _rows(places: Iterable[tuple[int, str]]) -> dict[tuple[int, str], int]:
     """A number for each row, no two the same: Perfetto takes it for the thread id of a system."""
-    found = dict.fromkeys(place for span in spans for place in _places(span))
+    found = dict.fromkeys(places)
     return {place: number for number, place in enumerate(sorted(found, key=lambda place: place[0]), 1)}
 
 
@@ -122,5 +146,18 @@ def _slice(span: Span, zero: float) -> dict[str, Any]:
         "args": {
             "task": span.task, "phase": span.phase, "index": span.index, "failed": span.failed,
             "milliseconds_after_grant": round((span.begin - span.granted) * 1e3, 3),
+        },
+    }  # fmt: skip
+
+
+def _instant(change: MemoryChange, zero: float) -> dict[str, Any]:
+    """Without its place."""
+    wanted = f"level {change.after.level}" + ("" if change.after.blocks is None else f", {change.after.blocks} blocks")
+    return {
+        "name": wanted if change.error is None else f"not {wanted}", "cat": "memory", "ph": "i", "s": "t",
+        "ts": round((change.at - zero) * 1e6, 3),
+        "args": {
+            "from": change.before.level, "why": change.why, "milliseconds": round(change.seconds * 1e3, 3),
+            "error": None if change.error is None else change.error.message,
         },
     }  # fmt: skip

@@ -48,14 +48,14 @@ class WeightStore:
         self.keep(device, version, fd)
         self._doubted.add((device, version.component, version.content))
 
-    def proven(self, device: str, known: Iterable[tuple[str, str]]) -> None:
-        """A process on this device has bound to these, (component, content hash) each."""
-        self._doubted.difference_update((device, *each) for each in known)
+    def proven(self, known: Iterable[tuple[str, str, str]]) -> None:
+        """A process has bound to these: component, content hash and where it is placed, each."""
+        self._doubted.difference_update((place, component, content) for component, content, place in known)
 
-    def refuted(self, device: str, known: Iterable[tuple[str, str]]) -> bool:
+    def refuted(self, known: Iterable[tuple[str, str, str]]) -> bool:
         """A process that was given these did not come up. Let go of those that nobody has bound to yet; False if there
         are none."""
-        doubted = self._doubted & {(device, *each) for each in known}
+        doubted = self._doubted & {(place, component, content) for component, content, place in known}
         for key in doubted & self._placed.keys():
             os.close(self._placed.pop(key).fd)
         if doubted:
@@ -88,9 +88,13 @@ class WeightStore:
     def find(self, device: str, component: str, content: str) -> Placed | None:
         return self._placed.get((device, component, content))
 
-    def let_go(self, component: str, content: str) -> None:
-        """Close a version's descriptors on all devices."""
-        for key in [key for key in self._placed if key[1:] == (component, content)]:
+    def has(self, component: str, content: str) -> bool:
+        """It is placed somewhere."""
+        return any(key[1:] == (component, content) for key in self._placed)
+
+    def let_go(self, component: str, content: str, device: str | None = None) -> None:
+        """Close a version's descriptors, of one device, or of all."""
+        for key in [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]:
             os.close(self._placed.pop(key).fd)
         self.on_change(self)
 

@@ -38,6 +38,8 @@ AttentionBackend = Literal[
 """Implementations of exact attention: libraries of the FlashAttention project, operators of torch, and the formula as
 it is written (`stages/attention/backends.py`)."""
 AttentionChoice = Literal["auto", AttentionBackend]
+MemoryLevel = Literal["auto", 0, 1, 2, 3]
+"""What an operator may ask for: a level of `MemoryPlan`, or whichever fits best."""
 KernelKind = Literal["triton", "torch"]
 """How what stands between the matrix products is computed (`stages/kernels/`)."""
 
@@ -175,6 +177,19 @@ class GetTrace(ClientMessage, frozen=True, tag="trace", kw_only=True):
     """When the latest quanta ran, and where."""
 
 
+class ChangeMemory(ClientMessage, frozen=True, tag="change_memory", kw_only=True):
+    """Owner only. Keep so much of the weights on the GPUs from now on, or, with auto, as much as fits; answered when
+    that is so, or it failed and what was before holds."""
+
+    level: MemoryLevel
+    blocks: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """At level 3: of the DiT's blocks, so many stay on the device."""
+
+
+class GetMemory(ClientMessage, frozen=True, tag="memory", kw_only=True):
+    """How much of the weights is on the GPUs, and why."""
+
+
 class AddLora(ClientMessage, frozen=True, tag="lora_add", kw_only=True):
     """Owner only. Read a LoRA file, or the high-noise and the low-noise expert's, and offer it to requests as `name`;
     answered with it when that is so. A `name` that is taken is given to this one from now on."""
@@ -208,6 +223,8 @@ AnyClientMessage = (
     | ListVersions
     | ReloadSupervisor
     | GetTrace
+    | ChangeMemory
+    | GetMemory
     | AddLora
     | RemoveLora
     | ListLoras
@@ -277,6 +294,8 @@ class Progress(ServerMessage, frozen=True, tag="progress", kw_only=True):
     step: int
     steps: int
     seconds_left: float | None = None
+    memory_level: int = 0
+    """That the stage of this phase keeps to at present."""
 
 
 class Done(ServerMessage, frozen=True, tag="done", kw_only=True):
@@ -325,6 +344,12 @@ class Traced(ServerMessage, frozen=True, tag="traced", kw_only=True):
 
     spans: list[Span]
     clock: float
+    changes: list[MemoryChange] = []
+    """The latest of the memory levels."""
+
+
+class MemoryReport(ServerMessage, frozen=True, tag="memory_report", kw_only=True):
+    devices: list[DeviceMemory]
 
 
 class LoraList(ServerMessage, frozen=True, tag="loras", kw_only=True):
@@ -346,6 +371,7 @@ AnyServerMessage = (
     | VersionList
     | SupervisorReloaded
     | Traced
+    | MemoryReport
     | LoraList
 )
 TaskEvent = Progress | Done | Failed
@@ -380,6 +406,46 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     begin: float
     end: float
     failed: bool = False
+
+
+class MemoryChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A memory plan that was to take the place of another on a device. With an `error`, the one before holds."""
+
+    at: float
+    """Seconds of the machine's monotonic clock."""
+    device: str
+    before: MemoryPlan
+    after: MemoryPlan
+    why: str
+    seconds: float
+    """Until every process of the device kept to it, or it had failed."""
+    error: Failure | None = None
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of the weights is on a device. `mode`: auto, whatever fits; fixed, what the operator asked for."""
+
+    device: str
+    plan: MemoryPlan
+    mode: Literal["auto", "fixed"]
+    levels: list[int]
+    """That could be had at once; others when the copies in host memory are complete."""
+    budget: int | None
+    """Bytes of the device that the engine may take; None: all that are free."""
+    copies: HostCopies
+    last: MemoryChange | None
+    sample: dict[str, Any] | None = None
+    """What was last seen of this machine's memory (`engine/monitor.py`); None: it is not looked at."""
+
+
+class HostCopies(msgspec.Struct, frozen=True, kw_only=True):
+    """The copies of the weights in host memory, which the levels from 2 on need. `state`: complete; reading; none: not
+    wanted so far, or there can be none, and `problem` says why. `done` of `total` bytes."""
+
+    state: Literal["complete", "reading", "none"]
+    done: int = 0
+    total: int = 0
+    problem: str = ""
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -500,6 +566,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     weights: dict[str, str] = {}
     """Component -> content hash, of what is loaded."""
     loras: list[MergedLora] = []
+    memory: list[DeviceMemory] = []
+    """Of each device that a stage computes on."""
 
 
 # Supervisor -> stage process.
@@ -858,6 +926,8 @@ class Adopted(StageReport, frozen=True, tag="adopted", kw_only=True):
 
     component: str
     content: str
+    device: int | None = None
+    """Where it is placed, as `WeightVersion.device`."""
     error: Failure | None = None
 
 

@@ -200,7 +200,7 @@ class VaeStage:
         left: list[tuple[str, str]] = []
         for network in self._all.values():
             left += held(network, plan, self._links, self._outliving)
-        self._plan = plan
+        self._plan, self.tiled = plan, plan.level >= 1
         return left
 
     def _rest(self) -> None:
@@ -248,7 +248,11 @@ class VaeStage:
         if decoding is None:
             kind = TileDecoding if self.tiled else ChunkDecoding
             decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
-        frames = decoding.chunk(codec, latents, index)
+        try:
+            frames = decoding.chunk(codec, latents, index)
+        except BaseException:
+            del self._decodings[identity]  # what it keeps of the frames before may be of two times by now
+            raise
         put_tensor(self._links.outputs["frames"], identity, index, frames, QUEUE_TIMEOUT)
 
 

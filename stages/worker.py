@@ -230,7 +230,9 @@ class Worker:
         finally:
             os.close(fd)
         self._counter.increment()
-        return Adopted(component=version.component, content=version.content, error=failure)
+        return Adopted(
+            component=version.component, content=version.content, device=version.device, error=failure
+        )  # fmt: skip
 
     def _network(self, component: str) -> AnyNetwork:
         return self._stages[STAGE_OF_COMPONENT[component]].networks[component]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from engine.events import BeginTask, Capacity, DropTask, Event, Grant, QuantumEnded, TaskDropped, TaskSpec
-from ipc.errors import Failure
+from ipc.errors import Failure, OutOfMemory
 from ipc.messages import Phase, Seat, StageName, stage_of
 from tests.engine.observer import demand
 
@@ -35,6 +35,10 @@ class Nature(msgspec.Struct, kw_only=True):
     """Part of the quanta during which the process of some stage dies."""
     start_failures: float = 0.0
     """Part of the processes that die before they are up."""
+    top: int = 0
+    """The highest memory level."""
+    refusals: float = 0.0
+    """Part of the level changes that fail, and with them all to higher levels."""
     gone: float = 0.0
     """Part of the processes that cannot be started at all."""
     faults_until: float = 0.0
@@ -52,6 +56,8 @@ class Memory:
         self.states: dict[str, int] = {}
         """Task -> steps committed."""
         self.frames: set[tuple[str, int]] = set()
+        self.short: set[str] = set()
+        """Tasks whose last step failed for want of memory: the next one that runs makes up for it."""
 
     def run(self, grant: Grant, spec: TaskSpec) -> None:
         """What a quantum of text, vae or dit does to the memory when it ends."""
@@ -65,7 +71,8 @@ class Memory:
                 demand(id in self.prompts and (id in self.init_latents) == spec.encode, f"{grant}: inputs are missing")
                 done = self.states.get(id, 0)
                 # Lost reports: what is asked for again may be committed already, as far as it was granted ahead.
-                demand(done - 2 <= grant.index <= done, f"{grant}: {done} steps are committed")
+                demand(done - 2 <= grant.index <= done + (id in self.short), f"{grant}: {done} steps are committed")
+                self.short.discard(id)
                 self.states[id] = max(done, grant.index + 1)
                 if grant.index == spec.denoise - 1:
                     self.latents.add(id)
@@ -84,6 +91,7 @@ class Memory:
             self.prompts.discard(id)
             self.init_latents.discard(id)
             self.states.pop(id, None)
+            self.short.discard(id)
         elif stage == "vae":
             self.latents.discard(id)
         elif stage == "writer":
@@ -173,6 +181,9 @@ class Process:
             return
         if error is None:
             self.apply(grant)
+        elif error.code == OutOfMemory.code:
+            if grant.phase == "denoise":
+                self.world.memory.short.add(grant.id)
         else:
             self.spoiled.add((grant.stage, grant.id))
         self.report(QuantumEnded(grant.stage, self.epoch, grant.id, grant.phase, grant.index, seconds, error))

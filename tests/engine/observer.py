@@ -22,6 +22,7 @@ from engine.events import (
     Fail,
     Finish,
     Grant,
+    LevelChanged,
     Purge,
     QuantumEnded,
     Report,
@@ -63,6 +64,8 @@ class Seen:
     found: dict[str, float] = field(default_factory=dict)
     """Those that were there when it came, and by how much they had been overtaken then."""
     begun: bool = False
+    short: dict[Phase, int] = field(default_factory=dict)
+    """The level at which the next quantum of a phase has failed for want of memory."""
     rewinding: bool = False
     """The writer died over its file; decoding starts over when nothing of it is outstanding."""
     ended: Action | None = None
@@ -78,6 +81,10 @@ class Seen:
 
     def complete(self, phase: Phase) -> bool:
         return self.done[phase] == self.total[phase]
+
+    def lacks(self, phase: Phase, level: int) -> bool:
+        """At this level, or until what was granted ahead is answered."""
+        return phase in self.short and (level <= self.short[phase] or self.granted[phase] > self.done[phase])
 
     def needs(self, stage: StageName) -> bool:
         return any(STAGE_OF_PHASE[p] == stage and not self.complete(p) for p in self.total)
@@ -96,6 +103,8 @@ class Observer:
         self.tasks: dict[str, Seen] = {}
         self.live: dict[str, Seen] = {}
         self.failed: set[Seat] = set()
+        self.levels: dict[Seat, tuple[int, int]] = dict.fromkeys(self.seats, (0, 0))
+        """The memory level that a seat keeps, and the highest that it can."""
         self.forgiven = False
         """The last process that was lost had come up and was killed from outside: its restart does not count."""
         self.restarts: dict[Seat, list[float]] = {seat: [] for seat in self.seats}
@@ -149,6 +158,16 @@ class Observer:
                     self._hear_lost(sharing, outside)
             case StageGone(stage):
                 self.failed.add(stage)
+            case LevelChanged(stage, level, top):
+                self.levels[stage] = (level, top)
+                for known, id in self.told:
+                    if known == stage and id in self.live:
+                        self._hear_of_level(self.live[id], stage_of(stage), top)
+
+    def _hear_of_level(self, seen: Seen, stage: StageName, top: int) -> None:
+        """A task whose quantum has failed at the highest level must fail."""
+        if any(STAGE_OF_PHASE[phase] == stage and top <= level for phase, level in seen.short.items()):
+            seen.errors.append("out_of_memory")
 
     def _hear_ended(self, event: QuantumEnded) -> None:
         if self.up.get(event.stage) != event.epoch:
@@ -156,14 +175,29 @@ class Observer:
         grant = self.outstanding[event.stage].popleft()
         demand((grant.id, grant.phase, grant.index) == (event.id, event.phase, event.index), "answers out of order")
         seen = self.tasks[event.id]
+        if event.index != seen.done[event.phase] and not seen.ended:
+            seen.granted[event.phase] -= 1  # it was granted ahead of one that failed for want of memory
+            return
+        if event.error is not None and event.error.code == "out_of_memory" and not seen.ended:
+            self._hear_of_shortage(seen, event)
+            return
         if event.error is not None:
             seen.errors.append(event.error.code)
         if event.error is None and not event.dropped:
             seen.done[event.phase] = event.index + 1
+            seen.short.pop(event.phase, None)
             for id in seen.found.keys() & self.live.keys():
                 self.live[id].overtaken += event.seconds
             if event.phase == "write" and not seen.ended:
                 self.held["frames"].discard((event.id, event.index))
+
+    def _hear_of_shortage(self, seen: Seen, event: QuantumEnded) -> None:
+        """It may have another try at a higher level, if there is one, and it had none at this one."""
+        (level, top), before = self.levels[event.stage], seen.short.get(event.phase, -1)
+        seen.granted[event.phase] -= 1
+        if level >= top or level <= before:
+            seen.errors.append("out_of_memory")
+        seen.short[event.phase] = max(level, before)
 
     def _hear_lost(self, stages: list[Seat], outside: bool) -> None:
         for grant in [self.outstanding[s][0] for s in stages if self.outstanding[s]]:
@@ -179,6 +213,10 @@ class Observer:
                 seen = self.tasks[grant.id]
                 seen.granted[grant.phase] = seen.done[grant.phase]
             self.outstanding[stage].clear()
+        for stage, id in self.told:
+            if stage in stages and id in self.live:
+                seen = self.live[id]
+                seen.short = {p: lack for p, lack in seen.short.items() if STAGE_OF_PHASE[p] != stage_of(stage)}
         for known in (self.told, self.dropping):
             known.difference_update([entry for entry in known if entry[0] in stages])
 
@@ -239,6 +277,7 @@ class Observer:
         demand(grant.index == seen.granted[phase], f"{grant}: expected index {seen.granted[phase]}")
         demand(grant.index < seen.total[phase], f"{grant}: there are only {seen.total[phase]}")
         demand(self._inputs_done(seen, phase), f"{grant}: its input is not there")
+        demand(not seen.lacks(phase, self.levels[grant.stage][0]), f"{grant}: it has just failed for want of memory")
         demand(not (seen.rewinding and grant.stage in ("vae", "writer")), f"{grant}: the old frames are not purged")
         if not seen.begun:
             self._judge_turn(seen)
@@ -338,6 +377,7 @@ class Observer:
             index = seen.granted["denoise"]
             return (
                 self.seat(id, stage) in (seat, None)
+                and not seen.lacks("denoise", self.levels[seat][0])
                 and index < seen.spec.denoise
                 and self._inputs_done(seen, "denoise")
                 and (id in self.held["states"] or len(self.held["states"]) < self.limits["states"])
@@ -347,6 +387,7 @@ class Observer:
             index = seen.granted["decode"]
             return (
                 seen.complete("denoise")
+                and not seen.lacks("decode", self.levels[seat][0])
                 and not seen.rewinding
                 and index < seen.spec.chunks
                 and ((id, index) in self.held["frames"] or len(self.held["frames"]) < self.limits["frames"])

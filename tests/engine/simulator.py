@@ -30,7 +30,9 @@ from engine.events import (
     Fail,
     Finish,
     Grant,
+    LevelChanged,
     Purge,
+    RaiseLevel,
     Restart,
     StageGone,
     StageLost,
@@ -82,11 +84,16 @@ class World:
         self.scheduler = scheduler(capacity, policy)
         self.observer = Observer(capacity, policy)
         self.memory = Memory(capacity)
+        self.capacity = capacity
         self.specs: dict[str, TaskSpec] = {}
         self.poison: dict[str, StageName] = {}
         """Tasks that kill the process of a stage."""
         self.hunted: dict[str, StageName] = {}
         """Tasks whose process somebody kills whenever this stage runs them."""
+        self.hungry: dict[str, tuple[StageName, int]] = {}
+        """Tasks that a stage has memory enough for from this level on."""
+        self.levels: dict[Seat, tuple[int, int]] = dict.fromkeys(capacity.devices, (0, 0))
+        """The level that a seat keeps, and the highest that it can."""
         self.processes: dict[Seat, Process] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         self.log: list[tuple[float, Action]] = []
@@ -173,6 +180,9 @@ class World:
                 if group not in self._starting:
                     self._starting.add(group)
                     self.at(self.now + delay, self._start, group)
+            case RaiseLevel(stage, level):
+                self.counts["raises"] += 1
+                self.at(self.now + 0.1 + self.latency(), self._raise_level, stage, level)
             case Finish():
                 self.counts["finished"] += 1
             case Fail(_, error):
@@ -200,6 +210,31 @@ class World:
         demand(not busy, f"{stage} is purged of {id}, which is still being made for it")
         self.memory.free(stage, id)
 
+    # Memory.
+
+    def set_level(self, seat: Seat, level: int, top: int) -> None:
+        """Of a seat, and those on its device."""
+        device = self.capacity.devices[seat]
+        for other in self.seats:
+            if other == seat or (device is not None and self.capacity.devices[other] == device):
+                self.levels[other] = (level, top)
+                self.tell(LevelChanged(other, level, top))
+
+    def _raise_level(self, seat: Seat, above: int) -> None:
+        level, top = self.levels[seat]
+        if level <= above < top:
+            if self.random.random() < self.nature.refusals:
+                self.counts["refused raises"] += 1
+                top = level
+            else:
+                level = self.random.randint(above + 1, top)
+        self.set_level(seat, level, top)
+
+    def lower_level(self, seat: Seat) -> None:
+        """Somebody has found that there is memory."""
+        level, top = self.levels[seat]
+        self.set_level(seat, self.random.randint(0, level), top)
+
     # What happens to it.
 
     def submit(self, spec: TaskSpec) -> None:
@@ -221,6 +256,10 @@ class World:
         if self.now < nature.faults_until and random.random() < nature.crashes:
             self.at(self.now + seconds * random.random(), self.kill, random.choice(self.seats))
         error = Failure("numerical_error", "not finite") if random.random() < nature.errors else None
+        stage, level = self.hungry.get(grant.id, (None, 0))
+        if stage == stage_of(grant.stage) and self.levels[grant.stage][0] < level:
+            self.counts["shortages"] += 1
+            error = Failure("out_of_memory", "the device is full")
         self.at(self.now + seconds, process.finish, grant, seconds, error)
 
     def _poisoned(self, process: Process, id: str) -> None:
@@ -311,6 +350,12 @@ def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool 
     world = World(
         capacity, world_policy, random=random, nature=nature, fused=fused, scheduler=scheduler, trace=trace
     )  # fmt: skip
+    nature.top, nature.refusals = random.choice((0, 3, 3)), random.choice((0.0, 0.0, 0.3))
+    for seat in world.seats:
+        if seat != "writer":
+            world.at(0.0, world.set_level, seat, 0, nature.top)
+    for _ in range(random.choice((0, 0, 1, 5))):
+        world.at(random.uniform(0, 10), world.lower_level, random.choice(world.seats))
     spread = random.choice((0.0, 2.0, 20.0))
     for number in range(random.randint(1, random.choice((2, 4, 7)))):
         _draw_task(world, f"task{number}", random.uniform(0, spread), quiet)
@@ -342,6 +387,8 @@ def _draw_task(world: World, id: str, when: float, quiet: bool) -> None:
         world.poison[id] = random.choice(STAGES)
     elif not quiet and random.random() < 0.05:
         world.hunted[id] = random.choice(STAGES)
+    if random.random() < 0.2:
+        world.hungry[id] = (random.choice(STAGES[:-1]), random.choice((1, 1, 2, 3, 4)))
     if random.random() < 0.15:
         for _ in range(random.choice((1, 2))):
             world.at(when + random.uniform(0, 4) * scale, world.cancel, id)

@@ -18,10 +18,12 @@ from engine.adapters import Adapters, AdaptersState
 from engine.crew import Crew
 from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
 from engine.journal import Journal
+from engine.levels import DeviceLevel, Levels
 from engine.loras import Loras
 from engine.memory import EngineMemory
 from engine.params import SystemParams, UserParams
 from engine.paths import ClaimState, SocketClaim
+from engine.plans import Plans
 from engine.posts import Post, Posts, PostState
 from engine.process import Body, StageProcess
 from engine.records import StageRecord, TaskRecord
@@ -47,19 +49,19 @@ from tests.engine.wire import RawClient, frame
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
-        "_scheduler _trace _loras _vault",
+        "_scheduler _trace _loras _levels _vault",
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
-    Trace: ("_spans", "_devices _granted"),
+    Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen",
-        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _refused _stopping "
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen plans",
+        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _stopping upkeep "
         "_successors _replacing "
-        "_changed _watcher _left_to_start",
+        "_changes _watcher _left_to_start",
     ),
     StageProcess: (
-        "seats epoch ready outstanding knows leaving _outbox _body counter _popen _channel _pidfd pid _killed "
-        "_oom_kills",
+        "seats epoch ready outstanding knows asked memory leaving _outbox _body counter _popen _channel _pidfd pid "
+        "_killed _oom_kills",
         "_on_report _on_exit _loop _writing outside exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
@@ -67,6 +69,9 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Posts: ("_posts", "groups"),
     WeightStore: ("_placed", "_doubted on_change"),
     Vault: ("_names _stored", "_notify _given _identities"),
+    Plans: ("held copies", "coming"),
+    Levels: ("_devices", "_host _crew _model _tasks _budget _host_sampler copies"),
+    DeviceLevel: ("device mode last", "setting account turn raising policy sampler sample"),
     Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit"),
     Adapters: ("_named _nameless _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
@@ -129,7 +134,8 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
         service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
         supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
-        supervisor._loras.adapters, supervisor._vault,
+        supervisor._loras.adapters, supervisor._vault, crew.plans, supervisor._levels,
+        supervisor._levels._devices["cpu"],
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:

@@ -21,7 +21,7 @@ from engine.events import (
     Submitted,
     TaskDropped,
 )
-from engine.records import PHASES_OF, Key, Quantum, StageRecord, TaskRecord
+from engine.records import PHASES_OF, Key, Quantum, Shortage, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
 from ipc.messages import Phase, Seat, StageName
@@ -35,6 +35,7 @@ HISTORIES = 10_000
 MUST_HAPPEN = (
     "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
+    "failed: out_of_memory", "shortages", "raises", "refused raises",
 )  # fmt: skip
 
 
@@ -286,6 +287,38 @@ class LastComesFirst(Scheduler):
         for task in self._line.waiting:
             task.key = Key(task.key.rank, -task.arrival)
         self._line.waiting.sort(key=lambda task: task.key)
+
+
+class FailsForMemory(Scheduler):
+    """Does not ask for a higher level."""
+
+    def _find_memory(self, task: TaskRecord, stage: StageRecord, lack: Shortage) -> None:
+        self._fail(task, lack.error)
+
+
+class NeverAsksForMemory(Scheduler):
+    """Waits for a level that somebody else may ask for."""
+
+    def _find_memory(self, task: TaskRecord, stage: StageRecord, lack: Shortage) -> None:
+        if stage.top <= lack.level:
+            self._fail(task, lack.error)
+
+
+class TriesAgainAtOnce(Scheduler):
+    """Grants what had not enough memory again at the same level."""
+
+    def _run_short(self, task: TaskRecord, stage: StageRecord, phase: Phase, error: Failure) -> None:
+        super()._run_short(task, stage, phase, error)
+        task.short.clear()
+
+
+class CountsWhatWasGrantedAhead(Scheduler):
+    """Takes the quantum after one that had not enough memory for done."""
+
+    def _take_back(self, task: TaskRecord, phase: Phase) -> None:
+        super()._take_back(task, phase)
+        if task.short and task.outstanding(phase) == 0 and not task.complete(phase):
+            task.granted[phase] = task.done[phase] = task.done[phase] + 1
 
 
 class IdlesAfterACrash(Scheduler):

@@ -1,0 +1,356 @@
+"""How much of the weights each device keeps, and when that changes: by hand, because memory is short or free again, or
+because an allocation failed.
+
+What to do is for `engine/monitor.py` to say, how it is carried out is in `engine/crew.py`; this has one follow from the
+other, one change of a device at a time, and keeps account of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from engine.admission import Room
+from engine.crew import Crew
+from engine.footprint import Account, Bounds, RequestSize, Setting, plans
+from engine.host_copies import HostCopies
+from engine.monitor import INTERVAL, Limits, Policy, Sample, Sampler
+from engine.params import ModelParams, SystemParams, bytes_of
+from engine.plans import HOST, OFFLOADED
+from engine.starting import exact_plan
+from engine.states import State
+from ipc.errors import EngineError, Failure, to_failure
+from ipc.messages import DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+
+MAX_REASON = 500
+"""Characters of what is kept of a failure."""
+
+log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What the levels need of the supervisor."""
+
+    def handle_level(self, seat: Seat, level: int, top: int) -> None:
+        """A seat keeps this level, as the scheduler counts them, and could be asked for up to `top`."""
+
+    def handle_memory_change(self, change: MemoryChange) -> None:
+        """A device keeps to another plan, or could not."""
+
+    def running_size(self) -> RequestSize | None:
+        """The largest of the requests that are being computed."""
+
+
+class LevelsState(State, frozen=True, kw_only=True):
+    """A `Levels` with no change under way: of each device, the mode and the last change."""
+
+    modes: dict[str, Literal["auto", "fixed"]]
+    last: dict[str, MemoryChange]
+
+
+class DeviceLevel:
+    """One device's level."""
+
+    def __init__(self, device: str, mode: Literal["auto", "fixed"], setting: Setting, account: Account) -> None:
+        self.device, self.mode, self.setting, self.account = device, mode, setting, account
+        self.turn = asyncio.Lock()
+        """Of changes."""
+        self.raising = False
+        """A change that a failed allocation needs is under way, or waits."""
+        self.policy: Policy | None = None
+        """Only where it may choose."""
+        self.sampler: Sampler | None = None
+        self.sample: Sample | None = None
+        self.last: MemoryChange | None = None
+
+
+class Levels:
+    """The levels of all devices of one engine.
+
+    Resource handling: between `start` and `end` owns a task that looks at the machine every `INTERVAL`, the changes
+    that follow, and `copies`. Error handling: `change` raises why it cannot be; what was decided here and fails is
+    logged, and is the `last` of the status.
+    """
+
+    def __init__(
+        self, host: Host, crew: Crew, params: SystemParams, model: ModelParams, settings: Mapping[str, Setting]
+    ) -> None:
+        """`settings`: of each device that has a plan."""
+        self._host, self._crew, self._model = host, crew, model
+        mode: Literal["auto", "fixed"] = "auto" if params.memory_level == "auto" else "fixed"
+        self._devices = {
+            device: DeviceLevel(device, mode, setting, Account(model, setting)) for device, setting in settings.items()
+        }
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._budget = None if params.gpu_budget is None else bytes_of(params.gpu_budget)
+        self._host_sampler = Sampler(None, lambda: ())
+        self.copies = HostCopies(model, crew, self._host_sampler.sample, self._copies_changed)
+
+    # Life.
+
+    def start(self) -> None:
+        """Begin to look at the machine, and to make copies where the level may change. Also after `end`."""
+        for level in self._devices.values():
+            self._announce(level)
+            if level.device != HOST:
+                number = int(level.device.partition(":")[2])
+                level.sampler = Sampler(number, self._crew.pids, functools.partial(self._ours, level))
+                level.sample = level.sampler.sample()
+                if level.mode == "auto":
+                    self._let_choose(level)
+        if any(level.policy is not None for level in self._devices.values()):
+            self.copies.start()
+        if any(level.sampler is not None for level in self._devices.values()):
+            self._spawn(self._watch(), "memory-monitor")
+
+    async def end(self) -> None:
+        """Decide nothing any more; what is being carried out is left as it is."""
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(set(self._tasks))
+        await self.copies.end()
+        for level in self._devices.values():
+            if level.sampler is not None:
+                level.sampler.close()
+            level.sampler = level.policy = None
+
+    @property
+    def is_changing(self) -> bool:
+        return any(level.turn.locked() for level in self._devices.values())
+
+    def state(self) -> LevelsState:
+        return LevelsState(
+            modes={device: level.mode for device, level in self._devices.items()},
+            last={device: level.last for device, level in self._devices.items() if level.last is not None},
+        )
+
+    def put_back(self, state: LevelsState) -> None:
+        """ValueError if it is of other devices."""
+        if state.modes.keys() != self._devices.keys():
+            raise ValueError(f"there are memory levels of {list(state.modes)}; expected {list(self._devices)}")
+        for device, level in self._devices.items():
+            level.mode, level.last = state.modes[device], state.last.get(device)
+
+    def status(self) -> list[DeviceMemory]:
+        copies = self.copies.status()
+        return [
+            DeviceMemory(
+                device=level.device, plan=self._crew.plans.held[level.device], mode=level.mode,
+                levels=[0, 1, 2, 3] if self.copies.complete else [0, 1], budget=self._budget, copies=copies,
+                last=level.last, sample=None if level.sample is None else msgspec.to_builtins(level.sample),
+            )
+            for level in self._devices.values()
+        ]  # fmt: skip
+
+    def room(self) -> Room | None:
+        """What there can ever be for a request on the device of the first dit; None: nobody knows."""
+        level = self._devices[self._crew.device_of("dit") or HOST]
+        if level.sample is None or (total := level.sample.total) is None:
+            return None
+        there, plan = min(total, self._budget or total), self._crew.plans.held[level.device]
+        if level.mode == "fixed":
+            return Room(bytes=there, setting=level.setting, bounds=Bounds(lowest=plan.level, highest=plan.level))
+        highest = max(plan.level, 1) if self.copies.problem else 3
+        return Room(bytes=there, setting=level.setting, bounds=Bounds(highest=highest))
+
+    # By hand.
+
+    async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
+        """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
+        or `StageFailed`: what was before holds."""
+        for level in self._devices.values():
+            if wanted == "auto" and level.device != HOST:
+                level.mode = "auto"
+                self._let_choose(level)
+                self.copies.start()
+                self._announce(level)
+                continue
+            mode, policy = level.mode, level.policy
+            level.mode, level.policy = ("auto" if wanted == "auto" else "fixed"), None
+            plan = MemoryPlan(level=0 if wanted == "auto" else wanted, blocks=blocks)
+            try:
+                await self._change(level, exact_plan(plan, self._model), "it was asked for")
+            except EngineError:
+                level.mode, level.policy = mode, policy
+                raise
+            finally:
+                self._announce(level)
+
+    # Because an allocation failed.
+
+    def raise_above(self, seat: Seat, above: int) -> None:
+        """The scheduler wants a level above this one. Its answer comes in a turn of the loop of its own."""
+        device = self._crew.device_of(seat)
+        assert device is not None, f"{seat} computes"
+        level = self._devices[device]
+        if not level.raising:
+            level.raising = True
+            self._spawn(self._raise(level, seat, above), f"raise-{seat}")
+
+    async def _raise(self, level: DeviceLevel, seat: Seat, above: int) -> None:
+        """One level up, unless that has happened meanwhile; the scheduler hears of it, or that it cannot be."""
+        capped = False
+        try:
+            async with level.turn:
+                pass  # a change is under way: see what it brings
+            if self._rung(level) <= above:
+                capped = not await self._raised(level, seat)
+        finally:
+            level.raising = False
+            self._announce(level, capped=capped)
+        if capped:
+            self._announce(level)
+
+    async def _raised(self, level: DeviceLevel, seat: Seat) -> bool:
+        policy = level.policy
+        if policy is None:
+            return False
+        plan = policy.failed(self._host.running_size(), time.monotonic())
+        try:
+            if plan is None and not policy.copies:
+                await self.copies.ensure()  # a higher level needs them, and they are about to be there
+                plan = policy.failed(self._host.running_size(), time.monotonic())
+            if plan is None:
+                return False
+            await self._change(level, plan, f"the {seat} stage ran out of memory")
+        except EngineError as error:
+            log.warning("the memory level of %s cannot be raised: %s", level.device, error)
+            return False
+        return True
+
+    # Because of what is seen.
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL)
+            for level in self._devices.values():
+                if level.sampler is not None:
+                    self._look(level, level.sampler.sample())
+
+    def _look(self, level: DeviceLevel, sample: Sample) -> None:
+        level.sample = sample
+        if level.policy is None or level.turn.locked() or level.raising:
+            return
+        plan = level.policy.on(sample, self._host.running_size(), sample.at)
+        if plan is not None:
+            self._spawn(self._follow(level, plan, reason(sample, self._budget)), f"memory-{level.device}")
+
+    async def _follow(self, level: DeviceLevel, plan: MemoryPlan, why: str) -> None:
+        try:
+            await self._change(level, plan, why)
+        except EngineError as error:
+            log.warning("the memory level of %s cannot be changed: %s", level.device, error)
+        finally:
+            self._announce(level)
+
+    # How.
+
+    async def _change(self, level: DeviceLevel, plan: MemoryPlan, why: str) -> None:
+        """Have the device keep to a plan, and write down what became of it."""
+        async with level.turn:
+            before, began = self._crew.plans.held[level.device], time.monotonic()
+            if plan == before:
+                return
+            failure: Failure | None = None
+            try:
+                if plan.level >= OFFLOADED:
+                    await self.copies.ensure()
+                await self._crew.upkeep.set_memory(level.device, plan)
+            except EngineError as error:
+                failure = to_failure(error)
+                failure = Failure(failure.code, failure.message[:MAX_REASON])
+                raise
+            except BaseException:
+                failure = Failure(EngineError.code, "it was interrupted")
+                raise
+            finally:
+                self._note(level, before, plan, why, began, failure)
+
+    def _note(
+        self, level: DeviceLevel, before: MemoryPlan, plan: MemoryPlan, why: str, began: float, error: Failure | None
+    ) -> None:
+        seconds = time.monotonic() - began
+        if level.policy is not None:
+            level.policy.held(before if error is not None else plan)
+        level.last = MemoryChange(
+            at=began, device=level.device, before=before, after=plan, why=why, seconds=seconds, error=error
+        )
+        if error is None:
+            log.info(
+                "%s is at memory level %s, was at %s: %s (%.2f s)",
+                level.device,
+                named(plan),
+                named(before),
+                why,
+                seconds,
+            )
+        self._host.handle_memory_change(level.last)
+
+    def _let_choose(self, level: DeviceLevel) -> None:
+        """Have the level follow what is seen."""
+        level.policy = Policy(
+            level.account.need, plans(self._model), Limits(budget=self._budget), self._crew.plans.held[level.device],
+            copies=self.copies.complete,
+        )  # fmt: skip
+
+    def _copies_changed(self) -> None:
+        for level in self._devices.values():
+            if level.policy is not None:
+                level.policy.copies = self.copies.complete
+            self._announce(level)
+
+    def _announce(self, level: DeviceLevel, *, capped: bool = False) -> None:
+        """Tell the scheduler which level holds, and how high it could be; `capped`: no higher."""
+        held = self._rung(level)
+        top = held if capped or level.policy is None else max(held, self._highest())
+        for seat in self._crew.seats_on(level.device):
+            self._host.handle_level(seat, held, top)
+
+    def _rung(self, level: DeviceLevel) -> int:
+        """The plan that holds, as the scheduler counts."""
+        return rung(self._crew.plans.held[level.device], self._model)
+
+    def _highest(self) -> int:
+        """Of a level that may change; what waits for copies is worth waiting for."""
+        return 1 if self.copies.problem else rung(MemoryPlan(level=3, blocks=0), self._model)
+
+    def _ours(self, level: DeviceLevel) -> int:
+        """What this engine has of the device at most, for where the driver does not say whose memory is whose."""
+        return level.account.need(self._host.running_size(), self._crew.plans.held[level.device]).gpu
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s ended: %s", task.get_name(), error, exc_info=error)
+
+
+def rung(plan: MemoryPlan, model: ModelParams) -> int:
+    """A number that is the higher, the less a plan leaves on the device: for the scheduler."""
+    return plan.level if plan.level < 3 else 3 + model.transformer.num_layers - (plan.blocks or 0)
+
+
+def named(plan: MemoryPlan) -> str:
+    """2, or 3 (12 blocks)."""
+    return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({plan.blocks or 0} blocks)"
+
+
+def reason(sample: Sample, budget: int | None) -> str:
+    """What was seen, for people."""
+    known = [
+        f"{amount / 1e9:.1f} GB {what}"
+        for amount, what in ((sample.others, "of the GPU are others'"), (sample.free, "free"), (budget, "the budget"))
+        if amount is not None
+    ]
+    return ", ".join(known)

@@ -1,0 +1,94 @@
+"""The memory plan that each device begins with, from what the operator asks for and what there is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from engine.devices import compute_dtype, devices_of_seats
+from engine.footprint import Bounds, Setting, need, plan_for, refusal, usual_size
+from engine.memory import device_sizes
+from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
+from engine.params import ModelParams, SystemParams, bytes_of
+from engine.plans import HOST
+from ipc.errors import BadConfig
+from ipc.messages import MemoryPlan, StageName, stage_of
+
+log = logging.getLogger(__name__)
+
+LEAST = MemoryPlan(level=3, blocks=0)
+"""What takes the least of a GPU."""
+
+
+def check_level(params: SystemParams, device: str) -> None:
+    """`BadConfig` for a budget where there is nothing that it could be of, or beside a level that leaves no choice."""
+    if params.gpu_budget is None:
+        return
+    if device == HOST:
+        raise BadConfig(f"gpu_budget is {params.gpu_budget}, but the engine computes on the CPU; leave it out")
+    if params.memory_level != "auto":
+        raise BadConfig(
+            f"memory_level is {params.memory_level} and gpu_budget is {params.gpu_budget}; the level follows from the "
+            "budget, so give one of them"
+        )
+
+
+def settings_of(params: SystemParams, device: str, dit_devices: tuple[str, ...], queues: bool) -> dict[str, Setting]:
+    """Of each device that a stage computes on, what its memory depends on. `queues`: they are on the GPU."""
+    dtype = compute_dtype(params, device)
+    seats: dict[str, list[StageName]] = {}
+    for seat, where in devices_of_seats(device, dit_devices).items():
+        if where is not None:
+            seats.setdefault(where, []).append(stage_of(seat))
+    found = {}
+    for where, stages in seats.items():
+        processes = (1 if params.placement == "fused" else len(stages)) + (params.warm_spare and where == device)
+        found[where] = Setting(
+            dtype=dtype, processes=0 if where == HOST else processes, queues=queues and where == device,
+            stages=tuple(dict.fromkeys(stages)),
+        )  # fmt: skip
+    return found
+
+
+def plans_at_start(params: SystemParams, model: ModelParams, settings: Mapping[str, Setting]) -> dict[str, MemoryPlan]:
+    """The plan of each device. Asks the driver's management library what is free."""
+    return {device: _plan(params, model, device, setting) for device, setting in settings.items()}
+
+
+def _plan(params: SystemParams, model: ModelParams, device: str, setting: Setting) -> MemoryPlan:
+    if params.memory_level != "auto":
+        return exact_plan(MemoryPlan(level=params.memory_level), model)
+    if device == HOST:
+        return MemoryPlan()
+    sampler = Sampler(int(device.partition(":")[2]), lambda: ())
+    try:
+        sample = sampler.sample()
+    finally:
+        sampler.close()
+    return fitting(model, sample, None if params.gpu_budget is None else bytes_of(params.gpu_budget), setting)
+
+
+def fitting(model: ModelParams, sample: Sample, budget: int | None, setting: Setting) -> MemoryPlan:
+    """The lowest level at which a request of the usual size fits into what is free, and into the budget; if none does,
+    what takes the least, since a smaller request may fit."""
+    there = budget
+    if sample.free is not None and sample.total is not None:
+        # The queues are there already, and count as needed.
+        queues = sum(device_sizes(model).values()) if setting.queues else 0
+        free = sample.free + queues - int(sample.total * SLACK)
+        there = free if there is None else min(there, free)
+    if there is None:
+        return MemoryPlan()
+    host = None if sample.host_available is None else max(0, sample.host_available - HOST_RESERVE)
+    bounds, size = Bounds(host=host), usual_size(model)
+    plan = plan_for(model, size, there, setting, bounds)
+    if plan is not None:
+        return exact_plan(plan, model)
+    log.warning("a request of the usual size does not fit: %s", refusal(model, size, there, setting, bounds))
+    return exact_plan(LEAST, model) if bounds.allow(need(model, size, LEAST, setting)) else MemoryPlan(level=1)
+
+
+def exact_plan(plan: MemoryPlan, model: ModelParams) -> MemoryPlan:
+    """The same plan, always written the same way: with a number of blocks that the model has, at level 3 only."""
+    blocks = min(plan.blocks or 0, model.transformer.num_layers) if plan.level == 3 else None
+    return MemoryPlan(level=plan.level, blocks=blocks)

@@ -1,0 +1,60 @@
+"""`stages.worker` that is short of memory in ways that files in $LEVELS say, each with a level, while they are there.
+
+short: below this level the dit's steps do not fit. refuse: the change to this level does not fit. die: the process dies
+of the change to this level, once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import stages.dit
+from ipc.messages import MemoryPlan, MemorySet
+from stages.worker import Worker, describe, main
+
+level = 0
+"""That this process keeps."""
+
+load = stages.dit.DitStage.load
+advance = stages.dit.DitStage._advance
+carry_out = Worker._set_memory
+
+
+def said(name: str) -> int | None:
+    """The level in a file; None: it is not there."""
+    path = Path(os.environ["LEVELS"], name)
+    return int(path.read_text()) if path.exists() else None
+
+
+def note_level(start: Any, links: Any) -> Any:
+    global level
+    level = start.memory.level
+    return load(start, links)
+
+
+def short(self: Any, task: Any) -> None:
+    if level < (said("short") or 0):
+        raise MemoryError("the step does not fit")
+    advance(self, task)
+
+
+def set_memory(self: Any, plan: MemoryPlan) -> MemorySet:
+    global level
+    if said("die") == plan.level:
+        Path(os.environ["LEVELS"], "die").unlink()
+        os._exit(1)
+    if said("refuse") == plan.level:
+        return MemorySet(plan=self._plan, error=describe(MemoryError("the slots do not fit"), "dit"))
+    done = carry_out(self, plan)
+    level = done.plan.level
+    return done
+
+
+stages.dit.DitStage.load = note_level  # type: ignore[method-assign]
+stages.dit.DitStage._advance = short  # type: ignore[method-assign]
+Worker._set_memory = set_memory  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    main()
