@@ -45,13 +45,21 @@ class Adapter(msgspec.Struct, frozen=True):
 
     name: str
     files: tuple[str, ...]
-    """Without the directories they are in."""
+    """Absolute paths, to read them again after a restart; they may hold something else by now."""
     content: dict[str, str]
     """Component -> content hash."""
 
     @property
     def keys(self) -> frozenset[Key]:
         return frozenset(self.content.items())
+
+
+class KeptAdapter(NamedTuple):
+    """What the journal has of an adapter."""
+
+    adapter: Adapter
+    named: bool
+    """Requests can name it; else only accepted ones use it."""
 
 
 class AdaptersState(State, frozen=True, kw_only=True):
@@ -104,25 +112,29 @@ class Adapters:
         if name not in self._named and len(self._named) >= MAX_LORAS:
             raise BadConfig(f"{MAX_LORAS} LoRAs are loaded, which is the limit; remove one first")
 
-    def add(self, name: str, files: Sequence[str], parts: Iterable[Part]) -> Adapter:
-        """Offer these parts as `name`; their descriptors are taken over. Whoever had the name loses it."""
-        content = {}
+    def add(self, adapter: Adapter, parts: Iterable[Part]) -> None:
+        """Offer these parts, which are its content; their descriptors are taken over. Whoever had the name loses it."""
+        self._hold(parts)
+        if adapter.name in self._named:
+            self._nameless.append(self._named[adapter.name])
+        self._named[adapter.name] = adapter
+
+    def _hold(self, parts: Iterable[Part]) -> None:
         for part in parts:
-            content[part.key[0]] = part.key[1]
             if part.key in self._parts:
                 os.close(part.fd)
             else:
                 self._parts[part.key] = part
-        if name in self._named:
-            self._nameless.append(self._named[name])
-        self._named[name] = Adapter(name, tuple(files), content)
-        return self._named[name]
 
     def remove(self, name: str) -> None:
         """Take the name away. `NotFound` if nothing has it."""
-        if (found := self._named.pop(name, None)) is None:
+        self.check_known(name)
+        self._nameless.append(self._named.pop(name))
+
+    def check_known(self, name: str) -> None:
+        """`NotFound` if nothing has this name."""
+        if name not in self._named:
             raise NotFound(f"no LoRA has the name {name[:100]!r}; {self._choice()}")
-        self._nameless.append(found)
 
     def resolve(self, texts: Sequence[str]) -> list[JobLora]:
         """What a request asks for, NAME or NAME:STRENGTH each. `BadRequest` for what is not loaded."""
@@ -147,6 +159,26 @@ class Adapters:
                 f"LoRA {text[:100]!r}: the strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {tail[:20]}"
             )
         return JobLora(name=name, strength=strength, content=found.content)
+
+    def kept(self, without: str = "", added: Adapter | None = None) -> list[KeptAdapter]:
+        """What a restarted engine needs of these: all that have a name, and those that requests may still use. As it
+        will be once the name `without` is taken away, or `added` has its own."""
+        named = {**self._named} if added is None else {**self._named, added.name: added}
+        named.pop(without, None)
+        nameless = [a for a in (*self._nameless, *self._named.values()) if a not in named.values()]
+        return [KeptAdapter(adapter, True) for adapter in named.values()] + [KeptAdapter(a, False) for a in nameless]
+
+    def take_back(self, kept: KeptAdapter, parts: Iterable[Part]) -> None:
+        """Offer, or hold for the requests that use it, what was kept; the descriptors are taken over."""
+        self._hold(parts)
+        if kept.named:
+            self._named[kept.adapter.name] = kept.adapter
+        else:
+            self._nameless.append(kept.adapter)
+
+    def has(self, keys: frozenset[Key]) -> bool:
+        """All of these are in memory."""
+        return keys <= self._parts.keys()
 
     def _choice(self) -> str:
         loaded = f"loaded are {', '.join(sorted(self._named))}" if self._named else "none is loaded"
@@ -199,7 +231,7 @@ class Adapters:
         parts = [self._parts[key].adapter for key in adapter.keys]
         mine = (adapter.name, adapter.content)
         return LoraInfo(
-            name=adapter.name, state=state, files=list(adapter.files), content=adapter.content,
+            name=adapter.name, state=state, files=list(map(os.path.basename, adapter.files)), content=adapter.content,
             rank=max(part.rank for part in parts), tensors=sum(part.tensors for part in parts),
             bytes=sum(part.version.bytes for part in parts),
             running=sum(any((lora.name, lora.content) == mine for lora in job.loras) for job in jobs),

@@ -67,7 +67,7 @@ def admit(
     _check_prompt("negative_prompt", user.negative_prompt or "", may_be_empty=True)
     if user.noise_device == "cuda" and not on_gpu:
         raise BadRequest("noise_device is cuda, but this engine computes on the CPU; leave it out, or use cpu")
-    num_frames = _frames(user, model)
+    num_frames = frames_of(user, model)
     steps = user.steps if user.steps is not None else defaults.steps
     if not 1 <= steps <= model.limits.max_steps:
         raise BadRequest(f"steps is {steps}; it must be from 1 to {model.limits.max_steps}")
@@ -75,7 +75,7 @@ def admit(
     loras = (adapters or Adapters()).resolve(user.lora)
     output = _output(user, system)
     init = find_init(user, model, system)
-    height, width = _size(user, model, init)
+    height, width = size_of(user, model, init)
     if init is not None:
         check_length(init, num_frames)
     if room is not None:
@@ -144,8 +144,9 @@ def _check_prompt(name: str, text: str, *, may_be_empty: bool) -> None:
         raise BadRequest(f"the {name} has {size:,} bytes; the most is {MAX_PROMPT_BYTES:,}")
 
 
-def _size(user: UserParams, model: ModelParams, init: Init | None) -> tuple[int, int]:
-    """(height, width): what was asked for, the model's default for what was not; with neither, the image's aspect."""
+def size_of(user: UserParams, model: ModelParams, init: Init | None) -> tuple[int, int]:
+    """(height, width): what was asked for, the model's default for what was not; with neither, the image's aspect.
+    `BadRequest` if the model does not make videos of this size."""
     multiple = model.size_multiple
     height = user.height if user.height is not None else model.defaults.height
     width = user.width if user.width is not None else model.defaults.width
@@ -166,7 +167,8 @@ def _size(user: UserParams, model: ModelParams, init: Init | None) -> tuple[int,
     return height, width
 
 
-def _frames(user: UserParams, model: ModelParams) -> int:
+def frames_of(user: UserParams, model: ModelParams) -> int:
+    """What was asked for, or the model's default; `BadRequest` if the model does not make so many."""
     stride = model.vae.temporal_stride
     frames = user.num_frames if user.num_frames is not None else model.defaults.num_frames
     most = model.limits.max_frames

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from engine.checkpoint import file_bytes, open_model
+from engine.footprint import Need, needs, usual_size
 from engine.models import known_models
 from engine.params import ModelParams, SystemParams
 from engine.weight_sizes import ITEM_BYTES, transformer_bytes
@@ -41,6 +42,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_frames: int
     weights_bytes: int
     weights_missing: str
+    levels: list[Need]
+    """What a usual video takes at each memory level, on one GPU."""
 
 
 def describe_models() -> tuple[list[ModelCard], list[str]]:
@@ -67,6 +70,7 @@ def _card(model: ModelParams) -> ModelCard:
         height=defaults.height, width=defaults.width, num_frames=defaults.num_frames, fps=defaults.fps,
         steps=defaults.steps, guidance_scale=defaults.guidance_scale, max_pixels=model.limits.max_pixels,
         max_frames=model.limits.max_frames, weights_bytes=weights.bytes, weights_missing=weights.missing,
+        levels=needs(model, usual_size(model)),
     )  # fmt: skip
 
 

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import msgspec
 
+from engine.admission import frames_of, size_of
 from engine.checkpoint import EXPERTS, file_bytes, find_components, identify, possible, suits
 from engine.child import NoAnswer, answer_of
+from engine.footprint import Need, RequestSize, needs, usual_size
 from engine.memory import slot_sizes
 from engine.models import existing_directory, load_model
-from engine.params import ModelParams
+from engine.params import ModelParams, UserParams
 from hotreload.checkpoint import Layout, find_component, find_layout, find_tokenizer
 from hotreload.comfyui import Suits
 from hotreload.described import check_config
 from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import component_table, safetensors_only, transformer_traits
-from ipc.errors import BadCheckpoint
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest
 from ipc.messages import CheckAsked, Component, ComponentChecked
 
 CHECK_TIMEOUT = 300.0
@@ -75,23 +77,28 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     """float32."""
     queue_bytes: int
     """Shared host memory of the engine's queues and states."""
+    size: RequestSize | None
+    levels: list[Need]
+    """What a video of that size takes at each memory level, on one GPU in bfloat16."""
 
     @property
     def complete(self) -> bool:
         return not self.problems and all(component.complete for component in self.components)
 
 
-def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
+def check_checkpoint(directory: Path, model: str | None, size: str | None = None) -> CheckReport:
     """Examine a directory. Without a `model`, the one that its transformer is of; without that, what can be seen.
+    `size`: of the video whose memory is reckoned, as in `read_size`; without, the model's usual one.
 
-    Raises `BadConfig` for what is no directory, `BadCheckpoint` if there is nothing in it to examine; what is wrong
-    with a component is in the report.
+    Raises `BadConfig` for what is no directory, and for a size that is none, or not one of the model; `BadCheckpoint`
+    if there is nothing in the directory to examine; what is wrong with a component is in the report.
     """
     root = existing_directory(directory)
     layout, fits = find_layout(root), identify(root)
     if model is None and not fits:
         return _without_model(root, layout)
     params = load_model(model if model is not None else fits[0])
+    video = usual_size(params) if size is None else read_size(size, params)
     problems, found, missing = _find(root, layout, params.components, functools.partial(suits, params))
     if params.name not in fits and fits:
         problems.insert(0, f"the transformer is that of {' or '.join(fits)}, not of {params.name}")
@@ -105,7 +112,22 @@ def check_checkpoint(directory: Path, model: str | None) -> CheckReport:
         components=[_report(root, c, found.get(c.name), missing.get(c.name)) for c in checked], problems=problems,
         gpu=_needs({c.name: c.bytes_bfloat16 for c in checked}),
         cpu=_needs({c.name: c.bytes_float32 for c in checked}), queue_bytes=slot_sizes(params).total,
+        size=video, levels=needs(params, video),
     )  # fmt: skip
+
+
+def read_size(text: str, model: ModelParams) -> RequestSize:
+    """WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES. `BadConfig` for what is not of this form, or no size of the model."""
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in parts):
+        raise BadConfig(f"the size is {text!r}; expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+    width, height, *frames = map(int, parts)
+    user = UserParams(prompt="", width=width, height=height, num_frames=frames[0] if frames else None)
+    try:
+        size_of(user, model, None)
+        return msgspec.structs.replace(usual_size(model), width=width, height=height, frames=frames_of(user, model))
+    except BadRequest as error:
+        raise BadConfig(str(error)) from error
 
 
 def _without_model(root: Path, layout: Layout) -> CheckReport:
@@ -125,7 +147,7 @@ def _without_model(root: Path, layout: Layout) -> CheckReport:
     return CheckReport(
         directory=str(root), layout=layout, model="", fits=fits,
         components=[_seen(root, name, found.get(name), missing.get(name)) for name in wanted], problems=problems,
-        gpu=None, cpu=None, queue_bytes=0,
+        gpu=None, cpu=None, queue_bytes=0, size=None, levels=[],
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def _checked(
         check_vae(components["vae"], model)
     if not any(name in components for name in EXPERTS):
         return components
-    return attach_loras(components, params.lora)
+    return attach_loras(components, params.lora, [name for name in EXPERTS if name in model.components])
 
 
 def check_paths(components: Collection[Component], tokenizer: str = "") -> None:

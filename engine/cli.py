@@ -326,7 +326,7 @@ def cancel(
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """The models this engine knows, and whether their weights are here."""
+    """The models this engine knows, whether their weights are here, and what they take at each memory level."""
     from engine.catalogue import describe_models
     from engine.display import print_models
 
@@ -340,13 +340,16 @@ def models(as_json: Json = False) -> None:
 def check(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of a checkpoint.")],
     model: Annotated[str | None, typer.Option(help="See `engine models` [found by looking].")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of the video whose memory is told, such as 832x480x81 [the model's usual one].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a checkpoint holds, what is missing or wrong in it, and how much memory it needs. Loads no weights."""
     from engine.check import check_checkpoint
     from engine.display import print_check
 
-    report = check_checkpoint(directory, model)
+    report = check_checkpoint(directory, model, size)
     _print_json(report) if as_json else print_check(report)
     if not report.complete:
         raise typer.Exit(BadCheckpoint.exit_code)
@@ -411,14 +414,14 @@ def memory(
 ) -> None:
     """How much of the weights is in GPU memory, and why; or change it. Requests go on, with the same results."""
     from engine.client import Client
-    from engine.display import print_levels
+    from engine.display import print_plans
     from engine.operator import read_level
 
     client = Client(socket)
     if blocks is not None and level != "3":
         raise BadRequest("--blocks is of level 3: engine memory 3 --blocks N")
     found = client.memory_levels() if level is None else client.change_memory(read_level(level), blocks)
-    _print_json(found) if as_json else print_levels(found)
+    _print_json(found) if as_json else print_plans(found)
 
 
 @app.command()

@@ -230,7 +230,7 @@ class Client:
     def remove_lora(self, name: str) -> None:
         """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
         with Connection(self.socket, self._deadlines) as connection:
-            connection.ask(RemoveLora(ref=0, name=name), Ok)
+            connection.ask(RemoveLora(ref=0, name=name), Ok, self._deadlines.reload)
 
     def loras(self) -> list[LoraInfo]:
         """The adapters that requests can name, and those that unfinished requests still use."""
@@ -400,7 +400,7 @@ class AsyncClient:
     async def remove_lora(self, name: str) -> None:
         """Take an adapter away from requests to come. `NotFound` if there is none of this name."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
-            await connection.ask(RemoveLora(ref=0, name=name), Ok)
+            await connection.ask(RemoveLora(ref=0, name=name), Ok, self._deadlines.reload)
 
     async def loras(self) -> list[LoraInfo]:
         """The adapters that requests can name, and those that unfinished requests still use."""

@@ -442,6 +442,7 @@ class Crew:
                 self._changes.notify()
             case Ready(weights=weights, versions=versions):
                 process.ready = True
+                self.placed.proven(process.knows)
                 self.upkeep.bring_up_to_date(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
@@ -472,6 +473,11 @@ class Crew:
         self._memory.reclaim([stage_of(seat) for seat in process.seats], process.epoch)
         if self._stopping:
             return
+        unfit = not process.ready and self.placed.refuted(process.knows)
+        if unfit:
+            log.warning("%s could not use the weights of an earlier run and reads them", ", ".join(process.seats))
+            for post in posts:
+                post.error = None
         for post in posts:
             if post.error is not None:
                 post.state = "failed"

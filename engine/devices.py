@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from engine.cuda import VARIABLES, visible_devices
 from engine.params import SystemParams
 from ipc.errors import BadConfig
 from ipc.messages import Seat, StageName, stage_of
@@ -35,31 +36,24 @@ def resolve_devices(params: SystemParams) -> tuple[str, tuple[str, ...]]:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes the first CUDA device, else the CPU. Asks the driver's management library, not torch."""
+    """`auto` becomes the first CUDA device, else the CPU; the stages number them in the same way."""
     if device == "cpu":
         return device
-    count = _cuda_devices()
+    count = len(visible_devices())
     if device == "auto":
         return "cuda:0" if count else "cpu"
     kind, _, index = device.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise BadConfig(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
     if int(index or 0) >= count:
-        raise BadConfig(f"device is {device!r}, but this machine has {count} CUDA devices; cpu always works")
+        raise BadConfig(f"device is {device!r}, but CUDA shows {count} devices{_shown_by()}; cpu always works")
     return f"cuda:{int(index or 0)}"
 
 
-def _cuda_devices() -> int:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
+def _shown_by() -> str:
+    """What hides others, if something might."""
+    named = [f"{name}={os.environ[name]!r}" for name in VARIABLES[:1] if name in os.environ]
+    return f" with {named[0]}" if named else " on this machine"
 
 
 def devices_of_seats(device: str, dit_devices: tuple[str, ...]) -> dict[Seat, str | None]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from engine.catalogue import ModelCard
 from engine.check import CheckReport
+from engine.footprint import Coefficient, Need, measured
 from ipc.messages import (
     DeviceMemory,
     Done,
@@ -285,6 +287,40 @@ def print_models(cards: Sequence[ModelCard]) -> None:
         for card in cards
     ]
     print_table(("model", "kind", "parameters", "usual video", "steps", "weights"), rows)
+    memory = [
+        (card.name, *(size(need.gpu) for need in card.levels), size(card.levels[-1].host),
+         slowdown(card.levels[-1])) for card in cards
+    ]  # fmt: skip
+    print("\nmemory of one GPU for a usual video, at each memory level:\n")
+    print_table(("model", *(f"level {level}" for level in range(4)), "host from 2 on", "a step at 3"), memory)
+    print(f"\n{figures()}")
+
+
+def figures() -> str:
+    """Where these numbers come from."""
+    coefficients = measured()
+    named = msgspec.structs.asdict(coefficients).items()
+    others = [name for name, value in named if isinstance(value, Coefficient) and not value.measured]
+    said = f"weights: from the networks, in bfloat16; the rest: measured on one {coefficients.gpu}"
+    if others:
+        said += f",\nbut for these, which are derived or goals: {', '.join(others)}"
+    return f"{said}\n(configs/measured/memory.yaml has all figures with their sources)"
+
+
+def slowdown(need: Need) -> str:
+    """How much longer a step takes than with all weights resident."""
+    return "as fast" if need.slowdown < 1.005 else f"{need.slowdown:.2f} x as long"
+
+
+def print_levels(found: Sequence[Need]) -> None:
+    """What one video takes at each memory level."""
+    rows = [(LEVELS[n.level], size(n.gpu), size(n.host) if n.host else "-", slowdown(n)) for n in found]
+    print_table(("memory level", "one GPU", "host", "a step"), rows)
+
+
+LEVELS = (
+    "0, all resident", "1, the VAE in tiles", "2, what is not in use on the host", "3, the DiT's blocks streamed"
+)  # fmt: skip
 
 
 SHOWN_TENSORS = 3
@@ -315,7 +351,12 @@ def print_check(report: CheckReport) -> None:
     needs = [(c.name, size(gpu.components[c.name]), size(cpu.components[c.name])) for c in report.components]
     needs.append(("all of them", size(gpu.resident), size(cpu.resident)))
     print_table(("weights in memory", "one GPU, bfloat16", "CPU, float32"), needs)
-    print(f"\nshared host memory of the queues: {size(report.queue_bytes)}; activations come on top")
+    print(f"\nshared host memory of the queues: {size(report.queue_bytes)}")
+    if report.size is not None:
+        video = report.size
+        print(f"\na video of {video.width}x{video.height}, {video.frames} frames, takes with everything:\n")
+        print_levels(report.levels)
+        print(f"\n{figures()}")
 
 
 def tensors(wrong: Mapping[str, Sequence[str]]) -> str:
@@ -396,14 +437,14 @@ def print_status(status: EngineStatus) -> None:
     print_table(("queue", "depth", "peak", "puts", "passed", "slot"), queues)
     if any(device.device != "cpu" or device.plan.level for device in status.memory):
         print()
-        print_levels(status.memory)
+        print_plans(status.memory)
     if status.weights:
         print()
         weights = [(name, content, loras(status, name) or "-") for name, content in status.weights.items()]
         print_table(("weights", "content hash", "LoRAs"), weights)
 
 
-def print_levels(devices: Sequence[DeviceMemory]) -> None:
+def print_plans(devices: Sequence[DeviceMemory]) -> None:
     """`engine memory`."""
     rows = [
         (d.device, level(d), d.mode, ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))

@@ -51,7 +51,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     vae_plain_pixel_bytes: Coefficient
     vae_tile_bytes: Coefficient
     vae_tile_pixel_bytes: Coefficient
-    text_bytes: Coefficient
+    text_hidden_bytes: Coefficient
     copy_bytes_per_second: Coefficient
     flops: Coefficient
     read_bytes_per_second: Coefficient
@@ -207,9 +207,9 @@ def resident_dit(model: ModelParams, plan: MemoryPlan, dtype: str) -> int:
 def working_bytes(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting) -> dict[StageName, int]:
     """What each stage takes of the device while it works, beside the weights that stay there: activations, and from
     level 2 on what it brings in."""
-    figures, sizes = measured(), component_bytes(model, setting.dtype)
+    sizes = component_bytes(model, setting.dtype)
     working: dict[StageName, int] = {
-        "text": int(figures.text_bytes.value),
+        "text": text_bytes(model, setting.dtype),
         "dit": dit_bytes(model, size, setting.dtype),
         "vae": decode_bytes(model, size, setting, tiled=plan.level >= 1),
     }
@@ -234,6 +234,13 @@ def dit_bytes(model: ModelParams, size: RequestSize, dtype: str) -> int:
     rows = config.text_len * (2 if size.guided else 1)
     rows += model.image_encoder.tokens if model.image_encoder is not None else 0
     return int(tokens_of(model, size) * width * item / 2) + 2 * config.num_layers * rows * config.dim * item
+
+
+def text_bytes(model: ModelParams, dtype: str) -> int:
+    """Of encoding a prompt of the longest length, beside the weights."""
+    config, tokens, item = model.text_encoder, model.transformer.text_len, ITEM_BYTES[dtype]
+    bias = 2 * config.num_heads * tokens**2 * item
+    return int(measured().text_hidden_bytes.value * tokens * config.d_ff * item / 2) + bias
 
 
 def decode_bytes(model: ModelParams, size: RequestSize, setting: Setting, *, tiled: bool) -> int:

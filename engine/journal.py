@@ -15,13 +15,14 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from engine.adapters import KeptAdapter
 from engine.states import Descriptors, State
 from ipc.errors import BadConfig, OutputError
 from ipc.messages import Job
@@ -37,6 +38,7 @@ CREATE TABLE IF NOT EXISTS tasks (
     entry BLOB NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS rejected (id TEXT, submitted_at REAL, entry BLOB) STRICT;
+CREATE TABLE IF NOT EXISTS adapters (model TEXT NOT NULL, kept BLOB NOT NULL) STRICT;
 """
 
 
@@ -114,6 +116,26 @@ class Journal:
         except sqlite3.Error as error:
             raise OutputError(f"the journal cannot be written: {error}") from error
 
+    async def adapters(self, model: str) -> list[KeptAdapter]:
+        """The adapters that `keep_adapters` was last given for a model. One that cannot be read is logged. `BadConfig`
+        if the file cannot."""
+        try:
+            return await self._on_thread(self._adapters, model)
+        except sqlite3.Error as error:
+            await self.close()
+            raise self._unusable(error) from error
+
+    async def keep_adapters(self, model: str, adapters: Sequence[KeptAdapter]) -> None:
+        """Returns when these are on disk, in the place of all that were kept for this model. `OutputError` or
+        `BadConfig` if they cannot be; those before are kept then."""
+        if self._paused:
+            await self.resume()
+        try:
+            rows = [(model, msgspec.msgpack.encode(each)) for each in adapters]
+            await self._on_thread(self._keep_adapters, model, rows)
+        except sqlite3.Error as error:
+            raise OutputError(f"nothing was changed, because it could not be journalled: {error}") from error
+
     async def withdraw(self, identity: str, adding: asyncio.Task[None]) -> None:
         """Remove an entry that `adding` is still writing."""
         await asyncio.wait([adding])
@@ -173,6 +195,28 @@ class Journal:
             self._execute("INSERT INTO rejected SELECT * FROM tasks WHERE id = ?", (identity,))
             self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
             return None
+
+    def _adapters(self, model: str) -> list[KeptAdapter]:
+        assert self._connection is not None, "the journal is not open"
+        found = []
+        for (raw,) in self._connection.execute("SELECT kept FROM adapters WHERE model = ? ORDER BY rowid", (model,)):
+            try:
+                found.append(msgspec.msgpack.decode(raw, type=KeptAdapter))
+            except msgspec.MsgspecError as error:
+                log.error("a LoRA in the journal cannot be read and is forgotten: %s", error)
+        return found
+
+    def _keep_adapters(self, model: str, rows: Sequence[tuple[str, bytes]]) -> None:
+        assert self._connection is not None, "the journal is not open"
+        self._execute("BEGIN IMMEDIATE", ())
+        try:
+            self._execute("DELETE FROM adapters WHERE model = ?", (model,))
+            self._connection.executemany("INSERT INTO adapters VALUES (?, ?)", rows)
+            self._execute("COMMIT", ())
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):  # the disk is full: SQLite has done so already
+                self._execute("ROLLBACK", ())
+            raise
 
     def _insert(self, row: tuple[Any, ...]) -> None:
         self._execute("INSERT INTO tasks VALUES (?, ?, ?)", row)

@@ -25,7 +25,8 @@ from engine.replacement import STOP_SIGNALS, Replacement
 from engine.server import Restored, Server
 from engine.states import Descriptors
 from engine.supervisor import Supervisor
-from engine.systemd import Notify, activated_socket
+from engine.systemd import Notify, passed
+from engine.vault import KIND, Vault
 from engine.version import VERSION
 from ipc.errors import BadConfig
 
@@ -65,9 +66,10 @@ def system_params(config: Path | None, flags: dict[str, Any]) -> SystemParams:
 
 async def serve(params: SystemParams) -> None:
     """Claim the path, start the stages, answer clients, and end in the opposite order."""
-    listener = activated_socket()
+    listener, kept = passed(KIND)
+    vault = Vault(Notify.of_environment(), kept)
     with SocketClaim(_path(params, listener), shared=bool(params.allow_uids)) as claim:
-        service = Service(Supervisor(params), claim)
+        service = Service(Supervisor(params, vault=vault), claim)
         await service.run(lambda: service.start(listener))
 
 
@@ -177,6 +179,7 @@ class Service:
         started = time.monotonic()
         with progress_view(quiet=False) as view:
             await self.supervisor.ready(view.load)
+        await self.supervisor.settle()
         self.announced = True
         taken = time.monotonic() - started
         name, path = self.supervisor.model.name, self._claim.path

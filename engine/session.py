@@ -361,7 +361,7 @@ class Session:
                 return LoraList(ref=ref, loras=[await self._supervisor.add_lora(name, *files)])
             case RemoveLora(ref=ref, name=name):
                 self._check_owner("remove LoRAs")
-                self._supervisor.remove_lora(name)
+                await self._supervisor.remove_lora(name)
                 return Ok(ref=ref)
             case ListLoras(ref=ref):
                 return LoraList(ref=ref, loras=self._supervisor.loras())

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.adapters import AdaptersState, adapter_metadata
+from engine.adapters import AdaptersState, KeptAdapter, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
@@ -53,7 +53,7 @@ from engine.events import (
 from engine.footprint import RequestSize, Setting
 from engine.journal import Entry, Journal, JournalState
 from engine.levels import Levels, LevelsState
-from engine.loras import Loras, lost
+from engine.loras import Loras
 from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
 from engine.models import load_model
 from engine.params import ModelParams, SystemParams, UserParams
@@ -65,8 +65,10 @@ from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
 from engine.starting import check_level, plans_at_start, settings_of
 from engine.states import Descriptors, State
+from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, task_spec
 from engine.trace import Trace
+from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from hotreload.given import GivenTensor, pack
@@ -160,6 +162,7 @@ class SupervisorState(State, frozen=True, kw_only=True):
     levels: LevelsState
     journal: JournalState | None
     loras: AdaptersState
+    vault: VaultState | None
     started_at: float
     trace: list[Span]
     changes: list[MemoryChange]
@@ -173,12 +176,16 @@ class Supervisor:
     at `submit`, before anything is allocated; what happens to an accepted task comes as its last event.
     """
 
-    def __init__(self, params: SystemParams | None = None, opened: Opened | None = None) -> None:
-        """`opened`: what the program before this one has found; None: it is looked for now."""
+    def __init__(
+        self, params: SystemParams | None = None, opened: Opened | None = None, vault: Vault | None = None
+    ) -> None:
+        """`opened`: what the program before this one has found; None: it is looked for now. `vault`: the weights are
+        kept there for the next start."""
+        self._vault = vault
         self.params = params or SystemParams()
         self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
-        self._loras = Loras(self.model, self._known_jobs)
+        self._loras = Loras(self.model, self._known_jobs, self._keep_adapters)
         self._admitting = 0
         self._outputs: set[str] = set()
         self._background: set[asyncio.Task[Any]] = set()
@@ -206,6 +213,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
         entries = await self._journal.open() if self._journal is not None else []
+        adapters = await self._journal.adapters(self.model.name) if self._journal is not None else []
         async with contextlib.AsyncExitStack() as undo:
             if self._journal is not None:
                 undo.push_async_callback(self._journal.close)
@@ -224,11 +232,15 @@ class Supervisor:
             self._trace = Trace(self._crew.tokens)
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
+            if self._vault is not None:
+                await self._vault.open(self._crew.placed, self._origins())
             self._phase = "open"
             for seats in self._crew.groups:
                 self._crew.start(seats)
             self._levels.start()
             undo.pop_all()
+        wanted = [entry.job for entry in entries if entry.model == self.model.name]
+        self._loras.take_back(adapters, wanted, self._schedule_waiting)
         for entry in entries:
             if entry.model == self.model.name:
                 self._take_up(entry)
@@ -266,6 +278,20 @@ class Supervisor:
         close_fds(piece.fd for piece in made.values())
         return {}
 
+    def _origins(self) -> list[Origin]:
+        """What is to be read, for which device."""
+        crew = self._crew
+        return [
+            Origin(self.model.name, device, crew.dtype, component)
+            for component in self.checkpoint.components.values()
+            for device in crew.upkeep.places_of(component.name)
+        ]
+
+    async def settle(self) -> None:
+        """All stages are up: what they have read is worth keeping for the next start."""
+        if self._vault is not None:
+            await self._vault.settle(self._crew.placed, self._origins())
+
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot
         be."""
@@ -302,6 +328,7 @@ class Supervisor:
         try:
             await self._levels.end()
             await self._reloader.end()
+            await self._loras.end()
             await self._crew.stop()
             for task in self._pool:
                 _unlink(task.job)
@@ -344,8 +371,8 @@ class Supervisor:
             pool=self._pool.state(), scheduler=self._scheduler.state(), memory=self._memory.state_of(fds),
             crew=self._crew.state(fds), levels=self._levels.state(),
             journal=None if self._journal is None else self._journal.state(fds),
-            loras=self._loras.adapters.state(fds), started_at=self._started_at, trace=self._trace.spans(),
-            changes=self._trace.changes(),
+            loras=self._loras.adapters.state(fds), vault=None if self._vault is None else self._vault.state(),
+            started_at=self._started_at, trace=self._trace.spans(), changes=self._trace.changes(),
         )  # fmt: skip
 
     @classmethod
@@ -374,6 +401,8 @@ class Supervisor:
         made._levels = Levels(made, made._crew, made.params, made.model, settings)
         made._levels.put_back(state.levels)
         made._loras.adapters.put_back(state.loras, fds)
+        if state.vault is not None:
+            made._vault = Vault.restored(state.vault, Notify.of_environment(), made._crew.placed)
         made._reloader = Reloader(made, made._crew)
         made._trace = Trace(made._crew.tokens, state.trace, state.changes)
         made._scheduler = Scheduler.restored(state.scheduler)
@@ -423,6 +452,8 @@ class Supervisor:
         self._admitting += 1
         self._no_admissions.clear()
         try:
+            if user.lora:
+                await self._loras.taken_back()
             job = await asyncio.to_thread(self.check, user)
             if job.output in self._outputs:
                 raise BadRequest(f"another unfinished request already writes to {user.output!r}; choose another name")
@@ -475,9 +506,12 @@ class Supervisor:
 
     async def cancel(self, identity: str) -> None:
         """Stop a task at its next step; its listeners get `Failed(cancelled)` at once. `NotFound` if there is none."""
-        if self._pool.get(identity).ended is None:
+        if (task := self._pool.get(identity)).ended is None:
             failure = to_failure(Cancelled("the request was cancelled"))
-            self._dispatch(CancelAsked(identity, failure))
+            if identity in self._scheduler:
+                self._dispatch(CancelAsked(identity, failure))
+            else:  # it waits for its adapters
+                self._end(task, Failed(id=identity, error=failure))
 
     def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
@@ -593,14 +627,19 @@ class Supervisor:
         self._check_open()
         return await self._loras.add(name, files)
 
-    def remove_lora(self, name: str) -> None:
+    async def remove_lora(self, name: str) -> None:
         """Take an adapter away from requests to come; those that were accepted are finished with it. Raises
         `NotFound`."""
-        self._loras.remove(name)
+        self._check_open()
+        await self._loras.remove(name)
 
     def loras(self) -> list[LoraInfo]:
         """The adapters that requests can name, and those that unfinished requests still use."""
         return self._loras.adapters.infos([task.job for task in self._pool.unfinished()])
+
+    async def _keep_adapters(self, adapters: list[KeptAdapter]) -> None:
+        if self._journal is not None:
+            await self._journal.keep_adapters(self.model.name, adapters)
 
     def _known_jobs(self) -> list[Job]:
         """Of each task that a stage may still know."""
@@ -712,10 +751,22 @@ class Supervisor:
         task = Task(job, spec, entry.params, entry.submitted_at)
         task.weights = weights or {}
         self._pool.add(task)
-        if gone := self._loras.adapters.missing(job):
-            self._end(task, Failed(id=job.id, error=to_failure(lost(gone[0]))))
-            return
-        self._dispatch(Submitted(spec))
+        if not (self._loras.is_taking_back and self._loras.adapters.missing(job)):
+            self._schedule(task)
+
+    def _schedule(self, task: Task) -> None:
+        """To be run from now on; or it fails, if its adapters are lost."""
+        if gone := self._loras.adapters.missing(task.job):
+            self._end(task, Failed(id=task.id, error=to_failure(self._loras.lost(gone[0]))))
+        else:
+            self._dispatch(Submitted(task.spec))
+
+    def _schedule_waiting(self) -> None:
+        """The adapters are there that an earlier run has kept, or are lost."""
+        for task in self._pool.unfinished():
+            if task.id not in self._scheduler:
+                self._schedule(task)
+        self._loras.let_go()
 
     # Events and actions.
 

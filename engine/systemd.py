@@ -1,13 +1,17 @@
-"""Under systemd, or what does as it does: telling it how the engine is (`sd_notify(3)`), and taking the listening
-socket that it has opened (`sd_listen_fds(3)`)."""
+"""Under systemd, or what does as it does: telling it how the engine is (`sd_notify(3)`), having it keep descriptors for
+the next start (`FDSTORE=1`), and taking what it passes: those, and the listening socket that it has opened
+(`sd_listen_fds(3)`)."""
 
 from __future__ import annotations
 
+import array
 import logging
 import os
 import socket
 import stat
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from ipc.errors import BadConfig
 
@@ -44,33 +48,65 @@ class Notify:
     def stopping(self) -> None:
         self._send("STOPPING=1\nSTATUS=stopping")
 
-    def _send(self, text: str) -> None:
+    def keep(self, name: str, fd: int) -> bool:
+        """Have a copy of a descriptor kept until `let_go`, or until the service is stopped; it is passed to the next
+        start. False if nobody hears of it. A manager that keeps none (`FileDescriptorStoreMax=0`) does not say so."""
+        # FDPOLL=0: not to be thrown away when polling it gives an error, as of memory on some devices.
+        return self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [fd])
+
+    def let_go(self, name: str) -> None:
+        """Of all descriptors of this name."""
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def _send(self, text: str, fds: Sequence[int] = ()) -> bool:
         if self._address is None:
-            return
+            return False
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
                 sender.setblocking(False)
-                sender.sendto(text.encode(), address)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+                sender.sendmsg([text.encode()], rights, 0, address)
         except OSError as error:
             log.warning("the service manager was not told %r: %s", text.partition("\n")[0], error.strerror)
+            return False
+        return True
 
 
-def activated_socket() -> socket.socket | None:
-    """The listening Unix socket that this process was started with, if it was started by socket activation.
+class Passed(NamedTuple):
+    """What this process was started with. `kept`: by name, what an earlier start had the manager keep."""
 
-    `BadConfig` for anything but one such socket. The variables that tell of it are taken out of the environment: they
-    are not for our children.
+    listener: socket.socket | None
+    kept: dict[str, int]
+
+
+def passed(kind: str) -> Passed:
+    """The listening Unix socket, if there is one, and the descriptors whose names begin with `kind` and a slash; all
+    close-on-exec.
+
+    `BadConfig` for anything else. The variables that tell of it are taken out of the environment: they are not for our
+    children.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()):
-        return None
-    if count != "1":
-        raise BadConfig(f"{count or 'no'} sockets were passed to this service; expected one: the engine has one socket")
-    if not stat.S_ISSOCK(os.fstat(FIRST_FD).st_mode):
+        return Passed(None, {})
+    fds = range(FIRST_FD, FIRST_FD + (int(count) if count.isdigit() else 0))
+    kept = {name: fd for fd, name in zip(fds, names, strict=False) if name.startswith(f"{kind}/")}
+    sockets = [fd for fd in fds if fd not in kept.values()]
+    if len(sockets) > 1 or not fds:
+        raise BadConfig(
+            f"{len(sockets) or 'no'} sockets were passed to this service; expected one: the engine has one socket"
+        )
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return Passed(_listener(sockets[0]) if sockets else None, kept)
+
+
+def _listener(fd: int) -> socket.socket:
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         raise BadConfig("what was passed to this service is no socket; expected a Unix stream socket that listens")
-    listener = socket.socket(fileno=FIRST_FD)
+    listener = socket.socket(fileno=fd)
     listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listens:
         raise BadConfig(
@@ -78,5 +114,4 @@ def activated_socket() -> socket.socket | None:
             "configs/system/engine.socket"
         )
     listener.setblocking(False)
-    listener.set_inheritable(False)
     return listener

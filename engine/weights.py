@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from engine.states import Descriptors, State
@@ -38,6 +38,29 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._placed: dict[tuple[str, str, str], Placed] = {}
+        self._doubted: set[tuple[str, str, str]] = set()
+        """Taken back from an earlier run, and not bound to by any process yet."""
+        self.on_change: Callable[[WeightStore], None] = lambda store: None
+        """Called when something is placed or let go of; not by `close`."""
+
+    def take_back(self, device: str, version: WeightVersion, fd: int) -> None:
+        """As `keep`, of what an earlier run has left, until a process says that it is that."""
+        self.keep(device, version, fd)
+        self._doubted.add((device, version.component, version.content))
+
+    def proven(self, known: Iterable[tuple[str, str, str]]) -> None:
+        """A process has bound to these: component, content hash and where it is placed, each."""
+        self._doubted.difference_update((place, component, content) for component, content, place in known)
+
+    def refuted(self, known: Iterable[tuple[str, str, str]]) -> bool:
+        """A process that was given these did not come up. Let go of those that nobody has bound to yet; False if there
+        are none."""
+        doubted = self._doubted & {(place, component, content) for component, content, place in known}
+        for key in doubted & self._placed.keys():
+            os.close(self._placed.pop(key).fd)
+        if doubted:
+            self.on_change(self)
+        return bool(doubted)
 
     def keep(self, device: str, version: WeightVersion, fd: int) -> None:
         """Take over the descriptor of a version; another copy of it on this device is let go."""
@@ -45,6 +68,8 @@ class WeightStore:
         if (old := self._placed.pop(key, None)) is not None:
             os.close(old.fd)
         self._placed[key] = Placed(device, version, fd)
+        self._doubted.discard(key)
+        self.on_change(self)
 
     def of(self, device: str, components: Collection[str]) -> list[tuple[WeightVersion, int]]:
         """The versions of these components that are placed on a device, in the order in which they were placed; the
@@ -71,6 +96,7 @@ class WeightStore:
         """Close a version's descriptors, of one device, or of all."""
         for key in [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]:
             os.close(self._placed.pop(key).fd)
+        self.on_change(self)
 
     def holdings(self) -> list[Holding]:
         return [
@@ -153,9 +179,11 @@ class Versions:
         return {name: content for name, content in self.previous.items() if self.serving[name] != content}
 
     def surplus(self, placed: Iterable[Placed], in_use: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-        """The placed versions that are neither served, nor pinned, nor used by a task."""
+        """The placed versions that are neither served, nor pinned, nor used by a task. Of a component that is not
+        served yet, its stage is about to say which it has."""
         pinned = (self.previous or {}).items() if self.pinned else ()
-        return {(p.version.component, p.version.content) for p in placed} - {*in_use, *self.serving.items(), *pinned}
+        known = {(p.version.component, p.version.content) for p in placed if p.version.component in self.serving}
+        return known - {*in_use, *self.serving.items(), *pinned}
 
     def forget_sources(self, known: Collection[tuple[str, str]]) -> None:
         """Keep what is said of the versions that are `known`, served, or were before."""

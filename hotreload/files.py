@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
@@ -35,6 +35,23 @@ def open_regular(path: Path) -> int:
 def regular_file(path: Path) -> BinaryIO:
     """The same as a file object, which closes the fd."""
     return os.fdopen(open_regular(path), "rb")
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is replaced or written to. Not the time of the last modification, which a program can
+    set."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+    """Nanoseconds since the epoch."""
+
+
+def stamp(path: Path) -> Stamp:
+    """OSError if there is none."""
+    status = os.stat(path)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
 
 
 def path_of_descriptor(fd: int) -> str:

@@ -20,7 +20,6 @@ from ipc.messages import Component, Lora
 
 EXTENSION = ".safetensors"
 MAX_STRENGTH = 10.0
-EXPERTS = ("transformer", "transformer_2")
 _BETWEEN = re.compile(rf"(?<={re.escape(EXTENSION)})\s*,")
 _STRENGTH_OF_ONE = re.compile(rf"{re.escape(EXTENSION)}:[^,/]*,")
 """Before the comma between two files."""
@@ -56,20 +55,27 @@ def parse_lora(text: str) -> LoraOption:
     return LoraOption(files, strength)
 
 
-def attach_loras(components: Mapping[str, Component], options: Iterable[str]) -> dict[str, Component]:
+def attach_loras(
+    components: Mapping[str, Component], options: Iterable[str], experts: Sequence[str]
+) -> dict[str, Component]:
     """`components` with the LoRA files of `options` in the transformers they go into, each checked to fit.
 
-    Raises `BadConfig` for an option that is not one, or has the wrong number of files; `BadCheckpoint` for a file.
+    `experts`: all transformers of the model, high noise first; `components` may lack some of them, whose files are then
+    not read further than their headers. Raises `BadConfig` for an option that is not one, or has the wrong number of
+    files; `BadCheckpoint` for a file.
     """
     attached = dict(components)
     parsed = [parse_lora(text) for text in options]
-    experts = [name for name in EXPERTS if name in components]
     shapes = {
-        name: {n: e.shape for n, e in component_table(components[name]).items()} for name in experts if parsed
-    }  # fmt: skip
+        name: {n: e.shape for n, e in component_table(components[name]).items()}
+        for name in experts
+        if parsed and name in components
+    }
     for option in parsed:
         check_paths(option)
         for name, given in zip(experts, for_each_expert(option.files, experts), strict=True):
+            if name not in components:
+                continue
             file = _path(given)
             read_lora(file, name, shapes[name], f"LoRA {given}")
             lora = Lora(file=str(file), strength=option.strength)

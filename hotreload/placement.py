@@ -111,7 +111,10 @@ class Placement:
             else:
                 mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
             length = int.from_bytes(mapping[:8], "little")
-            table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
+            try:
+                table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"placed {version.component}: there is no table of tensors in it: {error}") from error
             if table != lay_out(tensors, runs):
                 raise ValueError(f"placed {version.component}: its tensors are not those of this model in this dtype")
             placement = cls(own, table, mapping)

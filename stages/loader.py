@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotreload.files import path_of_descriptor
+from hotreload.files import Stamp, path_of_descriptor, stamp
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, to_failure
 from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
@@ -46,9 +46,6 @@ NICE = 10
 """Steps of priority below the stages': a tenth of the time of a core that they want too."""
 
 Asked = Read | ReadLora
-
-Stamp = tuple[int, int, int, int]
-"""What changes when a file is replaced or written to."""
 
 
 def read_all(asked: Read, channel: Channel[Asked], fds: Sequence[int]) -> None:
@@ -126,11 +123,9 @@ def stamps(component: Component) -> dict[str, Stamp]:
     found = {}
     for file in [*component.files, *(lora.file for lora in component.loras)]:
         try:
-            status = os.stat(file)
+            found[file] = stamp(Path(file))
         except OSError as error:
             raise BadCheckpoint(f"{component.name}: {Path(file).name} cannot be read: {error.strerror}") from error
-        # Not the time of the last modification, which a program can set.
-        found[file] = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
     return found
 
 

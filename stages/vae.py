@@ -1,5 +1,8 @@
 """The vae stage: init frames to latents, and latents to frames chunk by chunk.
 
+From memory level 1 on, all frames of a clip are decoded in its first chunk's quantum, tile by tile, and wait in host
+memory (`stages/models/vae_tiles.py`). A clip is finished in the way in which it began.
+
 The VAE's weights are float32; `stages/models/vae_codec.py` says what computes with them. The image encoder runs in the
 dtype of the DiT.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,12 +32,80 @@ from stages.weights import OFFLOADED, Network, held
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Decoding:
-    """A task whose latents are being decoded: what the causal convolutions remember, and the next chunk."""
+class Decoding(Protocol):
+    """A task whose latents are being decoded."""
 
-    clip: ClipCoder
+    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
+        """The frames [t, H, W, 3] uint8 of chunk `index` of the clip with these latents [z, T, h, w]. Raises
+        `NumericalError`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory between chunks."""
+
+
+@dataclass(slots=True)
+class ChunkDecoding:
+    """Chunk after chunk: what the causal convolutions remember, and the next one. Chunks before the one that is wanted
+    are decoded again, silently, if this process has not."""
+
+    size: int
+    """Latent frames of a chunk."""
+    links: Links
+    device: torch.device
+    clip: ClipCoder | None = None
     next: int = 0
+
+    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
+        if self.clip is None or self.next > index:
+            self.clip, self.next = codec.clip(*latents.shape[2:]), 0
+        while self.next <= index:
+            chunk = latents[:, self.next * self.size : (self.next + 1) * self.size]
+            pixels = self.clip.decode(chunk.unsqueeze(0).to(self.device))
+            self.next += 1
+            self.links.beat()
+        check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
+        return to_frames(pixels)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.clip is None else self.clip.nbytes
+
+
+@dataclass(slots=True)
+class TileDecoding:
+    """All at once, in tiles, with the first chunk that is wanted."""
+
+    size: int
+    """Latent frames of a chunk."""
+    links: Links
+    device: torch.device
+    frames: Tensor | None = None
+    """All of the clip's, [F, H, W, 3] uint8, in host memory."""
+
+    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
+        if self.frames is None:
+            self.frames = self._decode(codec, latents)
+        stride = codec.config.temporal_stride
+        first, stop = (max(0, i * self.size * stride - stride + 1) for i in (index, index + 1))
+        return self.frames[first:stop]
+
+    def _decode(self, codec: Codec, latents: Tensor) -> Tensor:
+        stride, scale = codec.config.temporal_stride, codec.config.spatial_stride
+        count, height, width = latents.shape[1:]
+        frames = torch.empty((count - 1) * stride + 1, height * scale, width * scale, 3, dtype=torch.uint8)
+        pieces = codec.decode_tiles(latents.unsqueeze(0).to(self.device), self.size, beat=self.links.beat)
+        for piece in pieces:
+            check_finite(piece.pixels, "the decoded video has", "the VAE")
+            part = to_frames(piece.pixels)
+            t, h, w = (slice(at, at + n) for at, n in zip(piece[:3], part.shape[:3], strict=True))
+            frames[t, h, w] = part.cpu()
+            self.links.beat()
+        return frames
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.frames is None else self.frames.nbytes
 
 
 class VaeStage:
@@ -62,6 +133,8 @@ class VaeStage:
         self._image_encoder = image_encoder
         self._jobs: dict[str, Job] = {}
         self._decodings: dict[str, Decoding] = {}
+        self.tiled = start.memory.level >= 1
+        """Whether clips that begin now are decoded in tiles."""
 
     @classmethod
     def load(cls, start: Start, links: Links) -> VaeStage:
@@ -127,7 +200,7 @@ class VaeStage:
         left: list[tuple[str, str]] = []
         for network in self._all.values():
             left += held(network, plan, self._links, self._outliving)
-        self._plan = plan
+        self._plan, self.tiled = plan, plan.level >= 1
         return left
 
     def _rest(self) -> None:
@@ -138,7 +211,7 @@ class VaeStage:
                 network.release()
 
     def state(self) -> StageState:
-        held = sum(decoding.clip.nbytes for decoding in self._decodings.values())
+        held = sum(decoding.nbytes for decoding in self._decodings.values())
         return StageState(frozenset(self._jobs), held)
 
     def _codec_of(self, job: Job) -> Codec:
@@ -168,23 +241,19 @@ class VaeStage:
             put_tensor(queue, job.id, 1, tokens, QUEUE_TIMEOUT)
 
     def _decode(self, identity: str, index: int) -> None:
-        """Put chunk `index`. Chunks before it are decoded again, silently, if this process has not."""
+        """Put chunk `index`."""
         latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
         codec = self._codec_of(self._jobs[identity])
         decoding = self._decodings.get(identity)
-        if decoding is None or decoding.next > index:
-            decoding = self._decodings[identity] = Decoding(codec.clip(*latents.shape[2:]))
+        if decoding is None:
+            kind = TileDecoding if self.tiled else ChunkDecoding
+            decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
         try:
-            while decoding.next <= index:
-                chunk = latents[:, decoding.next * self._chunk : (decoding.next + 1) * self._chunk]
-                pixels = decoding.clip.decode(chunk.unsqueeze(0).to(self._device))
-                decoding.next += 1
-                self._links.beat()
+            frames = decoding.chunk(codec, latents, index)
         except BaseException:
             del self._decodings[identity]  # what it keeps of the frames before may be of two times by now
             raise
-        check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
-        put_tensor(self._links.outputs["frames"], identity, index, to_frames(pixels), QUEUE_TIMEOUT)
+        put_tensor(self._links.outputs["frames"], identity, index, frames, QUEUE_TIMEOUT)
 
 
 def choose_kernels(start: Start, links: Links) -> KernelKind:
@@ -195,7 +264,7 @@ def choose_kernels(start: Start, links: Links) -> KernelKind:
             torch.device(device).index or 0
         )  # Triton launches on the current device, whatever its tensors'
     kind, problem = vae_check.choose(start.vae_kernels, start.vae, device, links.beat)
-    if problem and device.type == "cuda" and not start.vae.is_residual:
+    if problem and device.type == "cuda":
         log.warning("the VAE's Triton kernels are not used, it computes in float32: %s", problem)
     return kind
 

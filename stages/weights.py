@@ -92,7 +92,8 @@ class Network(Generic[M]):
 
         Its tensors are views of memory that outlives this process: of what the supervisor holds, or of what is read
         here and handed to it. Only where the GPU has no such memory (`start.outliving`) are they this process's own.
-        Raises `BadCheckpoint`, and `OutOfMemory` if there is no room for them.
+        Raises `BadCheckpoint`, `OutOfMemory` if there is no room for them, and `StageFailed` for memory that is not
+        what it is said to be.
         """
         aliases = aliases or {}
         shapes, where = shapes_of(module, dtype, aliases), torch.device(device)
@@ -103,7 +104,10 @@ class Network(Generic[M]):
         network = cls(module, name, shapes, aliases, "", where)
         if placed := links.placed.get(name):
             for version, fd in placed:
-                network.adopt(version, fd)
+                try:
+                    network.adopt(version, fd)
+                except (OSError, ValueError) as error:
+                    raise StageFailed(f"the weights that are in memory cannot be used: {error}") from error
             content = start.serving.get(name, placed[-1][0].content)
         elif start.outliving or start.memory.level >= OFFLOADED:
             home = "cpu" if start.memory.level >= OFFLOADED else device

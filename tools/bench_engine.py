@@ -56,7 +56,7 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
     tokenizer = load_tokenizer(str(checkpoint.tokenizer))
 
     def embed(text: str) -> torch.Tensor:
-        rows = text_encoder.encode(encoder, prompt_ids(tokenizer, text, model.transformer.text_len))
+        (rows,) = text_encoder.encode(encoder, prompt_ids(tokenizer, text, model.transformer.text_len))
         padded = torch.nn.functional.pad(rows, (0, 0, 0, model.transformer.text_len - len(rows)))
         return dit.encode_prompt(padded.unsqueeze(0))
 

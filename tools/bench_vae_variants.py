@@ -47,6 +47,25 @@ def our_decode(vae: WanVae, latents: Tensor) -> Variant:
     return Variant(codec, run)
 
 
+def our_tiles(vae: WanVae, latents: Tensor) -> Variant:
+    """As the engine decodes from memory level 1 on: in tiles, to uint8 frames in host memory."""
+    codec = our_codec(vae)
+    codec.tile_decoder  # noqa: B018 (made before its memory is measured)
+    stride, scale = vae.config.temporal_stride, vae.config.spatial_stride
+    count, height, width = latents.shape[2:]
+    shape = ((count - 1) * stride + 1, height * scale, width * scale, 3)
+
+    def run(keep: bool) -> Tensor | None:
+        frames = torch.empty(shape, dtype=torch.float32 if keep else torch.uint8)
+        for piece in codec.decode_tiles(latents, DECODE_LATENTS):
+            part = piece.pixels[0].permute(1, 2, 3, 0) if keep else to_frames(piece.pixels)
+            t, h, w = (slice(at, at + n) for at, n in zip(piece[:3], part.shape[:3], strict=True))
+            frames[t, h, w] = part.cpu()
+        return frames.permute(3, 0, 1, 2).unsqueeze(0) if keep else None
+
+    return Variant(codec, run)
+
+
 def our_encode(vae: WanVae, frames: Tensor) -> Variant:
     """As the engine encodes: the first frame, then so many latent frames at once as it decodes."""
     codec = our_codec(vae)
@@ -96,6 +115,9 @@ def diffusers_vae(vae: WanVae) -> Any:
             base_dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult),
             num_res_blocks=config.num_res_blocks, temperal_downsample=list(config.temporal_downsample),
             latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
+            decoder_base_dim=config.decoder_base_dim, is_residual=config.is_residual, patch_size=config.patch_size,
+            in_channels=3 * config.patch_size**2, out_channels=3 * config.patch_size**2,
+            scale_factor_spatial=config.spatial_stride,
         )  # fmt: skip
     model.load_state_dict(vae.state_dict(), strict=True)
     return model.to(torch.bfloat16).eval().requires_grad_(False)

@@ -22,6 +22,7 @@ import av
 import numpy as np
 import torch
 
+from engine.cuda import management_handle
 from engine.models import CONFIGS, list_models, load_model
 from engine.params import ModelParams
 from hotreload.checkpoint import open_checkpoint
@@ -278,14 +279,14 @@ def read_frames(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def gpu_memory_used(device: str) -> int:
-    """Bytes in use on the first GPU, by all processes; 0 on a CPU."""
+    """Bytes in use on a GPU, by all processes; 0 on a CPU."""
     if device == "cpu":
         return 0
     import pynvml
 
     pynvml.nvmlInit()
     try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(management_handle(device)).used)
     finally:
         pynvml.nvmlShutdown()
 
@@ -299,7 +300,7 @@ def machine(device: str) -> list[str]:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = management_handle(device)
         total = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
         name, driver = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlSystemGetDriverVersion()
         pynvml.nvmlShutdown()

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from engine.cuda import management_handle
+
 SAMPLE_INTERVAL = 0.05
 """Seconds between two looks at the clock."""
 WARM_SECONDS = 10.0
@@ -42,7 +44,7 @@ class Card:
     """Looks at the clock and the power in a thread of its own, between `with` and its end; on a CPU, does nothing."""
 
     def __init__(self, device: str) -> None:
-        self._on_gpu = device.startswith("cuda")
+        self._device, self._on_gpu = device, device.startswith("cuda")
         self._label = ""
         self._samples: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
         self._stop = threading.Event()
@@ -74,7 +76,7 @@ class Card:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = management_handle(self._device)
         while not self._stop.wait(SAMPLE_INTERVAL):
             label = self._label
             clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
@@ -145,7 +147,7 @@ def machine_lines(device: str, *packages: str) -> list[str]:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = management_handle(device)
         limit = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
         driver, name = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlDeviceGetName(handle)
         pynvml.nvmlShutdown()

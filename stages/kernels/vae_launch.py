@@ -84,7 +84,7 @@ class Kernels:
         pool = target.pool
         scale = 2 if layer.phases == 4 else 1
         self._launch(
-            layer, source, slots, pool.frames, target.gamma,
+            layer, source, slots, pool.frames, target.gamma, target.origin,
             (pack(target.residual), pack(target.raw), pack(target.normed)),
             (pool.height // scale, pool.width // scale, pool.width + 2, pool.rows),
             {
@@ -97,7 +97,7 @@ class Kernels:
         """See `stages.models.vae_conv.conv_to_pixels`."""
         none = pack([])
         self._launch(
-            layer, source, slots, pixels, None, (none, none, none), (*pixels.shape[1:3], 0, 0),
+            layer, source, slots, pixels, None, (0, 0), (none, none, none), (*pixels.shape[1:3], 0, 0),
             {"DENSE": True, "RESIDUAL": False, "RAW": True, "NORM": False},
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ class Kernels:
 
     def _launch(
         self, layer: Conv, source: FramePool, slots: list[int], out: Tensor, gamma: Tensor | None,
-        out_slots: tuple[int, int, int], sizes: tuple[int, ...], flags: dict[str, bool],
+        origin: tuple[int, int], out_slots: tuple[int, int, int], sizes: tuple[int, ...], flags: dict[str, bool],
     ) -> None:  # fmt: skip
         # The rows of what TMA fetches are multiples of 16 bytes.
         tma = self.tma and source.channels * source.frames.element_size() % 16 == 0
@@ -127,7 +127,7 @@ class Kernels:
         frames = layer.frames_out(len(slots)) // layer.halves
         grid = (tiles * frames * layer.phases * layer.halves * padded // (n0 + n1),)
         conv_kernel[grid](
-            _describe_frames(source, tile), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
+            _describe_frames(source, tile, origin), *self._describe_weights(layer, tile, (n0, n1)), layer.bias,
             layer.bias if gamma is None else gamma, out, pack(slots), *out_slots, source.width + 2, source.rows,
             height, width, sizes[2], sizes[3], tiles, frames, CHANNELS_IN=source.channels, CHANNELS=layer.channels,
             PADDED_IN=padded_in, PADDED=padded, KT=layer.taps[0], KH=layer.taps[1], KW=layer.taps[2],
@@ -148,13 +148,15 @@ class Kernels:
         return tuple(self._weights[matrix.data_ptr(), tile.k, columns] for columns in n)
 
 
-def _describe_frames(source: FramePool, tile: Tile) -> Any:
-    matrix = source.frames.view(-1, source.channels)
+def _describe_frames(source: FramePool, tile: Tile, origin: tuple[int, int]) -> Any:
+    """The pixels of all slots as rows, from `origin` on: every slot's rows are that much further on."""
+    first = origin[0] * (source.width + 2) + origin[1]
+    matrix = source.frames.view(-1, source.channels)[first:]
     if not tile.tma:
         return matrix
-    if (tile.m, tile.k) not in source.views:
-        source.views[tile.m, tile.k] = _describe(matrix, tile.m, tile.k)
-    return source.views[tile.m, tile.k]
+    if (tile.m, tile.k, first) not in source.views:
+        source.views[tile.m, tile.k, first] = _describe(matrix, tile.m, tile.k)
+    return source.views[tile.m, tile.k, first]
 
 
 def _describe(matrix: Tensor, rows: int, columns: int) -> Any:

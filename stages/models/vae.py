@@ -208,9 +208,23 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if time is None else [Upsample(width, width // 2, time)])
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
+        return self.enlarge(self.frames(x, cache), x)
+
+    def frames(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """All frames of the output, before they are made larger."""
+        for block in self.resnets:
             x = block(x, cache)
+        for upsampler in self.upsamplers:
+            assert isinstance(upsampler, Upsample)
+            x = upsampler.double_time(x, cache)
         return x
+
+    def enlarge(self, frames: Tensor, x: Tensor) -> Tensor:
+        """The output of `frames` and of the block's input x, whose pixels may be the same part of both."""
+        for upsampler in self.upsamplers:
+            assert isinstance(upsampler, Upsample)
+            frames = upsampler.double_space(frames)
+        return frames
 
 
 class ResidualUpBlock(nn.Module):
@@ -225,10 +239,19 @@ class ResidualUpBlock(nn.Module):
         self.upsampler = None if time is None else Upsample(width, width, time)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        y = x
+        return self.enlarge(self.frames(x, cache), x)
+
+    def frames(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """See `UpBlock.frames`."""
         for block in self.resnets:
-            y = block(y, cache)
-        return y if self.upsampler is None else add_repeated(self.upsampler(y, cache), x, self.time)
+            x = block(x, cache)
+        return x if self.upsampler is None else self.upsampler.double_time(x, cache)
+
+    def enlarge(self, frames: Tensor, x: Tensor) -> Tensor:
+        """See `UpBlock.enlarge`."""
+        if self.upsampler is None:
+            return frames
+        return add_repeated(self.upsampler.double_space(frames), x, self.time)
 
 
 def res_blocks(width_in: int, width: int, count: int) -> list[nn.Module]:

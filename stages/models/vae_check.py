@@ -44,8 +44,6 @@ def missing(config: VaeConfig, device: torch.device) -> str:
     """Why there are no kernels for this VAE on this device; empty if there are."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "needs an NVIDIA GPU"
-    if config.is_residual:
-        return "needs a VAE of Wan2.1's kind"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"needs compute capability 8.0, the GPU has {capability[0]}.{capability[1]}"
     return "needs triton, which is not installed" if importlib.util.find_spec("triton") is None else ""

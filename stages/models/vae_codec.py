@@ -1,12 +1,13 @@
 """Which code encodes and decodes clips. Within the life of an engine it is chosen once: by the first vae, which tells
 the supervisor, which tells all others.
 
-On a GPU whose kernels are right (`stages/models/vae_check.py`), Wan2.1's VAE runs in bfloat16 with `FastDecoder` and
+On a GPU whose kernels are right (`stages/models/vae_check.py`), a VAE runs in bfloat16 with `FastDecoder` and
 `FastEncoder`. Else `WanVae` in float32, as in the original. The two differ by the rounding of bfloat16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -19,7 +20,10 @@ from ipc.messages import KernelKind
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_encode import FastEncoder
+from stages.models.vae_fast_tiles import TileDecoder
 from stages.models.vae_layers import Cache
+from stages.models.vae_plain_tiles import decode_tiles
+from stages.models.vae_tiles import TILE_BUDGET, Piece
 from stages.models.vae_walk import Clip, Operations
 
 
@@ -47,6 +51,15 @@ class Codec(Protocol):
 
     def clip(self, height: int, width: int) -> ClipCoder:
         """A clip of height x width latents that has not begun."""
+
+    def decode_tiles(
+        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
+    ) -> Iterator[Piece]:
+        """A whole clip, normalised latents [1, z, T, h, w], in tiles whose activations take at most `budget` bytes: all
+        its pixels, of a tile in the order of time. See `stages/models/vae_tiles.py`.
+
+        chunk: latent frames per `ClipCoder.decode` of the untiled clip that this is to equal. beat: as in `Links`,
+        called before the first piece comes; between pieces who takes them may do it."""
 
 
 @dataclass(slots=True)
@@ -83,6 +96,11 @@ class PlainCodec:
 
     def clip(self, height: int, width: int) -> PlainClip:
         return PlainClip(self.vae)
+
+    def decode_tiles(
+        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
+    ) -> Iterator[Piece]:
+        return decode_tiles(self.vae, latents, chunk, budget, beat)
 
 
 @dataclass(slots=True)
@@ -133,11 +151,20 @@ class FastCodec:
         return FastDecoder(self.vae, self.operations, self.dtype)
 
     @cached_property
+    def tile_decoder(self) -> TileDecoder:
+        return TileDecoder(self.decoder)
+
+    @cached_property
     def encoder(self) -> FastEncoder:
         return FastEncoder(self.vae, self.operations, self.dtype)
 
     def clip(self, height: int, width: int) -> FastClip:
         return FastClip(self, height, width)
+
+    def decode_tiles(
+        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
+    ) -> Iterator[Piece]:
+        return self.tile_decoder.decode(latents, budget, beat)
 
 
 def make_codec(vae: WanVae, kind: KernelKind, device: torch.device) -> Codec:

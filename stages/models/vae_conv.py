@@ -63,6 +63,9 @@ class Target:
     """Gets silu(rms_norm(output) * gamma)."""
     gamma: Tensor | None = None
     """[padded channels] float32."""
+    origin: tuple[int, int] = (0, 0)
+    """Row and column of the source at which the walk over it begins: a convolution into a pool of smaller frames sees
+    a part of the source, and what is around that."""
 
 
 def split_width(width: int, limit: int = 256) -> tuple[int, int]:
@@ -166,7 +169,7 @@ def conv(layer: Conv, source: FramePool, slots: list[int], target: Target) -> No
         for phase in range(layer.phases):
             a, b = divmod(phase, 2)
             view = y[a::scale, b::scale]
-            view.copy_(_sum_of_taps(layer, source, slots, t, phase, view.shape[0], view.shape[1]))
+            view.copy_(_sum_of_taps(layer, source, slots, t, phase, view.shape[0], view.shape[1], target.origin))
         _finish(y, target, t)
 
 
@@ -183,11 +186,13 @@ def norm_silu(pool: FramePool, slots: list[int], gamma: Tensor, into: list[int])
 
 
 def _sum_of_taps(
-    layer: Conv, source: FramePool, slots: list[int], t: int, phase: int, height: int, width: int
-) -> Tensor:
+    layer: Conv, source: FramePool, slots: list[int], t: int, phase: int, height: int, width: int,
+    origin: tuple[int, int] = (0, 0),
+) -> Tensor:  # fmt: skip
     half = t % layer.halves
     first = t // layer.halves * layer.time_stride
     down, right = divmod(phase, 2) if layer.phases == 4 else layer.offset
+    down, right = down + origin[0], right + origin[1]
     step = layer.space_stride
     total = layer.bias[half, : layer.channels].expand(height, width, -1)
     taps = layer.weight[phase + half, :, : layer.channels_in, : layer.channels].float()

@@ -6,21 +6,27 @@ and residual happen in the convolution before them, upsampling in the one after 
 
 Frames go through the levels depth first and at most `groups[level]` at a time, so that memory depends on the size of a
 frame only, not on the length of a chunk or clip. How they are grouped does not change one bit of the result: each
-output pixel is a sum in an order of its own, and what torch computes is computed frame by frame.
+output pixel is a sum in an order of its own, and what torch computes is computed frame by frame. Nor does
+cutting frames into tiles (`stages/models/vae_fast_tiles.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stages.models.vae import UpBlock, WanVae
+from ipc.architecture import VaeConfig
+from stages.models.vae import ResidualUpBlock, UpBlock, WanVae
 from stages.models.vae_conv import Conv, doubling_conv, narrow_conv, sum_columns, upsampling_conv
-from stages.models.vae_frames import ZERO_SLOT
-from stages.models.vae_layers import CausalConv, Upsample, pointwise
+from stages.models.vae_frames import ZERO_SLOT, FramePool
+from stages.models.vae_layers import CausalConv, Upsample, pointwise, unfold_pixels
+from stages.models.vae_shortcuts import repeat_pixels
+from stages.models.vae_tiles import Window, whole
 from stages.models.vae_walk import Block, Clip, NoOperations, Operations, Walker, make_block, make_causal, make_gamma
 
 GROUPS = (4, 4, 4, 4)
@@ -34,6 +40,25 @@ class Level:
     blocks: list[Block]
     double: Conv | None
     upsample: Conv | None
+    repeats: bool
+    """Whether the level's input, repeated, is added to what the next level gets."""
+
+    @property
+    def time(self) -> int:
+        """Frames that one becomes."""
+        return 1 if self.double is None else 2
+
+
+class Frame(NamedTuple):
+    """A frame of a level that is about to be made larger."""
+
+    slot: int
+    source: int = ZERO_SLOT
+    """The level's input, which is added to it; the zero slot where nothing is."""
+    half: int = 0
+    """Which of the frames that `source` becomes this one is."""
+    last: bool = True
+    """Whether it is the last that wants `source`."""
 
 
 class FastDecoder(Walker):
@@ -42,11 +67,7 @@ class FastDecoder(Walker):
     def __init__(
         self, vae: WanVae, operations: Operations, dtype: torch.dtype, groups: tuple[int, ...] = GROUPS
     ) -> None:
-        if vae.config.is_residual:
-            raise ValueError("FastDecoder decodes Wan2.1's VAE; this one is of Wan2.2's kind")
-        if len(groups) != len(vae.decoder.up_blocks) or not all(1 <= group <= 4 for group in groups):
-            raise ValueError(f"groups must be {len(vae.decoder.up_blocks)} numbers from 1 to 4, got {groups}")
-        decoder, self.groups, self._vae = vae.decoder, groups, vae
+        decoder, self._vae = vae.decoder, vae
         super().__init__(decoder.mid_block, operations, dtype)
         self.conv_in = make_causal("conv_in", decoder.conv_in, dtype)
         self.levels = [_level(f"up_blocks.{i}", block, dtype) for i, block in enumerate(decoder.up_blocks)]
@@ -54,32 +75,56 @@ class FastDecoder(Walker):
         conv_out = decoder.conv_out
         assert isinstance(conv_out, CausalConv) and conv_out.bias is not None
         self.conv_out = narrow_conv("conv_out", conv_out.weight, conv_out.bias, dtype)
-        self._capacity = self._count_slots()
+        self._group(groups)
+
+    def regrouped(self, groups: tuple[int, ...]) -> FastDecoder:
+        """The same decoder, with the same weights, and other groups."""
+        other = copy.copy(self)
+        other._group(groups)
+        return other
+
+    @property
+    def config(self) -> VaeConfig:
+        return self._vae.config
 
     def clip(self, height: int, width: int) -> Clip:
         """A clip of height x width latents that has not begun."""
-        return Clip(self._operations, height, width, self._dtype, self.conv_in.weight.device, self._capacity)
+        return self.clip_of(whole(height, width, len(self.levels)), self._capacity)
+
+    def clip_of(self, window: Window, capacity: dict[tuple[int, int], int]) -> Clip:
+        return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, capacity)
 
     def decode_chunk(self, latents: Tensor, clip: Clip) -> Tensor:
-        """The next t normalised latent frames [1, z, t, h, w] of `clip` -> pixels [1, 3, 4t, 8h, 8w] (4t-3 frames at
+        """The next t normalised latent frames [1, z, t, h, w] of `clip` -> pixels [1, 3, 4t, s*h, s*w] (4t-3 frames at
         the clip's beginning), float32, clamped to [-1, 1]."""
-        config = self._vae.config
-        if latents.shape[:2] != (1, config.z_dim) or latents.shape[3:] != (clip.height, clip.width):
-            raise ValueError(
-                f"latents must be [1, {config.z_dim}, T, {clip.height}, {clip.width}], got {list(latents.shape)}"
-            )
-        latents = self._vae.denormalise(latents.float()).movedim(1, -1)[0]
-        count = len(latents) * config.temporal_stride - (config.temporal_stride - 1 if clip.first else 0)
-        scale = config.spatial_stride
-        pixels = torch.empty(count, clip.height * scale, clip.width * scale, 3, device=latents.device)
-        done = 0
-        for part in latents.split(self.groups[0]):
-            done += self._decode(part, clip, pixels[done:])
+        parts = self.prepare(latents, clip.height, clip.width)
+        stride = self.config.temporal_stride
+        count = latents.shape[2] * stride - (stride - 1 if clip.first else 0)
+        pixels, done = self.pixels_of(clip, count), 0
+        for part in parts:
+            done += self.rise(clip, 0, self.lowest(clip, part), pixels[done:])
         assert done == count, (done, count)
-        return pixels.clamp_(-1, 1).permute(3, 0, 1, 2).unsqueeze(0)
+        return self.finish(pixels)
 
-    def _decode(self, latents: Tensor, clip: Clip, pixels: Tensor) -> int:
-        """One group of latents [t, h, w, z] -> the first of `pixels`; how many."""
+    def prepare(self, latents: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+        """Normalised latents [1, z, T, h, w] -> groups of [t, h, w, z] for `lowest`. `ValueError` for a wrong shape."""
+        if latents.shape[:2] != (1, self.config.z_dim) or latents.shape[3:] != (height, width):
+            raise ValueError(
+                f"latents must be [1, {self.config.z_dim}, T, {height}, {width}], got {list(latents.shape)}"
+            )
+        return self._vae.denormalise(latents.float()).movedim(1, -1)[0].split(self.groups[0])
+
+    def pixels_of(self, clip: Clip, count: int) -> Tensor:
+        """Memory for frames of the clip's window before `finish`: [count, H, W, 3 * p * p] float32."""
+        size = clip.window.size(len(self.levels) - 1)
+        return torch.empty(count, *size, self.conv_out.channels // 3, device=clip.device)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        """[T, H, W, 3 * p * p], which is clamped -> [1, 3, T, p * H, p * W]."""
+        return unfold_pixels(pixels.clamp_(-1, 1)[None], self.config.patch_size).movedim(-1, 1)
+
+    def lowest(self, clip: Clip, latents: Tensor) -> list[Frame]:
+        """One group of latents [t, h, w, z] through the middle and the lowest level."""
         pool = clip.pool(0, self.conv_in.channels_in)
         slots = pool.take(len(latents))
         if pool.capacity is not None:
@@ -87,32 +132,30 @@ class FastDecoder(Walker):
                 pool.pixels(slot).copy_(pointwise(frame, self._vae.post_quant_conv))
         raw, normed = self._causal(clip, self.conv_in, 0, slots, 0, raw=True, gamma=self.middle[0].norm1)
         raw, normed = self._middle(clip, raw, normed, self.levels[0].blocks[0].norm1, keep=True)
-        count = self._climb(clip, 0, raw, normed, pixels)
         clip.first = False
-        return count
+        return self._frames(clip, 0, raw, normed)
 
-    def _climb(self, clip: Clip, level: int, raw: list[int], normed: list[int], pixels: Tensor) -> int:
-        """The blocks of a level on one group of frames, then the levels above; the number of pixel frames."""
-        blocks, last = self.levels[level].blocks, level == len(self.levels) - 1
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            gamma = following.norm1 if following else self.norm_out if last else None
-            raw, normed = self._block(
-                clip, level, block, raw, normed, raw=not (last and following is None), gamma=gamma
-            )
-        if last:
-            return self._finish(clip, level, normed, pixels)
-        frames, pool = self._double(clip, level, raw), clip.pool(level, blocks[-1].conv2.channels)
-        upsample = self.levels[level].upsample
+    def rise(self, clip: Clip, level: int, frames: list[Frame], pixels: Tensor) -> int:
+        """Frames of a level through all levels above -> the first of `pixels`; how many."""
+        upsample, blocks = self.levels[level].upsample, self.levels[level].blocks
         assert upsample is not None
+        pool, target = clip.pool(level, upsample.channels_in), clip.pool(level + 1, upsample.channels)
         done = 0
         for part in _split(frames, self.groups[level + 1]):
-            target = clip.pool(level + 1, upsample.channels)
-            raw, normed = self._run(upsample, pool, part, target, [], True, self.levels[level + 1].blocks[0].norm1)
-            pool.give(part)
+            slots = [frame.slot for frame in part]
+            shortcut = self._repeat(clip, level, part, target) if self.levels[level].repeats else []
+            norm = self.levels[level + 1].blocks[0].norm1
+            raw, normed = self._run(upsample, pool, slots, target, shortcut, True, norm, clip.window.origin(level))
+            pool.give(slots)
+            clip.pool(level, blocks[0].conv1.channels_in).give([frame.source for frame in part if frame.last])
             done += self._climb(clip, level + 1, raw, normed, pixels[done:])
         return done
 
-    def _finish(self, clip: Clip, level: int, normed: list[int], pixels: Tensor) -> int:
+    def _climb(self, clip: Clip, level: int, raw: list[int], normed: list[int], pixels: Tensor) -> int:
+        """The blocks of a level on one group of frames, then the levels above; the number of pixel frames."""
+        if level < len(self.levels) - 1:
+            return self.rise(clip, level, self._frames(clip, level, raw, normed), pixels)
+        _, normed = self._blocks(clip, level, raw, normed, gamma=self.norm_out)
         pool = clip.pool(level, self.conv_out.channels_in)
         slots = [*clip.history.get(self.conv_out.name, [ZERO_SLOT] * 2), *normed]
         if pool.capacity is not None:
@@ -123,42 +166,86 @@ class FastDecoder(Walker):
         self._remember(clip, self.conv_out, pool, slots)
         return len(normed)
 
-    def _double(self, clip: Clip, level: int, frames: list[int]) -> list[int]:
-        """Each frame becomes two, but the clip's first, which the convolution never sees."""
-        layer = self.levels[level].double
-        if layer is None:
-            return frames
-        first = [] if layer.name in clip.doubled else frames[:1]
-        clip.doubled.add(layer.name)
-        rest = frames[len(first) :]
-        return first if not rest else first + self._causal(clip, layer, level, rest, level, raw=True, gamma=None)[0]
+    def _blocks(
+        self, clip: Clip, level: int, raw: list[int], normed: list[int], gamma: Tensor | None
+    ) -> tuple[list[int], list[int]]:
+        """The residual blocks of a level: the norm of their output by `gamma`, or without it the output."""
+        blocks = self.levels[level].blocks
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            keep, norm = (True, following.norm1) if following else (gamma is None, gamma)
+            raw, normed = self._block(clip, level, block, raw, normed, raw=keep, gamma=norm)
+        return raw, normed
 
-    def _count_slots(self) -> dict[tuple[int, int], int]:
-        """Slots that each pool needs: what a clip's first chunks take at most. Nothing is computed."""
-        meta, operations, self._operations = torch.device("meta"), self._operations, NoOperations()
-        clip = Clip(self._operations, 1, 1, self._dtype, meta, None)
+    def _frames(self, clip: Clip, level: int, raw: list[int], normed: list[int]) -> list[Frame]:
+        """The blocks of a level on one group of frames, each of which becomes two where time doubles, but the clip's
+        first, which the convolution never sees."""
+        stage, sources = self.levels[level], []
+        if stage.repeats:
+            pool = clip.pool(level, stage.blocks[0].conv1.channels_in)
+            sources = pool.take(len(raw))
+            for source, slot in zip(sources, raw, strict=True):
+                pool.copy(slot, source)
+        raw, _ = self._blocks(clip, level, raw, normed, gamma=None)
+        if stage.double is None:
+            return [Frame(*pair) for pair in zip(raw, sources or [ZERO_SLOT] * len(raw), strict=True)]
+        first = [] if stage.double.name in clip.doubled else raw[:1]
+        clip.doubled.add(stage.double.name)
+        halves = [(source, half, half == 1) for source in sources or [ZERO_SLOT] * len(raw) for half in (0, 1)]
+        if rest := raw[len(first) :]:
+            rest = self._causal(clip, stage.double, level, rest, level, raw=True, gamma=None)[0]
+        slots = first + rest
+        return [Frame(slot, *half) for slot, half in zip(slots, halves[len(first) :], strict=True)]
+
+    def _repeat(self, clip: Clip, level: int, frames: list[Frame], target: FramePool) -> list[int]:
+        """What the level's input adds to frames that have been made larger, in new slots of `target`."""
+        stage, slots = self.levels[level], target.take(len(frames))
+        source = clip.pool(level, stage.blocks[0].conv1.channels_in)
+        if source.capacity is not None:
+            (row, column), height, width = clip.window.origin(level), target.height // 2, target.width // 2
+            for frame, slot in zip(frames, slots, strict=True):
+                pixels = source.pixels(frame.source)[row : row + height, column : column + width]
+                repeat_pixels(pixels, frame.half, stage.time, target.pixels(slot))
+        return slots
+
+    def _group(self, groups: tuple[int, ...]) -> None:
+        if len(groups) != len(self.levels) or not all(1 <= group <= 4 for group in groups):
+            raise ValueError(f"groups must be {len(self.levels)} numbers from 1 to 4, got {groups}")
+        self.groups = groups
+        self._capacity = self.count_slots(self._decode_some)
+
+    def _decode_some(self, clip: Clip) -> None:
+        """A clip's first chunks, which take as many slots as any."""
         for count in (1, *[2 * self.groups[0]] * 3):
-            for part in torch.empty(count, 1, 1, self.conv_in.channels_in, device=meta).split(self.groups[0]):
-                self._decode(part, clip, torch.empty(0))
+            for part in torch.empty(count, 1, 1, self.conv_in.channels_in, device=clip.device).split(self.groups[0]):
+                self.rise(clip, 0, self.lowest(clip, part), torch.empty(0))
+
+    def count_slots(self, schedule: Callable[[Clip], None]) -> dict[tuple[int, int], int]:
+        """Slots of each pool that a schedule takes at most. Nothing is computed."""
+        operations, self._operations = self._operations, NoOperations()
+        clip = Clip(
+            self._operations, whole(1, 1, len(self.levels)), self._dtype, torch.device("meta"), None
+        )  # fmt: skip
+        schedule(clip)
         self._operations = operations
         return {key: pool.peak for key, pool in clip.pools.items()}
 
 
 def _level(name: str, block: nn.Module, dtype: torch.dtype) -> Level:
-    assert isinstance(block, UpBlock)
+    assert isinstance(block, UpBlock | ResidualUpBlock)
     blocks = [make_block(f"{name}.{i}", resnet, dtype) for i, resnet in enumerate(block.resnets)]
-    double = upsample = None
-    for module in block.upsamplers:
-        assert isinstance(module, Upsample)
-        conv = module.resample[1]
-        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-        upsample = upsampling_conv(f"{name}.upsample", conv.weight, conv.bias, dtype)
-        if module.time_conv is not None:
-            assert module.time_conv.bias is not None
-            double = doubling_conv(f"{name}.double", module.time_conv.weight, module.time_conv.bias, dtype)
-    return Level(blocks, double, upsample)
+    upsampler = block.upsampler if isinstance(block, ResidualUpBlock) else next(iter(block.upsamplers), None)
+    if upsampler is None:
+        return Level(blocks, None, None, False)
+    assert isinstance(upsampler, Upsample)
+    conv, double = upsampler.resample[1], None
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    upsample = upsampling_conv(f"{name}.upsample", conv.weight, conv.bias, dtype)
+    if upsampler.time_conv is not None:
+        assert upsampler.time_conv.bias is not None
+        double = doubling_conv(f"{name}.double", upsampler.time_conv.weight, upsampler.time_conv.bias, dtype)
+    return Level(blocks, double, upsample, isinstance(block, ResidualUpBlock))
 
 
-def _split(frames: list[int], size: int) -> Iterator[list[int]]:
+def _split(frames: list[Frame], size: int) -> Iterator[list[Frame]]:
     for i in range(0, len(frames), size):
         yield frames[i : i + size]

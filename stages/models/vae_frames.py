@@ -39,7 +39,7 @@ class FramePool:
         self.channels, self.height, self.width = channels, height, width
         self.frames = torch.zeros(capacity or 0, height + 2, width + 2, channels, dtype=dtype, device=device)
         """[slots, H + 2, W + 2, C]."""
-        self.views: dict[tuple[int, int], Any] = {}
+        self.views: dict[tuple[int, int, int], Any] = {}
         """Tiles of `frames` as kernels describe them, which go when the frames go."""
         self.capacity = capacity
         self.peak = 1
@@ -59,9 +59,18 @@ class FramePool:
         """The opposite of `take`. The zero slot may be among them, and stays."""
         self._free += (slot for slot in slots if slot != ZERO_SLOT)
 
+    def restart(self) -> None:
+        """All slots are free again. Their borders and the zero slot are zeros, as they always are."""
+        self._used, self._free = 1, []
+
     def pixels(self, slot: int) -> Tensor:
         """A view of a frame without its border, [H, W, C]."""
         return self.frames[slot, 1:-1, 1:-1]
+
+    def copy(self, slot: int, into: int) -> None:
+        """A frame into another slot."""
+        if self.capacity is not None:
+            self.frames[into].copy_(self.frames[slot])
 
     def _take(self) -> int:
         if self._free:

@@ -94,9 +94,14 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv(width, 2 * width, (3, 1, 1)) if time else None
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        if self.time_conv is not None:
-            x = self._double_time(self.time_conv, x, cache)
+        return self.double_space(self.double_time(x, cache))
+
+    def double_space(self, x: Tensor) -> Tensor:
         return per_frame(self.resample, x)
+
+    def double_time(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """The frames before they are made larger: twice as many if this is one with `time`."""
+        return x if self.time_conv is None else self._double_time(self.time_conv, x, cache)
 
     def _double_time(self, conv: CausalConv, x: Tensor, cache: Cache | None) -> Tensor:
         """Frame 0 of the clip passes through and `conv` never sees it: its history starts as zeros at frame 1."""
@@ -225,7 +230,8 @@ def _block_views(x: Tensor, width: int, time: int) -> Tensor:
 
 def interleave_halves(x: Tensor) -> Tensor:
     """[B, T, H, W, 2C], halves a and b of the channels -> [B, 2T, H, W, C], frames a0 b0 a1 b1 ..."""
-    return torch.unflatten(x, -1, (2, -1)).movedim(-2, 2).flatten(1, 2)
+    # Contiguous: of strided frames, the upsampling's convolution sums in another order.
+    return torch.unflatten(x, -1, (2, -1)).movedim(-2, 2).flatten(1, 2).contiguous()
 
 
 def fold_pixels(x: Tensor, size: int) -> Tensor:

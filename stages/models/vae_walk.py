@@ -17,6 +17,7 @@ from stages.models import vae_conv
 from stages.models.vae_conv import Conv, Target, causal_conv, pad_vector, split_width
 from stages.models.vae_frames import ZERO_SLOT, FramePool
 from stages.models.vae_layers import CausalConv, MidBlock, ResBlock, RmsNorm
+from stages.models.vae_tiles import Window
 
 
 class Operations(Protocol):
@@ -56,9 +57,8 @@ class Clip:
     """
 
     operations: Operations
-    height: int
-    """Of the latents, as `width`."""
-    width: int
+    window: Window
+    """What it sees of the frames: all of them, or of a tile what that needs."""
     dtype: torch.dtype
     device: torch.device
     capacity: dict[tuple[int, int], int] | None
@@ -71,13 +71,27 @@ class Clip:
     doubled: set[str] = field(default_factory=set)
     """Convolutions that double time and have passed the clip's first frame."""
 
+    @property
+    def height(self) -> int:
+        """Of the latents, as `width`."""
+        return self.window.size(0)[0]
+
+    @property
+    def width(self) -> int:
+        return self.window.size(0)[1]
+
+    def restart(self, window: Window) -> None:
+        """Forget all and begin with another tile, whose windows are of the same size, in the same memory."""
+        self.window, self.history, self.first, self.doubled = window, {}, True, set()
+        for pool in self.pools.values():
+            pool.restart()
+
     def pool(self, level: int, channels: int) -> FramePool:
-        """Frames of the latents' size times 2^level."""
+        """Frames of the latents' size times 2^level, or of the window's."""
         key = level, channels
         if key not in self.pools:
             capacity = None if self.capacity is None else self.capacity[key]
-            size = self.height << level, self.width << level
-            self.pools[key] = FramePool(channels, *size, capacity, self.dtype, self.device)
+            self.pools[key] = FramePool(channels, *self.window.size(level), capacity, self.dtype, self.device)
         return self.pools[key]
 
     @property
@@ -144,7 +158,7 @@ class Walker:
 
     def _run(
         self, layer: Conv, source: FramePool, slots: list[int], pool: FramePool, residual: list[int], raw: bool,
-        gamma: Tensor | None,
+        gamma: Tensor | None, origin: tuple[int, int] = (0, 0),
     ) -> tuple[list[int], list[int]]:  # fmt: skip
         """A convolution into new slots of `pool`: its output if `raw` (in place of `residual`), its norm by `gamma` if
         there is one, in the same launch where one tile holds all channels."""
@@ -153,7 +167,8 @@ class Walker:
         out = residual or (pool.take(count) if raw or not fused else [])
         normed = pool.take(count) if fused else []
         stored = out if raw or not fused else []
-        self._operations.conv(layer, source, slots, Target(pool, residual, stored, normed, gamma if fused else None))
+        target = Target(pool, residual, stored, normed, gamma if fused else None, origin)
+        self._operations.conv(layer, source, slots, target)
         if gamma is not None and not fused:
             normed = self._norm(pool, out, gamma, out if not raw else None)
         elif not raw:

@@ -56,12 +56,26 @@ def test_every_model_has_a_row_that_fits(capsys: pytest.CaptureFixture[str]) -> 
     assert sorted(cards) == list_models()
     assert sorted(set(PARAMETERS) | {"wan-demo"}) == list_models()
     print_models(list(cards.values()))
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
-    rows = {line.split()[0]: line for line in lines}
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    rows = {line.split()[0]: line for line in shown.partition("\n\n")[0].splitlines()}
     assert "text to video" in rows["wan2.1-t2v-1.3b"] and "1.4 B" in rows["wan2.1-t2v-1.3b"]
     assert "image to video" in rows["wan2.2-i2v-a14b"] and "2 x 14.3 B" in rows["wan2.2-i2v-a14b"]
     assert "text/image to video" in rows["wan2.2-ti2v-5b"]
     assert "--checkpoint DIR" in rows["wan2.1-i2v-14b-480p"]
     assert "here, " in rows["wan-demo"]
     assert count(cards["wan-demo"].transformer_parameters) == "3.1 M"
+
+
+def test_what_the_models_take_at_each_memory_level(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both experts of an A14B do not fit into 80 GB beside the text encoder; at level 3 they do into 24 GB."""
+    cards = {card.name: card for card in describe_models()[0]}
+    for card in cards.values():
+        assert [need.level for need in card.levels] == [0, 1, 2, 3]
+    large = cards["wan2.2-t2v-a14b"].levels
+    assert large[0].gpu > 80e9 > 48e9 > large[2].gpu > 24e9 > large[3].gpu
+    print_models(list(cards.values()))
+    memory = capsys.readouterr().out.partition("at each memory level:")[2]
+    row = next(line for line in memory.splitlines() if line.startswith("wan2.2-t2v-a14b"))
+    assert row.count(" GB") == 5 and row.rstrip().endswith("as fast")
+    assert "NVIDIA H100" in memory and "configs/measured/memory.yaml" in memory

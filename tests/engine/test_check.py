@@ -341,3 +341,29 @@ def test_a_checkpoint_of_an_unknown_model(tmp_path: Path) -> None:
     text = refusal("wan-demo", tmp_path / "demo")
     assert "dim is 64, expected 192" in text
     assert "of none of the known models" in text
+
+
+def test_the_memory_of_a_video_of_any_size() -> None:
+    """As `engine check --size` tells it: the usual size by default, and one that the model makes."""
+    usual = check_checkpoint(CONFIGS / "demo", None)
+    assert usual.size is not None and (usual.size.width, usual.size.height, usual.size.frames) == (96, 96, 17)
+    assert [need.level for need in usual.levels] == [0, 1, 2, 3]
+    small = check_checkpoint(CONFIGS / "demo", None, "64x48")
+    assert small.size is not None and (small.size.width, small.size.height, small.size.frames) == (64, 48, 17)
+    assert small.levels[0].gpu < usual.levels[0].gpu
+    ran = run_engine("check", CONFIGS / "demo", "--size", "64x48x5")
+    assert ran.returncode == 0 and "64x48, 5 frames" in ran.stdout and "3, the DiT's blocks streamed" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("large", "expected WIDTHxHEIGHT"), ("64x48x5x1", "expected WIDTHxHEIGHT"), ("64", "expected WIDTHxHEIGHT"),
+        ("64x\u0664\u0668", "expected WIDTHxHEIGHT"), ("-64x48", "expected WIDTHxHEIGHT"), ("64x50", "multiple of 16"),
+        ("64x48x4", "4n . 1"), ("1024x1024", "takes up to"), ("64x48x37", "up to 33 frames"),
+        ("0x48", "multiple of 16"),
+    ],
+)  # fmt: skip
+def test_a_size_that_is_none(size: str, says: str) -> None:
+    with pytest.raises(BadConfig, match=says):
+        check_checkpoint(CONFIGS / "demo", None, size)

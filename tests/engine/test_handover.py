@@ -36,8 +36,10 @@ from engine.session import Session
 from engine.spare import Spare
 from engine.states import Descriptors
 from engine.supervisor import Supervisor
+from engine.systemd import Notify
 from engine.tasks import Task, TaskPool
 from engine.trace import Trace
+from engine.vault import Vault
 from engine.weights import Versions, WeightStore
 from ipc.frames import FrameReader
 from ipc.messages import AnyServerMessage, Status
@@ -47,7 +49,7 @@ from tests.engine.wire import RawClient, frame
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
-        "_scheduler _trace _loras _levels",
+        "_scheduler _trace _loras _levels _vault",
         "_admitting _background _no_admissions _closed _timer _loop _reloader",
     ),
     Trace: ("_spans _changes", "_devices _granted"),
@@ -65,11 +67,12 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Body: ("counter popen pidfd channel", "vmstat"),
     Spare: ("_body", "_wanted _device"),
     Posts: ("_posts", "groups"),
-    WeightStore: ("_placed", ""),
+    WeightStore: ("_placed", "_doubted on_change"),
+    Vault: ("_names _stored", "_notify _given _identities"),
     Plans: ("held copies", "coming"),
     Levels: ("_devices", "_host _crew _model _tasks _budget _host_sampler copies"),
     DeviceLevel: ("device mode last", "setting account turn raising policy sampler sample"),
-    Loras: ("adapters", "_model _known_jobs _turn _closed"),
+    Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit"),
     Adapters: ("_named _nameless _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_host _crew _turn _turns _loader _candidates loading"),
@@ -104,7 +107,7 @@ async def service(short_dir: Path) -> AsyncIterator[Service]:
     """A whole engine in this process, with a client and a task."""
     params = SystemParams(placement="fused", device="cpu", threads=1, state_dir=str(short_dir / "state"))
     with SocketClaim(short_dir / "engine.sock") as claim:
-        service = Service(Supervisor(params), claim)
+        service = Service(Supervisor(params, vault=Vault(Notify(None))), claim)
         await service.start()
         try:
             yield service
@@ -131,7 +134,8 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
         service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
         supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
-        supervisor._loras.adapters, crew.plans, supervisor._levels, supervisor._levels._devices["cpu"],
+        supervisor._loras.adapters, supervisor._vault, crew.plans, supervisor._levels,
+        supervisor._levels._devices["cpu"],
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:

@@ -276,7 +276,7 @@ def test_errors_say_nothing_of_the_machine(engine: EngineProcess, root: Path) ->
 def test_no_message_of_a_client_can_name_memory() -> None:
     """Of what clients send, only these fields are texts, and none of them is a name in the engine: ids of tasks, a
     prompt, paths that are checked, and words of a closed list; of the owner also the files of a reload and of a LoRA,
-    and its name, which is one of a table of the supervisor's."""
+    and its name, which is one of a table of the supervisor's; a memory level, and numbers that may be missing."""
     texts: dict[bool, set[str]] = {True: set(), False: set()}
     for message in get_args(AnyClientMessage):
         fields = {f.name for f in msgspec.structs.fields(message) if f.type not in (int, bool)}
@@ -292,6 +292,8 @@ def test_no_message_of_a_client_can_name_memory() -> None:
         "name",
         "files",
         "component",
+        "level",
+        "blocks",
     }
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
     assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}

@@ -159,13 +159,13 @@ async def test_a_dit_that_dies_while_it_loads_is_replaced_by_its_sibling(tmp_pat
         ({"dit_devices": ("cuda:0", "cuda")}, "dit_devices names cuda:0 twice"),
         ({"dit_devices": ("cpu", "cuda:1")}, "name devices of one kind"),
         ({"dit_devices": ("cuda:0", "cuda:1"), "device": "cpu"}, "name devices of one kind"),
-        ({"dit_devices": ("cuda:2",)}, "this machine has 2 CUDA devices"),
+        ({"dit_devices": ("cuda:2",)}, "CUDA shows 2 devices"),
         ({"dit_devices": ("gpu",)}, "it must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_devices_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], says: str) -> None:
     """On a machine with two GPUs: `BadConfig` says what to change."""
-    monkeypatch.setattr(devices, "_cuda_devices", lambda: 2)
+    monkeypatch.setattr(devices, "visible_devices", lambda: ("one", "two"))
     with pytest.raises(BadConfig, match=says):
         resolve_devices(SystemParams(**fields))
 
@@ -173,7 +173,7 @@ def test_devices_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch, fields
 def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text and vae are on `device`, which is the first of the dits' if nothing is said; without `dit_devices` there is
     one dit, on `device`."""
-    monkeypatch.setattr(devices, "_cuda_devices", lambda: 2)
+    monkeypatch.setattr(devices, "visible_devices", lambda: ("one", "two"))
     assert resolve_devices(SystemParams()) == ("cuda:0", ("cuda:0",))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1", "cuda:0"))) == ("cuda:1", ("cuda:1", "cuda:0"))
     assert resolve_devices(SystemParams(dit_devices=("cuda:1",), device="cuda:0")) == ("cuda:0", ("cuda:1",))

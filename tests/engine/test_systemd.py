@@ -16,7 +16,7 @@ import pytest
 
 from engine.client import Client
 from engine.paths import BACKLOG, SocketClaim
-from engine.systemd import Notify, activated_socket
+from engine.systemd import Notify, passed as passed_to_us
 from ipc.errors import BadConfig, Busy
 from tests.engine.wire import WAIT, EngineProcess, RawClient, frame, hello
 
@@ -107,7 +107,7 @@ def test_what_is_no_socket_for_us(short_dir: Path, listener: socket.socket, monk
         monkeypatch.setenv("LISTEN_PID", str(os.getpid() if pid is None else pid))
         if sock is not None:
             monkeypatch.setattr("engine.systemd.FIRST_FD", os.dup(sock.fileno()))
-        return activated_socket()
+        return passed_to_us("weights").listener
 
     assert passed(None, pid=1) is None
     assert "LISTEN_FDS" not in os.environ
@@ -148,6 +148,7 @@ def test_the_units_that_ship() -> None:
         units[name].read(UNITS / name)
     service, sockets = units["engine.service"]["Service"], units["engine.socket"]["Socket"]
     assert (service["Type"], service["NotifyAccess"]) == ("notify", "main")
+    assert int(service["FileDescriptorStoreMax"]) >= 6 * 8  # components, GPUs
     assert service["ExecReload"].endswith("engine reload --supervisor")
     assert (sockets["SocketMode"], sockets["DirectoryMode"], sockets["Backlog"]) == ("0600", "0700", str(BACKLOG))
     assert "ListenStream" in sockets and "FileDescriptorName" not in sockets

@@ -16,6 +16,11 @@ KEY = "blocks.0.attn1.to_q"
 EXPERTS = ("transformer", "transformer_2")
 
 
+def attach(components: dict[str, Component], options: list[str]) -> dict[str, Component]:
+    """To all transformers of a model."""
+    return attach_loras(components, options, [name for name in EXPERTS if name in components])
+
+
 @pytest.mark.parametrize(
     ("text", "option"),
     [
@@ -77,18 +82,18 @@ def test_a_file_goes_into_the_transformer(tmp_path: Path, components: dict[str, 
     """One transformer, two options: both are attached, in order, and nothing else; without options nothing changes."""
     single = without_second(components)
     a, b = lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors", "transformer.")
-    attached = attach_loras(single, [f"{a}:0.5", b])
+    attached = attach(single, [f"{a}:0.5", b])
     assert attached["transformer"].loras == [Lora(file=a, strength=0.5), Lora(file=b, strength=1.0)]
     assert attached["vae"] == single["vae"]
     assert attached.keys() == single.keys()
-    assert attach_loras(single, []) == single
+    assert attach(single, []) == single
 
 
 def test_each_expert_gets_its_file(tmp_path: Path, components: dict[str, Component]) -> None:
     """HIGH,LOW with any prefixes; or one PEFT file with both prefixes, which each expert reads its own part of."""
     high, low = lora(tmp_path / "h.safetensors", "transformer."), lora(tmp_path / "l.safetensors", "transformer_2.")
     both = lora(tmp_path / "both.safetensors", "transformer.", "transformer_2.")
-    attached = attach_loras(components, [f"{high},{low}:0.5", f"{both}:2"])
+    attached = attach(components, [f"{high},{low}:0.5", f"{both}:2"])
     files = [[lora.file for lora in attached[name].loras] for name in EXPERTS]
     assert files == [[high, both], [low, both]]
 
@@ -99,13 +104,13 @@ def test_the_number_of_files_must_be_that_of_the_experts(tmp_path: Path, compone
     with pytest.raises(
         BadConfig, match=r"a\.safetensors is for one transformer, but the model has two experts; .*HIGH,LOW"
     ):
-        attach_loras(components, [plain])
+        attach(components, [plain])
     with pytest.raises(BadConfig, match=r"two files are for a model with two experts; this one has one transformer"):
-        attach_loras(without_second(components), [f"{plain},{plain}:1"])
+        attach(without_second(components), [f"{plain},{plain}:1"])
     with pytest.raises(BadConfig, match=r"b\.safetensors holds both experts .* the model has one transformer"):
-        attach_loras(without_second(components), [both])
+        attach(without_second(components), [both])
     with pytest.raises(BadConfig, match=r"b\.safetensors holds both experts .* give it alone"):
-        attach_loras(components, [f"{plain},{both}"])
+        attach(components, [f"{plain},{both}"])
 
 
 def test_experts_in_the_wrong_order_are_refused(tmp_path: Path, components: dict[str, Component]) -> None:
@@ -113,22 +118,22 @@ def test_experts_in_the_wrong_order_are_refused(tmp_path: Path, components: dict
     low = lora(tmp_path / "wan2.2_t2v_A14b_low_noise_rank64.safetensors")
     high = lora(tmp_path / "wan2.2_t2v_A14b_high_noise_rank64.safetensors")
     with pytest.raises(BadConfig, match="the low-noise file comes first; the order is HIGH,LOW"):
-        attach_loras(components, [f"{low},{high}"])
-    assert attach_loras(components, [f"{high},{low}"])["transformer_2"].loras == [Lora(file=low, strength=1.0)]
+        attach(components, [f"{low},{high}"])
+    assert attach(components, [f"{high},{low}"])["transformer_2"].loras == [Lora(file=low, strength=1.0)]
     second = lora(tmp_path / "x.safetensors", "transformer_2.")
     with pytest.raises(BadCheckpoint, match=r"x\.safetensors is for the low-noise expert"):
-        attach_loras(components, [f"{second},{low}"])
+        attach(components, [f"{second},{low}"])
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, components: dict[str, Component]) -> None:
     """Not there, or for another model: the file, as it was given, and the key, before any process is started."""
     single, gone = without_second(components), tmp_path / "x" / "gone.safetensors"
     with pytest.raises(BadCheckpoint) as refused:
-        attach_loras(single, [f"{gone}:0.5"])
+        attach(single, [f"{gone}:0.5"])
     assert str(refused.value) == f"LoRA {gone} cannot be read: No such file or directory"
     other = save(tmp_path / "o.safetensors", {"blocks.99.attn1.to_q.lora_A.weight": torch.ones(2, 24)})
     with pytest.raises(BadCheckpoint, match=r"LoRA .*o\.safetensors does not fit the model: .*blocks\.99"):
-        attach_loras(single, [str(other)])
+        attach(single, [str(other)])
 
 
 def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, components: dict[str, Component]) -> None:
@@ -137,7 +142,7 @@ def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path, components: dict[str
     file = lora(tmp_path / "a.safetensors")
     bad = Path(file).rename(tmp_path / "\udcff" / "a.safetensors")
     with pytest.raises(BadConfig, match=r"udcff/a\.safetensors': its path is not UTF-8.*; rename"):
-        attach_loras(without_second(components), [str(bad)])
+        attach(without_second(components), [str(bad)])
 
 
 @pytest.mark.parametrize("given", ["~nosuchuser/x.safetensors", "a\0b.safetensors"])
@@ -145,4 +150,4 @@ def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path, given: str) -> Non
     """The home of a user who is not there, a NUL: the option is named."""
     base = save(tmp_path / "diffusion_pytorch_model.safetensors", random_tensors(build("transformer")))
     with pytest.raises(BadConfig, match=r"^LoRA '"):
-        attach_loras({"transformer": a_component("transformer", base)}, [given])
+        attach({"transformer": a_component("transformer", base)}, [given])

@@ -223,7 +223,7 @@ def test_the_text_encoder_in_bfloat16(tiny: Callable[[str], tuple[ModelParams, P
         text_encoder.encode(
             load(lambda: text_encoder.build(model.text_encoder), directory, "text_encoder", *where)[0],  # type: ignore[arg-type]
             IDS,
-        )
+        )[0]
         for where in (("cpu",), ("cuda",), ("cuda", lambda name: torch.bfloat16))
     )
     assert relative(exact, expected) <= 1e-5

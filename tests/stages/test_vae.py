@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from engine.params import ModelParams
 from ipc.errors import BadRequest, NumericalError
-from ipc.messages import Job, Run
+from ipc.messages import Job, MemoryPlan, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 from stages.models.image_encoder import image_tokens
@@ -75,6 +75,35 @@ def test_chunks_are_the_whole_video_in_pieces(rig: Rig) -> None:
     stage.drop(job.id)
     assert is_empty(rig)
     assert stage.state().tasks == frozenset() and stage.state().bytes == 0
+
+
+def test_a_clip_in_tiles(rig: Rig) -> None:
+    """From memory level 1 on: the same bytes in the same chunks, whichever is asked for first and by whom; all frames
+    are held from the first chunk on. A clip that began before the level changed goes on as it began."""
+    job, other = make_job(), make_job()
+    for each in (job, other):
+        put_latents(rig, each)
+    stage = rig.load("vae")
+    assert isinstance(stage, VaeStage)
+    stage.begin(job)
+    decode(stage, job, 0)
+    stage.tiled = True
+    decode(stage, job, 1)
+    expected = torch.cat([take(rig, "frames", job, i) for i in range(2)])
+    rig.reclaim("vae")
+    tiled = rig.load("vae", memory=MemoryPlan(level=1))
+    for each in (job, other):
+        tiled.begin(each)
+    decode(tiled, job, 1)
+    assert torch.equal(take(rig, "frames", job, 1), expected[5:])
+    assert tiled.state().bytes == expected.nbytes
+    decode(tiled, other, 0)
+    assert torch.equal(video(rig, tiled, job), expected)
+    decode(tiled, other, 1)
+    assert torch.equal(torch.cat([take(rig, "frames", other, i) for i in range(2)]), expected)
+    for each in (job, other):
+        tiled.drop(each.id)
+    assert is_empty(rig)
 
 
 def test_lost_and_repeated_chunks_are_the_same_bytes(rig: Rig) -> None:

@@ -72,7 +72,7 @@ def activations(model: ModelParams, modules: dict[str, nn.Module]) -> dict[str, 
     torch.manual_seed(0)
     made = {}
     t, image = model.transformer, None
-    rows = text_encoder.encode(modules["text_encoder"], [5, 60, 211, 1])  # type: ignore[arg-type]
+    (rows,) = text_encoder.encode(modules["text_encoder"], [5, 60, 211, 1])  # type: ignore[arg-type]
     made["text_encoder"] = rows
     prompt = torch.zeros(1, t.text_len, t.text_dim)
     prompt[0, : len(rows)] = rows

@@ -76,6 +76,7 @@ def test_the_test_of_the_kernels() -> None:
     right = TorchOperations()
     assert compare(SMALL, cpu, [right], torch.float32, lambda: beats.append(1)) == ""
     assert len(beats) == 8
+    assert compare(SMALL_22, cpu, [right], torch.float32, lambda: None) == ""
     assert compare(SMALL, cpu, [right], torch.bfloat16, lambda: None) == ""
     problem = compare(SMALL, cpu, [right, Shifted()], torch.bfloat16, lambda: None)
     assert re.fullmatch(r"a decoded clip is \S+ from float32, expected at most 3e-02", problem)
@@ -84,12 +85,13 @@ def test_the_test_of_the_kernels() -> None:
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_the_choice_on_a_gpu(vae: WanVae, relative_error: Compare) -> None:
-    """Fused kernels in bfloat16, for widths of 8 channels too: within its rounding of float32. Not where the VAE is of
-    Wan2.2's kind."""
+    """Fused kernels in bfloat16, for both kinds of VAE and for widths of 8 channels too: within its rounding of
+    float32."""
     gpu = torch.device("cuda:0")
     assert choose("auto", SMALL, gpu) == ("triton", "")
     assert choose("auto", load_model("wan2.1-t2v-1.3b").vae, gpu) == ("triton", "")
-    assert choose("auto", SMALL_22, gpu) == ("torch", "needs a VAE of Wan2.1's kind")
+    assert choose("auto", SMALL_22, gpu) == ("triton", "")
+    assert choose("auto", load_model("wan2.2-ti2v-5b").vae, gpu) == ("triton", "")
     codec = make_codec(vae.cuda(), "triton", gpu)
     assert isinstance(codec, FastCodec) and codec.name == "fused kernels, bfloat16"
     latents, frames = random_latents(vae.config, 2, 3, 5).cuda(), random_frames(5, 24, 40).cuda()

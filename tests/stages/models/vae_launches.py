@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, pad_vector, upsampling_conv
+from stages.models.vae_conv import Conv, Target, causal_conv, doubling_conv, narrow_conv, pad_vector, upsampling_conv
 from stages.models.vae_frames import FramePool
 from stages.models.vae_walk import Operations, TorchOperations
 
-KINDS = ("causal", "wide", "narrow", "point", "double", "up", "down", "halve", "pixels", "norm")
-ON_GPU = (*KINDS, "large", "largest")
+KINDS = ("causal", "wide", "narrow", "point", "double", "up", "part", "down", "halve", "pixels", "columns", "norm")
+ON_GPU = (*KINDS, "large", "largest", "of 2.2")
 """And widths that take Triton's interpreter long, as on small frames and as on large ones."""
 HEIGHT, WIDTH, SLOTS = 8, 16, [0, 4, 2, 1]
 
@@ -36,7 +36,9 @@ def make(kind: str, dtype: torch.dtype, device: torch.device) -> Conv:
             return causal_conv(kind, noise(48, 16, 1, 1, 1), noise(48), dtype, offset=(1, 1))
         case "double":
             return doubling_conv(kind, noise(96, 16, 3, 1, 1), noise(96), dtype)
-        case "up":
+        case "of 2.2":
+            return causal_conv(kind, noise(256, 256, 3, 3, 3), noise(256), dtype)
+        case "up" | "part":
             return upsampling_conv(kind, noise(48, 16, 3, 3), noise(48), dtype)
         case "down":
             return causal_conv(kind, noise(48, 16, 1, 3, 3), noise(48), dtype, offset=(1, 1), space_stride=2)
@@ -44,6 +46,8 @@ def make(kind: str, dtype: torch.dtype, device: torch.device) -> Conv:
             return causal_conv(kind, noise(48, 16, 3, 1, 1), noise(48), dtype, offset=(1, 1), time_stride=2)
         case "pixels":
             return causal_conv(kind, noise(3, 48, 3, 3, 3), noise(3), dtype)
+        case "columns":
+            return narrow_conv(kind, noise(12, 32, 3, 3, 3), noise(12), dtype)
         case _:
             return causal_conv(kind, noise(48, 32, 3, 3, 3), noise(48), dtype)
 
@@ -62,12 +66,13 @@ def launch(kind: str, operations: Operations, device: torch.device, dtype: torch
     gamma = pad_vector(torch.randn(layer.channels, generator=torch.Generator().manual_seed(3)).to(device))
     slots = SLOTS[:3] if kind == "halve" else SLOTS
     count = layer.frames_out(len(slots))
-    if kind == "pixels":
-        pixels = torch.full((count, HEIGHT, WIDTH, 3), torch.nan, device=device)
+    if kind in ("pixels", "columns"):
+        pixels = torch.full((count, HEIGHT, WIDTH, layer.channels), torch.nan, device=device)
         operations.conv_to_pixels(layer, source, slots, pixels)
         return pixels
-    scale = 2.0 if kind == "up" else 1 / layer.space_stride
-    height, width = int(HEIGHT * scale), int(WIDTH * scale)
+    scale = 2.0 if layer.phases == 4 else 1 / layer.space_stride
+    # Of a part of the source, rows 3 to 6 and columns 5 to 13.
+    height, width, origin = (8, 18, (3, 5)) if kind == "part" else (int(HEIGHT * scale), int(WIDTH * scale), (0, 0))
     pool = fill(FramePool(layer.channels, height, width, 2 * count + 1, dtype, device), 2)
     sums, normed = list(range(1, count + 1)), list(range(count + 1, 2 * count + 1))
     if kind == "norm":
@@ -75,7 +80,7 @@ def launch(kind: str, operations: Operations, device: torch.device, dtype: torch
     elif kind in ("wide", "large", "largest"):
         operations.conv(layer, source, slots, Target(pool, [], sums, []))
     else:
-        operations.conv(layer, source, slots, Target(pool, sums, sums, normed, gamma))
+        operations.conv(layer, source, slots, Target(pool, sums, sums, normed, gamma, origin))
     return pool.frames
 
 

@@ -1,0 +1,127 @@
+"""Decoding a whole clip with `FastDecoder` tile by tile (`stages/models/vae_tiles.py`).
+
+The middle and the lowest level, which are small, see whole frames. What they make is kept on the host; each tile takes
+its part of it through the levels above, with causal caches of its own, in the frame pools of the tile before it.
+
+Bit for bit what the untiled decoder gives, where the sum of an output pixel does not depend on where the pixel is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.models.vae_decode import FastDecoder, Frame
+from stages.models.vae_frames import ZERO_SLOT, FramePool
+from stages.models.vae_tiles import Costs, Piece, plan
+from stages.models.vae_walk import Clip
+
+GROUPS = (4, 2, 2, 1)
+"""As in `stages/models/vae_decode.py`; smaller, because here memory decides how large a tile is."""
+
+
+class Kept(NamedTuple):
+    """A frame that the lowest level has made, on the host."""
+
+    frame: Tensor
+    """[h, w, C]."""
+    source: Tensor | None
+    """[h, w, C'], the level's input where it is added, of which this is frame `half`."""
+    half: int
+
+
+class TileDecoder:
+    """Decodes whole clips with the weights of a `FastDecoder`."""
+
+    def __init__(self, decoder: FastDecoder) -> None:
+        self._decoder = decoder.regrouped(GROUPS)
+        self._group = GROUPS[1]
+        self._capacity = self._decoder.count_slots(self._decode_some)
+
+    def decode(self, latents: Tensor, budget: int, beat: Callable[[], None]) -> Iterator[Piece]:
+        """Normalised latents [1, z, T, h, w] -> all pixels of the clip, as `FastDecoder.decode_chunk` gives them; of a
+        tile, frames come in order. budget: bytes of a tile's activations. beat: called before the first piece comes."""
+        height, width = latents.shape[3:]
+        tiles = plan(height, width, self.costs, budget)
+        kept = list(self._lowest(latents, beat))
+        decoder, patch = self._decoder, self._decoder.config.patch_size
+        clip = decoder.clip_of(tiles[0].window, self._capacity)
+        for tile in tiles:
+            clip.restart(tile.window)
+            frame = 0
+            for first in range(0, len(kept), self._group):
+                part = kept[first : first + self._group]
+                pixels = decoder.pixels_of(clip, len(part) * self._multiple)
+                count = decoder.rise(clip, 0, self._load(clip, part), pixels)
+                cropped = decoder.finish(tile.crop(pixels[:count]))
+                yield Piece(frame, tile.rows.start * patch, tile.columns.start * patch, cropped)
+                frame += count
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What a tile takes."""
+        levels, conv_out = self._decoder.levels, self._decoder.conv_out
+        nbytes, work, frames = [0] * len(levels), [0], 1
+        for (level, channels), slots in self._capacity.items():
+            nbytes[level] += slots * channels * self._decoder.conv_in.weight.element_size()
+        # Pixels in float32: the columns that `sum_columns` adds up, and their sums.
+        nbytes[-1] += 4 * (GROUPS[-1] * conv_out.channels + self._group * self._multiple * conv_out.channels // 3)
+        for below, above in pairwise(levels):
+            frames *= below.time
+            work.append(frames * above.blocks[-1].conv2.channels ** 2)
+        reach = [0, *(2 * len(level.blocks) for level in levels[1:])]
+        reach[-1] += 1
+        return Costs(tuple(reach), tuple(nbytes), tuple(work))
+
+    @property
+    def _multiple(self) -> int:
+        """Frames of the clip that one of `Kept` becomes, at most."""
+        return self._decoder.config.temporal_stride // self._decoder.levels[0].time
+
+    def _lowest(self, latents: Tensor, beat: Callable[[], None]) -> Iterator[Kept]:
+        decoder = self._decoder
+        height, width = latents.shape[3:]
+        clip = decoder.clip(height, width)
+        for part in decoder.prepare(latents, height, width):
+            frames = decoder.lowest(clip, part)
+            pool, sources = self._pools(clip)
+            for frame in frames:
+                source = sources.pixels(frame.source).to("cpu", copy=True) if decoder.levels[0].repeats else None
+                yield Kept(pool.pixels(frame.slot).to("cpu", copy=True), source, frame.half)
+            pool.give([frame.slot for frame in frames])
+            sources.give([frame.source for frame in frames if frame.last])
+            beat()
+
+    def _load(self, clip: Clip, kept: list[Kept]) -> list[Frame]:
+        """The clip's window of frames, in slots of the lowest level."""
+        pool, sources = self._pools(clip)
+        frames = []
+        for frame, source, half in kept:
+            slot = pool.take(1)[0]
+            pool.pixels(slot).copy_(clip.window.cut(frame, 0))
+            if source is None:
+                frames.append(Frame(slot))
+                continue
+            into = sources.take(1)[0]
+            sources.pixels(into).copy_(clip.window.cut(source, 0))
+            frames.append(Frame(slot, into, half))
+        return frames
+
+    def _decode_some(self, clip: Clip) -> None:
+        """A tile's first frames, which take as many slots as any."""
+        pool, sources = self._pools(clip)
+        for _ in range(4):
+            slots = pool.take(self._group)
+            shortcut = sources.take(self._group) if self._decoder.levels[0].repeats else [ZERO_SLOT] * self._group
+            frames = [Frame(slot, source) for slot, source in zip(slots, shortcut, strict=True)]
+            self._decoder.rise(clip, 0, frames, torch.empty(0))
+
+    def _pools(self, clip: Clip) -> tuple[FramePool, FramePool]:
+        """Of the lowest level: its frames before they are made larger, and its input."""
+        blocks = self._decoder.levels[0].blocks
+        return clip.pool(0, blocks[-1].conv2.channels), clip.pool(0, blocks[0].conv1.channels_in)

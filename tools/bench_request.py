@@ -1,0 +1,156 @@
+"""A whole request against Diffusers' WanPipeline: text, all steps, decoding; ours with the file, too.
+
+    python -m tools.bench_request wan2.1-t2v-1.3b                     # 832x480, 81 frames, 50 steps: about 3 minutes
+    python -m tools.bench_request wan-demo --device cpu --steps 10
+
+Both have the same files of random weights (wan-demo: its own), bfloat16 on a GPU, and are warm: each has made a video
+of two steps. WanPipeline is as fast as it gets without compiling: cuDNN's attention, everything resident, its VAE in
+bfloat16 too; writing a file is not in its time, and is in ours. In turns, with --rounds of each. The text goes to
+OUT/request-MODEL.txt; exit status 1 if the ratio is not reached on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine import Supervisor, SystemParams, UserParams
+from engine.models import CONFIGS
+from ipc.architecture import TransformerConfig
+from tools.bench_dit import diffusers_model
+from tools.full_size_setup import PROMPT, Report, Workplace, machine
+
+MUST = 1.37
+"""Times as fast as WanPipeline, on a GPU."""
+
+
+def pipeline_of(checkpoint: Path, config: TransformerConfig, device: str) -> Any:
+    """WanPipeline on the device, from a directory in the Diffusers layout."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_file=str(checkpoint / "tokenizer" / "tokenizer.json"),
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        ),
+        text_encoder=UMT5EncoderModel.from_pretrained(checkpoint / "text_encoder", dtype=dtype),
+        transformer=diffusers_model(config, weights_in(checkpoint / "transformer"), device),
+        vae=AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=dtype),
+        scheduler=scheduler,
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def weights_in(directory: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+@contextlib.contextmanager
+def best_attention(device: str) -> Any:
+    """cuDNN's attention, which Diffusers' own dispatcher takes by name."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend("_native_cudnn"):
+        yield
+
+
+async def compare(args: argparse.Namespace, place: Workplace, report: Report, folder: Path) -> None:
+    model = place.model(args.model)
+    made = place.checkpoint(report, args.model)
+    checkpoint = made if made is not None else CONFIGS / str(model.checkpoint)
+    defaults = model.defaults
+    size: dict[str, int] = {"width": defaults.width, "height": defaults.height, "num_frames": defaults.num_frames}
+    if args.size is not None:
+        size = dict(zip(size, map(int, args.size.split("x")), strict=True))
+    params = SystemParams(model=args.model, checkpoint=None if made is None else str(made), device=args.device)
+    async with Supervisor(params) as supervisor:
+        await supervisor.ready()
+        pipeline = pipeline_of(checkpoint, model.transformer, args.device)
+
+        async def ours(steps: int) -> None:
+            await supervisor.generate(
+                UserParams(prompt=PROMPT, seed=1, steps=steps, output=str(folder / "ours.mp4"), solver="euler", **size)
+            )
+
+        def theirs(steps: int) -> None:
+            with best_attention(args.device):
+                pipeline(
+                    prompt=PROMPT, negative_prompt=defaults.negative_prompt, num_inference_steps=steps,
+                    guidance_scale=defaults.guidance_scale, output_type="np", **size,
+                )  # fmt: skip
+            if args.device.startswith("cuda"):
+                torch.cuda.synchronize()
+
+        seconds: dict[str, list[float]] = {"ours": [], "WanPipeline": []}
+        await ours(2)
+        theirs(2)
+        for _ in range(args.rounds):
+            began = time.monotonic()
+            await ours(args.steps)
+            seconds["ours"].append(time.monotonic() - began)
+            seconds["WanPipeline"].append(timed(lambda: theirs(args.steps)))
+            if args.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    median = {name: statistics.median(each) for name, each in seconds.items()}
+    for name, each in seconds.items():
+        report.say(f"{name:12} {median[name]:8.2f} s  ({min(each):.2f} to {max(each):.2f}, {args.rounds} of each)")
+    ratio = median["WanPipeline"] / median["ours"]
+    text = f"{args.steps} steps, {'x'.join(map(str, size.values()))}: {ratio:.2f} times as fast as WanPipeline"
+    if args.device.startswith("cuda"):
+        report.check(ratio >= MUST, f"{text}, must {MUST}")
+    else:
+        report.say(f"     {text}")
+
+
+def timed(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="see `engine models`")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
+    parser.add_argument("--out", type=Path, help="a text file goes here")
+    args = parser.parse_args()
+    path = None if args.out is None else args.out / f"request-{args.model}.txt"
+    title = f"{args.model} --steps {args.steps} --rounds {args.rounds}" + (f" --size {args.size}" if args.size else "")
+    report = Report(title, path, args.work, tool="bench_request")
+    for line in machine(args.device):
+        report.say(line)
+    place = Workplace(args.work, shrunken=False, device=args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(compare(args, place, report, Path(folder)))
+    return 0 if all(passed for passed, _ in report.checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
