@@ -84,6 +84,8 @@ for ask in (
     lambda: client.submit(UserParams(prompt="x", output="/tmp/v.mp4")).position,
     lambda: client.shutdown(),
     lambda: client.reload_supervisor(),
+    lambda: client.change_memory(2),
+    lambda: len(client.memory_levels()),
     lambda: client.add_lora("x", "/x.safetensors"),
     lambda: client.remove_lora("x"),
     lambda: client.loras(),
@@ -106,15 +108,16 @@ def talk_as(uid: int, path: Path, root: Path) -> list[str]:
 
 @as_root
 def test_a_listed_user_is_served_and_no_other(short_dir: Path) -> None:
-    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down, reload or
-    load LoRAs; the other is refused every time."""
+    """Of two users one is listed: it gets status and may submit below the root, and may not shut it down, reload,
+    change its memory level or load LoRAs; the other is refused every time."""
     root = short_dir / "root"
     root.mkdir()
     os.chmod(short_dir, 0o711)
     with EngineProcess(short_dir, "--allow-uid", str(NOBODY), "--output-root", root) as engine:
-        owners = ["permission_denied"] * 4
-        assert talk_as(NOBODY, engine.socket, root) == ["wan-demo", "0", "bad_request", *owners, "[]"]
-        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 8
+        owners = ["permission_denied"] * 3
+        expected = ["wan-demo", "0", "bad_request", *owners, "1", *owners[1:], "[]"]
+        assert talk_as(NOBODY, engine.socket, root) == expected
+        assert talk_as(STRANGER, engine.socket, root) == ["permission_denied"] * 10
         with RawClient(engine.socket) as client:
             assert client.ask(STATUS)["type"] == "status"
 

@@ -1,0 +1,73 @@
+"""A crew of a machine with a GPU, where there is none: the weights of the model that ships, said to be on cuda:0, and
+processes that keep to every plan at once."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from engine.checkpoint import open_model
+from engine.loader import Loader, read_of
+from engine.models import load_model
+from engine.params import SystemParams
+from engine.plans import HOST, Plans
+from engine.weights import Versions, WeightStore
+from ipc.errors import EngineError
+from ipc.messages import MemoryPlan, Seat
+
+GPU = "cuda:0"
+
+
+class GpuCrew:
+    """What `HostCopies` and `Levels` need of a `Crew`."""
+
+    def __init__(self) -> None:
+        params = SystemParams()
+        self.model = load_model(params.model)
+        self.components = open_model(self.model, params).components
+        self.placed, self.weights, self.plans = WeightStore(), Versions(), Plans({GPU: MemoryPlan()})
+        self.on_gpu, self.dtype = True, "float32"
+        self.upkeep = self
+        self.adopted: list[tuple[str, str]] = []
+        self.refusal: EngineError | None = None
+        """Of the next change of plan."""
+
+    async def load(self) -> None:
+        """Read the weights, once, and say that they are on the GPU."""
+        for name, component in self.components.items():
+            loader = Loader()
+            (placed,) = await loader.read(
+                read_of(self.model, self.dtype, [component], {name: [HOST]}), (), lambda loading: None
+            )  # fmt: skip
+            loader.end()
+            await loader.ended()
+            version = msgspec.structs.replace(placed.version, device=0)
+            self.placed.keep(GPU, version, placed.fd)
+            self.weights.loaded({name: version.content}, "demo", {name: component})
+
+    def close(self) -> None:
+        self.placed.close()
+
+    async def ready(self, on_loading: Any) -> None:
+        return None
+
+    async def adopt(self, component: str, content: str) -> None:
+        assert self.placed.find(HOST, component, content) is not None
+        self.adopted.append((component, content))
+
+    async def set_memory(self, device: str, plan: MemoryPlan) -> None:
+        if (refusal := self.refusal) is not None:
+            self.refusal = None
+            raise refusal
+        self.plans.held[device] = plan
+
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def device_of(self, seat: Seat) -> str | None:
+        return None if seat == "writer" else GPU
+
+    def seats_on(self, device: str) -> list[Seat]:
+        return ["text", "dit", "vae"]

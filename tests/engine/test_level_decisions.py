@@ -1,0 +1,167 @@
+"""What `Levels` does about what is seen, asked for, and fails: with a crew that keeps to every plan at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from engine.footprint import Account, RequestSize, Setting
+from engine.levels import Levels, rung
+from engine.models import load_model
+from engine.monitor import Sample
+from engine.params import SystemParams
+from ipc.errors import OutOfMemory
+from ipc.messages import MemoryChange, MemoryPlan, Seat
+from tests.engine.gpu_crew import GPU, GpuCrew
+
+Wait = Callable[..., Awaitable[None]]
+
+MODEL = load_model("wan2.1-t2v-14b")
+SETTING = Setting(queues=False)
+TOTAL = 80 << 30
+SIZE = RequestSize(832, 480, 81)
+
+
+class Host:
+    """Hears what the supervisor would."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Seat, int, int]] = []
+        self.changes: list[MemoryChange] = []
+
+    def handle_level(self, seat: Seat, level: int, top: int) -> None:
+        self.said.append((seat, level, top))
+
+    def handle_memory_change(self, change: MemoryChange) -> None:
+        self.changes.append(change)
+
+    def running_size(self) -> RequestSize | None:
+        return SIZE
+
+
+class Watched:
+    """Levels of a 14B model on an 80 GiB GPU, whose samples a test makes up. The copies are there."""
+
+    def __init__(self, **params: Any) -> None:
+        self.crew, self.host = GpuCrew(), Host()
+        self.levels = Levels(self.host, self.crew, SystemParams(**params), MODEL, {GPU: SETTING})  # type: ignore[arg-type]
+        self.now = 0.0
+
+    @property
+    def plan(self) -> MemoryPlan:
+        return self.crew.plans.held[GPU]
+
+    async def see(self, others: int, seconds: float = 0.5) -> None:
+        """Others have taken so much for so long."""
+        (level,) = self.levels._devices.values()
+        for _ in range(int(seconds * 2)):
+            self.now += 0.5
+            self.levels._look(level, Sample(at=self.now, total=TOTAL, others=others, free=TOTAL - others))
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+
+@pytest_asyncio.fixture
+async def watched() -> AsyncIterator[Watched]:
+    made = Watched()
+    made.levels.start()
+    yield made
+    await made.levels.end()
+    made.crew.close()
+
+
+async def test_the_level_follows_what_others_take(watched: Watched) -> None:
+    """60 GiB are taken: within a second the level is one that fits; they are given back: level 0 again. The scheduler
+    hears of both, for every seat, and each change says why."""
+    await watched.see(0, 5)
+    assert watched.plan == MemoryPlan()
+    await watched.see(60 << 30, 1)
+    raised = watched.plan
+    assert raised.level >= 2
+    assert Account(MODEL, SETTING).need(SIZE, raised).gpu <= TOTAL - (60 << 30)
+    assert watched.host.said[-3:] == [(s, rung(raised, MODEL), 43) for s in ("text", "dit", "vae")]
+    await watched.see(0, 5)
+    assert watched.plan == MemoryPlan()
+    first, second = watched.host.changes
+    assert (first.before, first.after, second.after) == (MemoryPlan(), raised, MemoryPlan())
+    assert "64.4 GB of the GPU are others'" in first.why and first.error is None
+    (status,) = watched.levels.status()
+    assert status.last == second and status.sample is not None and status.sample["others"] == 0
+
+
+async def test_a_level_that_was_asked_for_stays(watched: Watched) -> None:
+    """Whatever others take; with auto it follows again."""
+    await watched.levels.change(2, None)
+    await watched.see(0, 5)
+    await watched.see(70 << 30, 5)
+    assert watched.plan == MemoryPlan(level=2) and watched.levels.status()[0].mode == "fixed"
+    assert watched.host.said[-1] == ("vae", 2, 2), "no quantum is tried above it"
+    await watched.levels.change("auto", None)
+    await watched.see(70 << 30, 5)
+    assert watched.plan.level == 3 and watched.levels.status()[0].mode == "auto"
+
+
+async def test_a_failed_allocation_raises_the_level(watched: Watched, wait_until: Wait) -> None:
+    """By one; asked twice before it is answered, once. The policy does not come back to what has failed."""
+    await watched.see(0, 5)
+    watched.host.said.clear()
+    for _ in range(2):
+        watched.levels.raise_above("dit", 0)
+    await wait_until(lambda: watched.host.said, "an answer")
+    assert watched.plan == MemoryPlan(level=1) and len(watched.host.changes) == 1
+    assert watched.host.changes[0].why == "the dit stage ran out of memory"
+    assert watched.host.said == [("text", 1, 43), ("dit", 1, 43), ("vae", 1, 43)]
+    await watched.see(0, 20)
+    assert watched.plan == MemoryPlan(level=1), "there is no more memory than when it failed"
+
+
+async def test_a_raise_that_fails(watched: Watched, wait_until: Wait) -> None:
+    """The scheduler hears first that there is no higher level, so that what waits for one fails, then that later ones
+    may be tried; the plan is as before, and the status says why."""
+    await watched.see(0, 5)
+    watched.host.said.clear()
+    watched.crew.refusal = OutOfMemory("the slots do not fit")
+    watched.levels.raise_above("dit", 0)
+    await wait_until(lambda: len(watched.host.said) == 6, "both answers")
+    assert [said for said in watched.host.said if said[0] == "dit"] == [("dit", 0, 0), ("dit", 0, 43)]
+    last = watched.levels.status()[0].last
+    assert watched.plan == MemoryPlan() and last is not None and last.error is not None
+
+
+async def test_a_change_that_was_asked_for_and_fails_changes_nothing(watched: Watched) -> None:
+    """Neither the plan nor that it follows what is seen."""
+    watched.crew.refusal = OutOfMemory("the slots do not fit")
+    with pytest.raises(OutOfMemory, match="the slots do not fit"):
+        await watched.levels.change(3, 10)
+    assert watched.plan == MemoryPlan() and watched.levels.status()[0].mode == "auto"
+    await watched.see(60 << 30, 2)
+    assert watched.plan.level >= 2
+
+
+async def test_a_fixed_level_is_not_raised(wait_until: Wait) -> None:
+    """An engine that was started with a level: no policy, and the scheduler knows from the start that it is the top."""
+    made = Watched(memory_level=0)
+    made.levels.start()
+    assert made.host.said == [("text", 0, 0), ("dit", 0, 0), ("vae", 0, 0)]
+    await made.see(70 << 30, 5)
+    assert made.plan == MemoryPlan() and made.levels.status()[0].sample is not None
+    await made.levels.end()
+    made.crew.close()
+
+
+async def test_it_goes_on_after_a_hand_over(watched: Watched) -> None:
+    """Mode and last change are those of the program before."""
+    await watched.levels.change(2, None)
+    state = watched.levels.state()
+    after = Watched()
+    after.crew.plans.put_back(watched.crew.plans.state())
+    after.levels.put_back(state)
+    after.levels.start()
+    (level,) = after.levels.status()
+    assert (level.plan, level.mode, level.last) == (MemoryPlan(level=2), "fixed", watched.host.changes[-1])
+    await after.levels.end()
+    after.crew.close()
