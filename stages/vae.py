@@ -216,7 +216,7 @@ class VaeStage:
         left: list[tuple[str, str]] = []
         for network in self._all.values():
             left += held(network, plan, self._links, self._outliving)
-        self._plan, self.tiled = plan, plan.level >= 1
+        self._plan = plan
         return left
 
     def _rest(self) -> None:
