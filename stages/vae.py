@@ -10,7 +10,7 @@ dtype of the DiT.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -243,11 +243,16 @@ class VaeStage:
         some."""
         assert job.init is not None, f"task {job.id} has nothing to encode"
         queue = self._links.outputs["init_latents"]
-        codec, latents = self._codec_of(job), []
-        clip = codec.clip(job.height // codec.config.spatial_stride, job.width // codec.config.spatial_stride)
-        for chunk in init_chunks(job, self._chunk * codec.config.temporal_stride):
-            latents.append(clip.encode(chunk.to(self._device)))
-            self._links.beat()
+        codec = self._codec_of(job)
+        size = job.height // codec.config.spatial_stride, job.width // codec.config.spatial_stride
+        chunks = InitChunks(job, self._chunk * codec.config.temporal_stride)
+        if self._plan.level >= TILED:
+            latents = [codec.encode_tiles(chunks, *size, beat=self._links.beat)]
+        else:
+            clip, latents = codec.clip(*size), []
+            for chunk in chunks:
+                latents.append(clip.encode(chunk.to(self._device)))
+                self._links.beat()
         encoded = torch.cat(latents, dim=2).squeeze(0).float()
         check_finite(encoded, "the encoded init file has", "the VAE")
         put_tensor(queue, job.id, 0, encoded, QUEUE_TIMEOUT)
@@ -284,28 +289,35 @@ def choose_kernels(start: Start, links: Links) -> KernelKind:
     return kind
 
 
-def init_chunks(job: Job, size: int) -> Iterator[Tensor]:
+class InitChunks(Iterable[Tensor]):
     """The clip that `job.init` stands for, [1, 3, frames, H, W] float32 at a time: the first frame, then `size` (a
-    multiple of 4) frames each, which is what `encode_chunk` wants.
+    multiple of 4) frames each, which is what `encode_chunk` wants. It can be gone through again; the file is read once.
 
     start: the video, or the image held still. channels: the image, then mid-grey. first_frame: the image alone. All are
     scaled to cover the size and cropped in the centre. (The original does the same for first_frame; for channels it
     squeezes the picture into a size of about its own aspect, so that the crop here is of some pixels at most.)
     """
-    assert job.init is not None
-    if job.init_as == "start":
-        frames = read_frames(job.init, job.num_frames, job.height, job.width)
-        for first in (0, *range(1, job.num_frames, size)):
-            chunk = frames[first : first + size] if first else frames[:1]
-            yield to_pixels(torch.from_numpy(chunk.copy()))
-        return
-    picture = to_pixels(torch.from_numpy(fit(read_image(job.init), job.height, job.width)).unsqueeze(0))
-    yield picture
-    left = job.num_frames - 1 if job.init_as == "channels" else 0
-    while left:
-        count = min(size, left)
-        yield picture.new_zeros(()).expand(1, 3, count, job.height, job.width)
-        left -= count
+
+    def __init__(self, job: Job, size: int) -> None:
+        assert job.init is not None
+        self._job, self._size = job, size
+        if job.init_as == "start":
+            frames = read_frames(job.init, job.num_frames, job.height, job.width)
+        else:
+            frames = fit(read_image(job.init), job.height, job.width)[None]
+        self._frames = frames
+
+    def __iter__(self) -> Iterator[Tensor]:
+        job, count = self._job, 1 if self._job.init_as == "first_frame" else self._job.num_frames
+        yield self._pixels(slice(1))
+        for first in range(1, count, self._size):
+            if job.init_as == "start":
+                yield self._pixels(slice(first, first + self._size))
+            else:
+                yield torch.zeros(()).expand(1, 3, min(self._size, count - first), job.height, job.width)
+
+    def _pixels(self, frames: slice) -> Tensor:
+        return to_pixels(torch.from_numpy(self._frames[frames].copy()))
 
 
 def to_pixels(frames: Tensor) -> Tensor:

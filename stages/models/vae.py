@@ -76,7 +76,7 @@ class WanVae(nn.Module):
 
     def encode_moments(self, frames: Tensor, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Frames -> mean and log-variance of the latents, unscaled, [B, z, t, h, w] each. No cache: a whole clip."""
-        self._check_frames(frames, first=not cache)
+        self.check_frames(frames, first=not cache)
         pixels = fold_pixels(self._channels_last(frames), self.config.patch_size)
         moments = self.quant_conv(self.encoder(pixels, cache)).movedim(-1, 1)
         mean, log_variance = moments.chunk(2, dim=1)
@@ -108,7 +108,8 @@ class WanVae(nn.Module):
         """[B, C, T, H, W] -> [B, T, H, W, C] contiguous, in the dtype of the weights."""
         return x.movedim(1, -1).to(self.quant_conv.weight.dtype).contiguous()
 
-    def _check_frames(self, frames: Tensor, first: bool) -> None:
+    def check_frames(self, frames: Tensor, first: bool) -> None:
+        """`ValueError` for frames that are no clip's `first` chunk, or no later one."""
         space, time = self.config.spatial_stride, self.config.temporal_stride
         if frames.ndim != 5 or frames.shape[1] != 3:
             raise ValueError(f"frames must be [B, 3, T, H, W], got {list(frames.shape)}")

@@ -7,7 +7,7 @@ On a GPU whose kernels are right (`stages/models/vae_check.py`), a VAE runs in b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -20,9 +20,9 @@ from ipc.messages import KernelKind
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_encode import FastEncoder
-from stages.models.vae_fast_tiles import TileDecoder
+from stages.models.vae_fast_tiles import TileDecoder, TileEncoder
 from stages.models.vae_layers import Cache
-from stages.models.vae_plain_tiles import decode_tiles
+from stages.models.vae_plain_tiles import decode_tiles, encode_tiles
 from stages.models.vae_tiles import TILE_BUDGET, Piece
 from stages.models.vae_walk import Clip, Operations
 
@@ -60,6 +60,14 @@ class Codec(Protocol):
 
         chunk: latent frames per `ClipCoder.decode` of the untiled clip that this is to equal. beat: as in `Links`,
         called before the first piece comes; between pieces who takes them may do it."""
+
+    def encode_tiles(
+        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Tensor:  # fmt: skip
+        """All frames of a clip of height x width latents, in chunks as `ClipCoder.encode` takes them but on any device,
+        -> its latents. They are gone through once per tile, whose activations take at most `budget` bytes. beat: as in
+        `Links`."""
 
 
 @dataclass(slots=True)
@@ -101,6 +109,12 @@ class PlainCodec:
         self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
     ) -> Iterator[Piece]:
         return decode_tiles(self.vae, latents, chunk, budget, beat)
+
+    def encode_tiles(
+        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Tensor:  # fmt: skip
+        return encode_tiles(self.vae, chunks, height, width, budget, beat)
 
 
 @dataclass(slots=True)
@@ -158,6 +172,10 @@ class FastCodec:
     def encoder(self) -> FastEncoder:
         return FastEncoder(self.vae, self.operations, self.dtype)
 
+    @cached_property
+    def tile_encoder(self) -> TileEncoder:
+        return TileEncoder(self.encoder)
+
     def clip(self, height: int, width: int) -> FastClip:
         return FastClip(self, height, width)
 
@@ -165,6 +183,12 @@ class FastCodec:
         self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
     ) -> Iterator[Piece]:
         return self.tile_decoder.decode(latents, budget, beat)
+
+    def encode_tiles(
+        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
+        beat: Callable[[], None] = lambda: None,
+    ) -> Tensor:  # fmt: skip
+        return self.tile_encoder.encode(chunks, height, width, budget, beat)
 
 
 def make_codec(vae: WanVae, kind: KernelKind, device: torch.device) -> Codec:

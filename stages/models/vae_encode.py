@@ -5,18 +5,21 @@ Four frames, which become one latent frame, go through the whole network at a ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ipc.architecture import VaeConfig
 from stages.models.vae import DownBlock, WanVae
 from stages.models.vae_conv import Conv, causal_conv
 from stages.models.vae_frames import ZERO_SLOT, FramePool
 from stages.models.vae_layers import Downsample, ResBlock, fold_pixels, pointwise
 from stages.models.vae_shortcuts import average_pixels
-from stages.models.vae_tiles import whole
+from stages.models.vae_tiles import Window, whole
 from stages.models.vae_walk import Block, Clip, NoOperations, Operations, Walker, make_block, make_causal, make_gamma
 
 ALIGNED = 8
@@ -54,36 +57,58 @@ class FastEncoder(Walker):
         self.stages = _make_stages(list(encoder.down_blocks), dtype)
         self.norm_out = make_gamma(encoder.norm_out)
         self.conv_out = make_causal("conv_out", encoder.conv_out, dtype)
-        self._capacity = self._count_slots()
+        self._capacity = self.count_slots(self._encode)
+
+    @property
+    def config(self) -> VaeConfig:
+        return self._vae.config
 
     def clip(self, height: int, width: int) -> Clip:
         """A clip of height x width latents that has not begun."""
-        window = whole(height, width, len(self.stages))
-        return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, self._capacity)
+        return self.clip_of(whole(height, width, len(self.stages)), self._capacity)
+
+    def clip_of(self, window: Window, capacity: dict[tuple[int, int], int]) -> Clip:
+        return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, capacity)
 
     def encode_chunk(self, frames: Tensor, clip: Clip) -> Tensor:
         """The next frames of `clip` [1, 3, T, H, W] in [-1, 1], 1+4n at its beginning, then 4n -> normalised latents
         [1, z, t, H/s, W/s] float32."""
-        config = self._vae.config
-        stride = config.temporal_stride
-        expected = (clip.height * config.spatial_stride, clip.width * config.spatial_stride)
+        groups = self.groups(frames, clip.height, clip.width, clip.first)
+        moments = self.moments_of(clip, len(groups))
+        for i, group in enumerate(groups):
+            self._encode(group, clip, moments[i : i + 1])
+        return self.finish(moments)
+
+    def groups(self, frames: Tensor, height: int, width: int, first: bool) -> list[Tensor]:
+        """Frames of a clip of height x width latents, [1, 3, T, H, W], 1+4n if they are the `first`, else 4n -> folded
+        [1 or 4, H / p, W / p, 3 * p * p] of a latent frame each, p: `patch_size`. `ValueError` for a wrong shape."""
+        stride = self.config.temporal_stride
+        expected = (height * self.config.spatial_stride, width * self.config.spatial_stride)
         if frames.shape[:2] != (1, 3) or frames.shape[3:] != expected:
             raise ValueError(f"frames must be [1, 3, T, {expected[0]}, {expected[1]}], got {list(frames.shape)}")
-        if frames.shape[2] < 1 or frames.shape[2] % stride != int(clip.first):
-            kind = f"{stride}n+1 in the first chunk" if clip.first else f"{stride}n after the first chunk"
+        if frames.shape[2] < 1 or frames.shape[2] % stride != int(first):
+            kind = f"{stride}n+1 in the first chunk" if first else f"{stride}n after the first chunk"
             raise ValueError(f"number of frames must be {kind}, got {frames.shape[2]}")
-        pixels = fold_pixels(frames.movedim(1, -1), config.patch_size)[0]
-        groups = [pixels[:1], *pixels[1:].split(stride)] if clip.first else list(pixels.split(stride))
-        shape = (clip.height, clip.width, self.conv_out.channels)
-        moments = torch.empty(len([g for g in groups if len(g)]), *shape, device=frames.device)
-        for i, group in enumerate(g for g in groups if len(g)):
-            self._encode(group, clip, moments[i : i + 1])
+        pixels = fold_pixels(frames.movedim(1, -1), self.config.patch_size)[0]
+        parts = [pixels[:1], *pixels[1:].split(stride)] if first else pixels.split(stride)
+        return [part for part in parts if len(part)]
+
+    def moments_of(self, clip: Clip, count: int) -> Tensor:
+        """Memory for `count` latent frames before `finish`."""
+        return torch.empty(count, clip.height, clip.width, self.conv_out.channels, device=clip.device)
+
+    def finish(self, moments: Tensor) -> Tensor:
+        """[t, h, w, 2z] before `quant_conv` -> normalised latents [1, z, t, h, w]."""
         moments = torch.stack([pointwise(frame, self._vae.quant_conv) for frame in moments])
-        mean = moments[..., : config.z_dim].permute(3, 0, 1, 2).unsqueeze(0)
+        mean = moments[..., : self.config.z_dim].permute(3, 0, 1, 2).unsqueeze(0)
         return self._vae.normalise(mean)
 
-    def _encode(self, pixels: Tensor, clip: Clip, moments: Tensor) -> None:
-        """Folded frames [1 or 4, H, W, 3 * p * p], p = `patch_size` -> `moments` [1, h, w, 2z], before `quant_conv`."""
+    def _encode(self, pixels: Tensor, clip: Clip, moments: Tensor | None = None) -> None:
+        """One of `groups` -> `moments` [1, h, w, 2z]."""
+        self.rest(*self.descend(pixels, clip), clip, moments)
+
+    def descend(self, pixels: Tensor, clip: Clip) -> tuple[list[int], list[int]]:
+        """One of `groups` through all levels but the lowest: what that gets, and the norm of it."""
         level = len(self.stages) - 1
         pool = clip.pool(level, self.conv_in.channels_in)
         slots = pool.take(len(pixels))
@@ -92,16 +117,22 @@ class FastEncoder(Walker):
                 pool.pixels(slot)[..., : frame.shape[-1]].copy_(frame)
         gamma = self.stages[0].blocks[0].norm1
         raw, normed = self._causal(clip, self.conv_in, level, slots, level, raw=True, gamma=gamma)
-        for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
-            gamma = following.blocks[0].norm1 if following else self.middle[0].norm1
-            raw, normed = self._stage(clip, level, stage, raw, normed, gamma)
+        for stage, following in pairwise(self.stages):
+            raw, normed = self._stage(clip, level, stage, raw, normed, following.blocks[0].norm1)
             level -= 1
+        clip.first = False
+        return raw, normed
+
+    def rest(self, raw: list[int], normed: list[int], clip: Clip, moments: Tensor | None) -> None:
+        """What `descend` gives through the lowest level and the middle -> `moments` [1, h, w, 2z]; None where nothing
+        is computed."""
+        raw, normed = self._stage(clip, 0, self.stages[-1], raw, normed, self.middle[0].norm1)
         _, normed = self._middle(clip, raw, normed, self.norm_out, keep=False)
         pool = clip.pool(0, self.conv_out.channels_in)
         slots = [*clip.history.get(self.conv_out.name, [ZERO_SLOT] * 2), *normed]
-        self._operations.conv_to_pixels(self.conv_out, pool, slots, moments)
+        if moments is not None:
+            self._operations.conv_to_pixels(self.conv_out, pool, slots, moments)
         self._remember(clip, self.conv_out, pool, slots)
-        clip.first = False
 
     def _stage(
         self, clip: Clip, level: int, stage: Stage, raw: list[int], normed: list[int], gamma: Tensor
@@ -130,8 +161,12 @@ class FastEncoder(Walker):
         groups = [frames[i : i + time] for i in range(0, len(frames), time)]
         slots = target.take(len(groups))
         if pool.capacity is not None:
+            row, column = clip.window.source(level) if space > 1 else (0, 0)
+            rows, columns = slice(row, row + space * target.height), slice(column, column + space * target.width)
             for slot, group in zip(slots, groups, strict=True):
-                average_pixels([pool.pixels(frame) for frame in group], time, space, target.pixels(slot))
+                average_pixels(
+                    [pool.pixels(frame)[rows, columns] for frame in group], time, space, target.pixels(slot)
+                )  # fmt: skip
         return slots
 
     def _add(self, pool: FramePool, frames: list[int], others: list[int]) -> None:
@@ -150,11 +185,12 @@ class FastEncoder(Walker):
         source = clip.pool(level, stage.halve_space.channels_in)
         pool = clip.pool(level - 1, stage.halve_space.channels)
         time = stage.halve_time
+        origin = clip.window.source(level)
         if time is None:
-            outputs = self._run(stage.halve_space, source, frames, pool, shortcut, True, gamma)
+            outputs = self._run(stage.halve_space, source, frames, pool, shortcut, True, gamma, origin)
             source.give(frames)
             return outputs
-        raw, _ = self._run(stage.halve_space, source, frames, pool, [], True, None)
+        raw, _ = self._run(stage.halve_space, source, frames, pool, [], True, None, origin)
         source.give(frames)
         history = clip.history.get(time.name)
         if history is None:
@@ -171,12 +207,12 @@ class FastEncoder(Walker):
         pool.give(slots[:-1])
         return outputs
 
-    def _count_slots(self) -> dict[tuple[int, int], int]:
-        """Slots that each pool needs: what a clip's first chunks take at most. Nothing is computed."""
+    def count_slots(self, schedule: Callable[[Tensor, Clip], None]) -> dict[tuple[int, int], int]:
+        """Slots of each pool that a clip's first groups, given to `schedule`, take at most. Nothing is computed."""
         meta, operations, self._operations = torch.device("meta"), self._operations, NoOperations()
         clip = Clip(self._operations, whole(1, 1, len(self.stages)), self._dtype, meta, None)
-        for count in (1, *[self._vae.config.temporal_stride] * 3):
-            self._encode(torch.empty(count, 1, 1, self.conv_in.channels_in, device=meta), clip, torch.empty(0))
+        for count in (1, *[self.config.temporal_stride] * 3):
+            schedule(torch.empty(count, 1, 1, self.conv_in.channels_in, device=meta), clip)
         self._operations = operations
         return {key: pool.peak for key, pool in clip.pools.items()}
 

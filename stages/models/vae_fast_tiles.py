@@ -1,14 +1,15 @@
-"""Decoding a whole clip with `FastDecoder` tile by tile (`stages/models/vae_tiles.py`).
+"""Whole clips tile by tile (`stages/models/vae_tiles.py`) with `FastDecoder` and `FastEncoder`.
 
-The middle and the lowest level, which are small, see whole frames. What they make is kept on the host; each tile takes
-its part of it through the levels above, with causal caches of its own, in the frame pools of the tile before it.
+The middle and the lowest level, which are small, see whole frames. What lies between them and the tiles is kept on the
+host; each tile takes its part of it through the levels above, with causal caches of its own, in the frame pools of the
+tile before it.
 
-Bit for bit what the untiled decoder gives, where the sum of an output pixel does not depend on where the pixel is.
+Bit for bit what the untiled clip gives, where the sum of an output pixel does not depend on where the pixel is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from stages.models.vae_decode import FastDecoder, Frame
+from stages.models.vae_encode import FastEncoder
 from stages.models.vae_frames import ZERO_SLOT, FramePool
-from stages.models.vae_tiles import Costs, Piece, plan
+from stages.models.vae_tiles import Costs, Piece, cut_latents, cut_pixels, plan
 from stages.models.vae_walk import Clip
 
 GROUPS = (4, 2, 2, 1)
@@ -47,7 +49,7 @@ class TileDecoder:
         """Normalised latents [1, z, T, h, w] -> all pixels of the clip, as `FastDecoder.decode_chunk` gives them; of a
         tile, frames come in order. budget: bytes of a tile's activations. beat: called before the first piece comes."""
         height, width = latents.shape[3:]
-        tiles = plan(height, width, self.costs, budget)
+        tiles = plan(height, width, self.costs, budget, cut_pixels)
         kept = list(self._lowest(latents, beat))
         decoder, patch = self._decoder, self._decoder.config.patch_size
         clip = decoder.clip_of(tiles[0].window, self._capacity)
@@ -125,3 +127,72 @@ class TileDecoder:
         """Of the lowest level: its frames before they are made larger, and its input."""
         blocks = self._decoder.levels[0].blocks
         return clip.pool(0, blocks[-1].conv2.channels), clip.pool(0, blocks[0].conv1.channels_in)
+
+
+class TileEncoder:
+    """Encodes whole clips with a `FastEncoder`."""
+
+    def __init__(self, encoder: FastEncoder) -> None:
+        self._encoder = encoder
+        self._capacity = encoder.count_slots(self._encode_some)
+
+    def encode(
+        self, chunks: Iterable[Tensor], height: int, width: int, budget: int, beat: Callable[[], None]
+    ) -> Tensor:
+        """All frames of a clip of height x width latents, in chunks as `FastEncoder.encode_chunk` takes them and on any
+        device, through which each tile goes -> normalised latents [1, z, T, h, w]. budget: bytes of a tile's
+        activations. beat: called after every chunk."""
+        encoder, kept = self._encoder, list[tuple[Tensor, Tensor]]()
+        tiles = plan(height, width, self.costs, budget, cut_latents)
+        clip = encoder.clip_of(tiles[0].window, self._capacity)
+        for tile in tiles:
+            clip.restart(tile.window)
+            at = 0
+            for chunk in chunks:
+                for group in encoder.groups(chunk, height, width, clip.first):
+                    if at == len(kept):
+                        shape = height, width, encoder.stages[-1].blocks[0].conv1.channels_in
+                        kept.append((torch.empty(shape, dtype=clip.dtype), torch.empty(shape, dtype=clip.dtype)))
+                    slots = encoder.descend(tile.window.cut(group, len(encoder.stages) - 1).to(clip.device), clip)
+                    self._keep(clip, slots, kept[at])
+                    at += 1
+                beat()
+        del clip
+        return self._rest(kept, height, width)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What a tile takes."""
+        stages, frames = self._encoder.stages[::-1], 1
+        nbytes, work = [0] * len(stages), [0]
+        for (level, channels), slots in self._capacity.items():
+            nbytes[level] += slots * channels * self._encoder.conv_in.weight.element_size()
+        for stage in stages[1:]:
+            frames *= 1 if stage.halve_time is None else 2
+            work.append(frames * stage.blocks[-1].conv2.channels ** 2)
+        reach = [0, *(2 * len(stage.blocks) for stage in stages[1:])]
+        reach[-1] += 1
+        return Costs(tuple(reach), tuple(nbytes), tuple(work))
+
+    def _keep(self, clip: Clip, slots: tuple[list[int], list[int]], kept: tuple[Tensor, Tensor]) -> None:
+        """A frame, and its norm, to their place in the whole frame; their slots are given back."""
+        pool = clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in)
+        for (slot,), whole in zip(slots, kept, strict=True):
+            clip.window.cut(whole, 0).copy_(pool.pixels(slot))
+            pool.give([slot])
+
+    def _rest(self, kept: list[tuple[Tensor, Tensor]], height: int, width: int) -> Tensor:
+        clip = self._encoder.clip(height, width)
+        pool = clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in)
+        moments = self._encoder.moments_of(clip, len(kept))
+        for i, frames in enumerate(kept):
+            slots = pool.take(2)
+            for slot, frame in zip(slots, frames, strict=True):
+                pool.pixels(slot).copy_(frame)
+            self._encoder.rest(slots[:1], slots[1:], clip, moments[i : i + 1])
+        return self._encoder.finish(moments)
+
+    def _encode_some(self, pixels: Tensor, clip: Clip) -> None:
+        """One group, of which the first few take as many slots as any."""
+        raw, normed = self._encoder.descend(pixels, clip)
+        clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in).give(raw + normed)

@@ -1,7 +1,8 @@
-"""Decoding a whole clip with `WanVae` tile by tile (`stages/models/vae_tiles.py`), in plain torch.
+"""Whole clips tile by tile (`stages/models/vae_tiles.py`) with `WanVae`, in plain torch.
 
-The middle and the lowest blocks, which are small, see whole frames. What they make is kept on the host; each tile takes
-its part of it through the levels above, a few latent frames at a time, with causal caches of its own.
+The middle and the lowest blocks, which are small, see whole frames. What lies between them and the tiles is kept on the
+host; each tile takes its part of it through the levels above, a few latent frames at a time, with causal caches of its
+own.
 
 On a CPU the result is that of the same chunks untiled, bit for bit but where a library goes about sums or the end of a
 tensor in another way because of its shape: see `stages/models/vae.py`.
@@ -9,13 +10,14 @@ tensor in another way because of its shape: see `stages/models/vae.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from stages.models.vae import ResidualUpBlock, UpBlock, WanVae
-from stages.models.vae_layers import Cache, unfold_pixels
-from stages.models.vae_tiles import Costs, Piece, Tile, plan
+from stages.models.vae import DownBlock, ResidualUpBlock, UpBlock, WanVae
+from stages.models.vae_layers import Cache, Downsample, ResBlock, average_down, fold_pixels, unfold_pixels
+from stages.models.vae_tiles import Costs, Piece, Tile, Window, cut_latents, cut_pixels, plan
 
 WORKING_FRAMES = 5
 """Tensors of a chunk's size that a residual block has at once, roughly."""
@@ -26,7 +28,7 @@ def decode_tiles(vae: WanVae, latents: Tensor, chunk: int, budget: int, beat: Ca
     order. chunk: latent frames at a time. budget: bytes of a tile's activations. beat: called before the first piece
     comes."""
     height, width = latents.shape[3:]
-    chosen = plan(height, width, costs(vae, chunk), budget)
+    chosen = plan(height, width, decoder_costs(vae, chunk), budget, cut_pixels)
     kept = list(_lowest(vae, latents, chunk, beat))
     for tile in chosen:
         frame = 0
@@ -38,22 +40,103 @@ def decode_tiles(vae: WanVae, latents: Tensor, chunk: int, budget: int, beat: Ca
             frame += pixels.shape[2]
 
 
-def costs(vae: WanVae, chunk: int) -> Costs:
-    """Of `vae` in the dtype of its weights; the lowest level is all but free, as it is only read."""
+def encode_tiles(
+    vae: WanVae, chunks: Iterable[Tensor], height: int, width: int, budget: int, beat: Callable[[], None]
+) -> Tensor:
+    """All frames of a clip of height x width latents, in chunks as `WanVae.encode_chunk` takes them and on any device,
+    through which each tile goes -> normalised latents [1, z, T, h, w]. budget: bytes of a tile's activations. beat:
+    called after every chunk."""
+    upper, lower = _halves(vae)
+    longest = max(-(-chunk.shape[2] // vae.config.temporal_stride) for chunk in chunks)
+    kept: list[Tensor] = []
+    for tile in plan(height, width, encoder_costs(vae, longest), budget, cut_latents):
+        cache: Cache = {}
+        for i, chunk in enumerate(chunks):
+            vae.check_frames(chunk, first=not cache)
+            part = _descend(vae, upper, chunk, tile.window, cache)
+            if i == len(kept):
+                kept.append(torch.empty(*part.shape[:2], height, width, part.shape[-1], dtype=part.dtype))
+            tile.window.cut(kept[i], 0).copy_(part)
+            beat()
+    encoder, cache, latents = vae.encoder, {}, []
+    for x in kept:
+        x = x.to(vae.quant_conv.weight.device)
+        for module in lower:
+            x = module(x, cache)
+        x = encoder.conv_out(encoder.norm_out.silu(encoder.mid_block(x, cache)), cache)
+        latents.append(vae.normalise(vae.quant_conv(x).movedim(-1, 1).chunk(2, dim=1)[0]))
+    return torch.cat(latents, dim=2)
+
+
+def decoder_costs(vae: WanVae, chunk: int) -> Costs:
+    """Of `vae` in the dtype of its weights; the lowest level is all but free, as it is only read or written."""
+    upper = [list(_resnets([block])) for block in vae.decoder.up_blocks][1:]
+    return _costs(vae, upper, list(reversed(vae.config.temporal_downsample)), chunk)
+
+
+def encoder_costs(vae: WanVae, chunk: int) -> Costs:
+    """See `decoder_costs`."""
+    stages: list[list[ResBlock]] = [[]]
+    for module in _halves(vae)[0]:
+        stages[-1] += _resnets([module])
+        if not isinstance(module, ResBlock):
+            stages.append([])
+    return _costs(vae, stages[-2::-1], list(reversed(vae.config.temporal_downsample)), chunk)
+
+
+def _costs(vae: WanVae, levels: list[list[ResBlock]], doubles: list[bool], chunk: int) -> Costs:
+    """Of levels above the lowest, each with its residual blocks and whether it has twice the frames of the one below.
+    One more convolution is at the highest."""
     item, frames = vae.quant_conv.weight.element_size(), chunk
     reach, nbytes, work = [0], [0], [0]
-    doubles = reversed(vae.config.temporal_downsample)
-    for block, time in zip(list(vae.decoder.up_blocks)[1:], doubles, strict=True):
+    for resnets, time in zip(levels, doubles, strict=True):
         frames *= 2 if time else 1
-        assert isinstance(block, UpBlock | ResidualUpBlock)
-        width = vae.decoder.norm_out.gamma.numel()
-        for resnet in block.resnets:
-            width = max(width, *(resnet.get_parameter(f"norm{i}.gamma").numel() for i in (1, 2)))
-        reach.append(2 * len(block.resnets))
+        width = max(norm.gamma.numel() for resnet in resnets for norm in (resnet.norm1, resnet.norm2))
+        reach.append(2 * len(resnets))
         nbytes.append((2 * reach[-1] + WORKING_FRAMES * (frames + 2)) * width * item)
         work.append(frames * width**2)
     reach[-1] += 1
     return Costs(tuple(reach), tuple(nbytes), tuple(work))
+
+
+def _resnets(modules: list[nn.Module]) -> Iterator[ResBlock]:
+    for module in modules:
+        yield from (found for found in module.modules() if isinstance(found, ResBlock))
+
+
+def _halves(vae: WanVae) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The encoder's modules up to the last that halves the size, and those after it."""
+    modules = list(vae.encoder.down_blocks)
+    ends = [
+        i for i, module in enumerate(modules)
+        if isinstance(module, Downsample) or (isinstance(module, DownBlock) and module.downsampler is not None)
+    ]  # fmt: skip
+    return modules[: ends[-1] + 1], modules[ends[-1] + 1 :]
+
+
+def _descend(vae: WanVae, modules: list[nn.Module], frames: Tensor, window: Window, cache: Cache) -> Tensor:
+    """The window of frames [1, 3, T, H, W] of the whole size through all levels but the lowest, [1, t, h, w, C]."""
+    level, weight = len(window.rows) - 1, vae.quant_conv.weight
+    x = window.cut(fold_pixels(frames.movedim(1, -1), vae.config.patch_size), level)
+    x = vae.encoder.conv_in(x.to(weight.device, weight.dtype).contiguous(), cache)
+    for module in modules:
+        if isinstance(module, ResBlock):
+            x = module(x, cache)
+            continue
+        y, down = x, module
+        if isinstance(module, DownBlock):
+            for resnet in module.resnets:
+                y = resnet(y, cache)
+            assert module.downsampler is not None
+            down = module.downsampler
+        # What makes the window of the level below: 2n rows, and one more if they are not the frame's last.
+        (row, column), (height, width) = window.source(level), window.size(level - 1)
+        y = down(y[:, :, row : row + 2 * height + 1, column : column + 2 * width + 1].contiguous(), cache)
+        if isinstance(module, DownBlock):
+            x = x[:, :, row : row + 2 * height, column : column + 2 * width]
+            y = y + average_down(x, y.shape[-1], *module.shortcut)
+        x, level = y, level - 1
+    return x
 
 
 def _lowest(vae: WanVae, latents: Tensor, chunk: int, beat: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:

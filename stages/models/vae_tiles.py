@@ -15,9 +15,9 @@ use the same memory: at the edges of the frame the halo is larger than it need b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -51,6 +51,11 @@ class Window:
         the size is doubled."""
         return _origin(self.rows, level), _origin(self.columns, level)
 
+    def source(self, level: int) -> tuple[int, int]:
+        """Row and column, in the window of `level`, of the pixel from which the first of the window below is made when
+        the size is halved."""
+        return _source(self.rows, level), _source(self.columns, level)
+
     def cut(self, x: Tensor, level: int) -> Tensor:
         """The window's part of x [..., height, width, C], which holds the frame at `level`."""
         rows, columns = self.rows[level], self.columns[level]
@@ -65,7 +70,8 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and columns of the frame, at the highest level, and the window that they need."""
+    """Rows and columns of what is made, decoded pixels at the highest level or encoded ones at the lowest, and the
+    window that they need."""
 
     rows: Span
     columns: Span
@@ -94,11 +100,16 @@ class Costs:
     """What a network takes per pixel of a window, level by level, the latents' first."""
 
     reach: tuple[int, ...]
-    """Convolutions of 3x3 pixels one after the other: how far wrong pixels spread."""
+    """Convolutions of 3x3 pixels one after the other: how far wrong pixels spread. 0 at the lowest level, which sees
+    whole frames."""
     nbytes: tuple[int, ...]
     """Of activations."""
     work: tuple[int, ...]
     """In any unit."""
+
+
+Cut: TypeAlias = Callable[[int, int, Sequence[int]], Iterator[tuple[Span, tuple[Span, ...]]]]
+"""How an axis is cut: `cut_pixels` or `cut_latents`."""
 
 
 def whole(height: int, width: int, levels: int) -> Window:
@@ -109,42 +120,51 @@ def whole(height: int, width: int, levels: int) -> Window:
     )
 
 
-def plan(height: int, width: int, costs: Costs, budget: int) -> list[Tile]:
+def plan(height: int, width: int, costs: Costs, budget: int, cut: Cut) -> list[Tile]:
     """The tiles of frames of height x width latents with the least work of those that take at most `budget` bytes; if
-    none do, those that take the least."""
+    none do, those that take the least. cut: `cut_pixels` or `cut_latents`."""
     levels = range(len(costs.reach))
-    sizes = [[_sizes(length, count, costs.reach) for count in range(1, MAX_CUTS + 1)] for length in (height, width)]
+    sizes = [[_sizes(next(cut(n, count, costs.reach))) for count in range(1, MAX_CUTS + 1)] for n in (height, width)]
     ranked = []
     for down, rows in enumerate(sizes[0], 1):
         for across, columns in enumerate(sizes[1], 1):
             nbytes = sum(costs.nbytes[level] * rows[level] * columns[level] for level in levels)
             work = sum(costs.work[level] * rows[level] * columns[level] for level in levels)
             ranked.append((max(nbytes, budget), down * across * work, down, across))
-    return list(tiles(height, width, *min(ranked)[2:], costs.reach))
+    return list(tiles(height, width, *min(ranked)[2:], costs.reach, cut))
 
 
-def tiles(height: int, width: int, down: int, across: int, reach: Sequence[int]) -> Iterator[Tile]:
+def tiles(height: int, width: int, down: int, across: int, reach: Sequence[int], cut: Cut) -> Iterator[Tile]:
     """At most down x across tiles, which are equal but for the last of each axis, row by row."""
-    columns = list(_cut(width, across, reach))
-    for rows, row_window in _cut(height, down, reach):
+    columns = list(cut(width, across, reach))
+    for rows, row_window in cut(height, down, reach):
         for cols, column_window in columns:
             yield Tile(rows, cols, Window(row_window, column_window))
 
 
-def _cut(length: int, count: int, reach: Sequence[int]) -> Iterator[tuple[Span, tuple[Span, ...]]]:
-    """The tiles along an axis of `length` latents, and their windows."""
+def cut_pixels(length: int, count: int, reach: Sequence[int]) -> Iterator[tuple[Span, tuple[Span, ...]]]:
+    """For decoding: at most `count` tiles of pixels, those of the highest level, along an axis of `length` latents, and
+    their windows."""
     total = length << len(reach) - 1
     size = -(-total // count)
     for start in range(0, total, size):
-        yield Span(start, min(size, total - start)), spans(start, size, length, reach)
+        yield Span(start, min(size, total - start)), _spans_to_decode(start, size, length, reach)
 
 
-def _sizes(length: int, count: int, reach: Sequence[int]) -> list[int]:
-    """Of the windows along an axis that is cut into `count` tiles, at each level."""
-    return [span.size for span in next(_cut(length, count, reach))[1]]
+def cut_latents(length: int, count: int, reach: Sequence[int]) -> Iterator[tuple[Span, tuple[Span, ...]]]:
+    """For encoding: at most `count` tiles of the lowest level along an axis of `length` latents, and their windows. The
+    last tile is as large as the others and takes some pixels again."""
+    size = -(-length // count)
+    for start in range(0, length, size):
+        start = min(start, length - size)
+        yield Span(start, size), _spans_to_encode(start, size, length, reach)
 
 
-def spans(start: int, size: int, length: int, reach: Sequence[int]) -> tuple[Span, ...]:
+def _sizes(tile: tuple[Span, tuple[Span, ...]]) -> list[int]:
+    return [span.size for span in tile[1]]
+
+
+def _spans_to_decode(start: int, size: int, length: int, reach: Sequence[int]) -> tuple[Span, ...]:
     """What is computed at each level, along an axis of `length` latents, for `size` pixels from `start` on."""
     found: list[Span] = []
     for level in reversed(range(len(reach))):
@@ -158,6 +178,21 @@ def spans(start: int, size: int, length: int, reach: Sequence[int]) -> tuple[Spa
         found.append(Span(start, size))
         start, size = start // 2, size // 2
     return tuple(reversed(found))
+
+
+def _spans_to_encode(start: int, size: int, length: int, reach: Sequence[int]) -> tuple[Span, ...]:
+    """What is computed at each level, along an axis of `length` latents, for `size` latents from `start` on."""
+    found = [Span(start, size)]
+    for level in range(1, len(reach)):
+        # The convolution that halves makes a pixel of two and the one after them.
+        size = min(2 * size + 1 + 2 * reach[level], length << level)
+        start = min(max(2 * start - reach[level], 0), (length << level) - size)
+        found.append(Span(start, size))
+    return tuple(found)
+
+
+def _source(spans: tuple[Span, ...], level: int) -> int:
+    return 2 * spans[level - 1].start - spans[level].start
 
 
 def _origin(spans: tuple[Span, ...], level: int) -> int:

@@ -18,7 +18,7 @@ from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 from stages.models.image_encoder import image_tokens
 from stages.stage import Stage
-from stages.vae import VaeStage, init_chunks, to_frames, to_pixels
+from stages.vae import InitChunks, VaeStage, to_frames, to_pixels
 from tests.stages.reference import make_image_encoder
 from tests.stages.rig import CHANNELS, FIRST_FRAME, Rig, is_empty, make_checkpoint, make_job
 
@@ -152,6 +152,12 @@ def test_an_init_image_becomes_latents(rig: Rig, tmp_path: Path) -> None:
     stage.step(Run(id=job.id, phase="encode", index=0))
     latents = take(rig, "init_latents", job)
     assert latents.shape == (4, 3, 4, 6) and latents.dtype == torch.float32
+    rig.reclaim("vae")
+    tiled, again = rig.load("vae", memory=MemoryPlan(level=1)), make_job(init=job.init)
+    tiled.begin(again)
+    tiled.step(Run(id=again.id, phase="encode", index=0))
+    assert torch.equal(take(rig, "init_latents", again), latents)
+    tiled.drop(again.id)
     still = torch.from_numpy(pixels).expand(9, 32, 48, 3)
     with torch.inference_mode():
         torch.testing.assert_close(latents, stage._vae.module.encode(to_pixels(still))[0], atol=1e-4, rtol=1e-4)
@@ -197,7 +203,7 @@ def test_an_image_to_move_becomes_latents_and_tokens(tmp_path: Path) -> None:
             rig.reclaim("vae")
         with torch.inference_mode():
             clip = torch.zeros(1, 3, 9, 32, 48)
-            clip[:, :, :1] = next(init_chunks(job, 4))
+            clip[:, :, :1] = next(iter(InitChunks(job, 4)))
             latents = stage._vae.module.encode(clip)[0]
             tokens = image_tokens(stage._image_encoder.module, pixels)
         stage.drop(job.id)
@@ -232,7 +238,7 @@ def test_a_clip_comes_in_chunks(tmp_path: Path, init_as: str) -> None:
     noise(tmp_path / "i.png", 30, 50)
     job = make_job(init=str(tmp_path / "i.png"), init_as=init_as, num_frames=81, height=480, width=832)
     counts = []
-    for chunk in init_chunks(job, 8):
+    for chunk in InitChunks(job, 8):
         assert chunk.shape[:2] == (1, 3) and chunk.shape[3:] == (480, 832) and chunk.dtype == torch.float32
         if not counts:
             first = chunk
