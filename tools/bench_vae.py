@@ -1,17 +1,17 @@
 """A VAE on a GPU against Diffusers' in bfloat16, in one process: speed, memory, and error against float32.
 
     python -m tools.bench_vae --parts decode encode quality --sizes 480p 720p --out docs/results/vae.txt
-    python -m tools.bench_vae --parts tiled --sizes 480p 720p --out docs/results/vae-tiled.txt
-    python -m tools.bench_vae --model wan2.2-ti2v-5b --parts decode encode tiled --sizes 704p
+    python -m tools.bench_vae --parts tiled tiled-encode --sizes 480p 720p --out docs/results/vae-tiled.txt
+    python -m tools.bench_vae --model wan2.2-ti2v-5b --parts decode encode tiled tiled-encode --sizes 704p
     python -m tools.bench_vae --parts kernels tiles
 
 Parts: `decode` and `encode`, 81 frames with the same random weights: peak memory of each alone in the process, error
 against float32 at 480p, then seconds in turns; `quality`, PSNR against float32 of scenes that the demo model's VAE and
 random weights have encoded, and of noise; `tiled`, decoding in tiles as from memory level 1 on: peak memory, how far
-the frames are from untiled ones, seconds in turns with untiled and Diffusers'; `kernels`, each kernel on small frames
-against plain torch in float32; `tiles`, TFLOP/s of the convolutions of one latent frame at 480p for several ways to cut
-them. Lines come as they are measured, and go to --out, too. Checks say `ok` or `FAIL`; the exit status is 1 if one
-failed.
+the frames are from untiled ones, seconds in turns with untiled and Diffusers'; `tiled-encode`, likewise; `kernels`,
+each kernel on small frames against plain torch in float32; `tiles`, TFLOP/s of the convolutions of one latent frame at
+480p for several ways to cut them. Lines come as they are measured, and go to --out, too. Checks say `ok` or `FAIL`; the
+exit status is 1 if one failed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ from stages.models.vae import WanVae
 from stages.models.vae_check import random_vae
 from stages.vae import to_frames
 from tools.bench_vae_kernels import check_kernels, sweep_tiles
-from tools.bench_vae_variants import CUDA, Variant, our_decode, our_encode, our_tiles, their_decode, their_encode
+from tools.bench_vae_variants import (
+    CUDA,
+    Variant,
+    our_decode,
+    our_encode,
+    our_encode_tiles,
+    our_tiles,
+    their_decode,
+    their_encode,
+)
 from tools.demo_scenes import render, sample_scenes
 from tools.gpu_timing import Card, Timing, in_turns, machine_lines
 
@@ -118,7 +127,7 @@ def compare(setup: Setup, part: str, size: str) -> None:
 def compare_tiled(setup: Setup, size: str) -> None:
     """In tiles, untiled and Diffusers': peak of each alone, frames in tiles against untiled ones, seconds in turns."""
     vae = full_vae(setup.model)
-    data = clip_of("tiled", size, vae.config)
+    data = clip_of("decode", size, vae.config)
     makers = {"tiled": our_tiles, "untiled": our_decode, "Diffusers": their_decode}
     peaks = {name: alone(setup, f"tiled {size} {name}", make, vae, data) for name, make in makers.items()}
     variants = {name: make(vae, data) for name, make in makers.items()}
@@ -142,6 +151,24 @@ def compare_tiled(setup: Setup, size: str) -> None:
         setup.check(ratio >= 1 and peaks["tiled"] <= MUST_PEAK_TILED, f"{what}; must 1x in {MUST_PEAK_TILED} GiB")
     else:
         setup.say(what)
+
+
+def compare_tiled_encode(setup: Setup, size: str) -> None:
+    """In tiles and untiled: peak of each alone, without the frames for tiles, which are in host memory; latents in
+    tiles against untiled ones; seconds in turns."""
+    vae = full_vae(setup.model)
+    data = clip_of("encode", size, vae.config)
+    makers = {"tiled": our_encode_tiles, "untiled": our_encode}
+    peaks = {name: alone(setup, f"tiled-encode {size} {name}", make, vae, data) for name, make in makers.items()}
+    variants = {name: make(vae, data) for name, make in makers.items()}
+    latents = [variants[name].run(True) for name in makers]
+    assert latents[0] is not None and latents[1] is not None
+    what = f"tiled-encode {size}: {relative(*latents):.2e} from untiled"
+    setup.check(relative(*latents) <= 1e-3, f"{what}, {'equal' if torch.equal(*latents) else 'not equal'} bit for bit")
+    runs = {name: lambda v=variant: v.run(False) for name, variant in variants.items()}  # type: ignore[misc]
+    for name, timing in in_turns(setup.card, runs, setup.rounds, "cuda", warm=2.0).items():
+        held = data.nbytes / 2**30 if name == "tiled" else 0.0
+        setup.say(f"tiled-encode {size} {name}: {seconds(timing)}, peak {peaks[name] - held:.2f} GiB alone")
 
 
 def alone(
@@ -246,7 +273,10 @@ def measure_quality(setup: Setup, name: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=("decode", "encode", "quality", "tiled", "kernels", "tiles"), required=True
+        "--parts",
+        nargs="+",
+        choices=("decode", "encode", "quality", "tiled", "tiled-encode", "kernels", "tiles"),
+        required=True,
     )
     parser.add_argument("--model", choices=("wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"), default="wan2.1-t2v-1.3b")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["480p"])
@@ -282,6 +312,9 @@ def main() -> int:
             elif part == "tiled":
                 for size in args.sizes:
                     parts[f"tiled {size}"] = lambda size=size: compare_tiled(setup, size)  # type: ignore[misc]
+            elif part == "tiled-encode":
+                for size in args.sizes:
+                    parts[f"{part} {size}"] = lambda size=size: compare_tiled_encode(setup, size)  # type: ignore[misc]
             elif part == "quality":
                 for name in ("demo", "random"):
                     parts[f"quality {name}"] = lambda name=name: measure_quality(setup, name)  # type: ignore[misc]

@@ -81,6 +81,21 @@ def our_encode(vae: WanVae, frames: Tensor) -> Variant:
     return Variant(codec, run)
 
 
+def our_encode_tiles(vae: WanVae, frames: Tensor) -> Variant:
+    """As the engine encodes from memory level 1 on: in tiles, of frames in host memory."""
+    codec = our_codec(vae)
+    codec.tile_encoder  # noqa: B018 (made before its memory is measured)
+    height, width = (side // vae.config.spatial_stride for side in frames.shape[3:])
+    rest = frames[:, :, 1:].cpu().split(DECODE_LATENTS * vae.config.temporal_stride, dim=2)
+    chunks = [frames[:, :, :1].cpu(), *rest]
+
+    def run(keep: bool) -> Tensor | None:
+        latents = codec.encode_tiles(chunks, height, width)
+        return latents.cpu() if keep else None
+
+    return Variant(codec, run)
+
+
 def our_codec(vae: WanVae) -> FastCodec:
     return FastCodec(copy.deepcopy(vae).to(CUDA), Kernels(has_tma(CUDA)), torch.bfloat16)
 
