@@ -3,14 +3,14 @@
     python -m tools.bench_vae --parts decode encode quality --sizes 480p 720p --out docs/results/vae.txt
     python -m tools.bench_vae --parts tiled tiled-encode --sizes 480p 720p --out docs/results/vae-tiled.txt
     python -m tools.bench_vae --model wan2.2-ti2v-5b --parts decode encode tiled tiled-encode --sizes 704p
-    python -m tools.bench_vae --parts kernels tiles
+    python -m tools.bench_vae --parts kernels tiles --widths 96 192 384 256 512 1024
 
 Parts: `decode` and `encode`, 81 frames with the same random weights: peak memory of each alone in the process, error
 against float32 at 480p, then seconds in turns; `quality`, PSNR against float32 of scenes that the demo model's VAE and
 random weights have encoded, and of noise; `tiled`, decoding in tiles as from memory level 1 on: peak memory, how far
 the frames are from untiled ones, seconds in turns with untiled and Diffusers'; `tiled-encode`, likewise; `kernels`,
-each kernel on small frames against plain torch in float32; `tiles`, TFLOP/s of the convolutions of one latent frame at
-480p for several ways to cut them. Lines come as they are measured, and go to --out, too. Checks say `ok` or `FAIL`; the
+each kernel on small frames against plain torch in float32; `tiles`, TFLOP/s of the convolutions of one latent frame
+for several ways to cut them. Lines come as they are measured, and go to --out, too. Checks say `ok` or `FAIL`; the
 exit status is 1 if one failed.
 """
 
@@ -35,7 +35,7 @@ from ipc.architecture import VaeConfig
 from stages.models.vae import WanVae
 from stages.models.vae_check import random_vae
 from stages.vae import to_frames
-from tools.bench_vae_kernels import check_kernels, sweep_tiles
+from tools.bench_vae_kernels import LEVELS, check_kernels, sweep_tiles
 from tools.bench_vae_variants import (
     CUDA,
     Variant,
@@ -280,7 +280,7 @@ def main() -> int:
     )
     parser.add_argument("--model", choices=("wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"), default="wan2.1-t2v-1.3b")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["480p"])
-    parser.add_argument("--widths", nargs="+", type=int, choices=(96, 192, 384), default=[96, 192, 384])
+    parser.add_argument("--widths", nargs="+", type=int, choices=list(LEVELS), default=[96, 192, 384])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
     parser.add_argument("--out", type=Path, help="append the lines to this file")
     args = parser.parse_args()

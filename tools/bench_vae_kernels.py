@@ -69,7 +69,7 @@ def make(kind: str, channels_in: int, channels: int) -> Conv:
 
 
 def cases() -> list[Case]:
-    """Every launch of Wan2.1's encoder and decoder."""
+    """Every launch of Wan2.1's encoder and decoder, and those of Wan2.2's of other widths."""
     return [
         Case(make("causal", 96, 96), norm=True),
         Case(make("causal", 96, 96), residual=True, raw=True, norm=True),
@@ -92,6 +92,19 @@ def cases() -> list[Case]:
         Case(make("down", 384, 384), raw=True),
         Case(make("halve", 192, 192), raw=True, norm=True),
         Case(make("halve", 384, 384), raw=True),
+        Case(make("causal", 16, 160), raw=True, norm=True),
+        Case(make("causal", 160, 160), norm=True),
+        Case(make("causal", 160, 160), residual=True, raw=True, norm=True),
+        Case(make("down", 160, 160), residual=True, raw=True, norm=True),
+        Case(make("causal", 320, 320), residual=True, raw=True),
+        Case(make("causal", 640, 640), residual=True, raw=True),
+        Case(make("causal", 256, 256), norm=True),
+        Case(make("causal", 256, 256), residual=True, raw=True, norm=True),
+        Case(make("causal", 512, 512), residual=True, raw=True),
+        Case(make("causal", 1024, 1024), residual=True, raw=True),
+        Case(make("up", 512, 512), residual=True, raw=True),
+        Case(make("double", 1024, 1024), raw=True),
+        Case(make("narrow", 256, 12), pixels=True),
     ]
 
 
@@ -188,12 +201,25 @@ TILES: dict[str, list[Tile]] = {
         Tile(128, 64, 8, 3, n=(256, 128)), Tile(128, 64, 8, 3, n=(256, 128), frames_inside=True),
         Tile(128, 64, 8, 4, n=(128, 64)), Tile(128, 64, 8, 4),
     ],
+    "causal 256->256": [
+        Tile(128, 64, 8, 4), Tile(128, 64, 8, 3), Tile(128, 32, 8, 4), Tile(256, 64, 16, 3),
+    ],
+    "causal 512->512": [
+        Tile(128, 64, 8, 4), Tile(128, 64, 8, 3, n=(256, 0)), Tile(128, 64, 8, 4, n=(256, 0)), Tile(256, 64, 8, 3),
+    ],
+    "causal 1024->1024": [
+        Tile(128, 64, 8, 4), Tile(128, 64, 8, 3, n=(256, 0)), Tile(128, 64, 8, 4, n=(256, 0)), Tile(256, 64, 8, 3),
+    ],
     "up 192->96": [Tile(256, 64, 8, 4), Tile(128, 32, 4, 4), Tile(128, 64, 4, 3)],
 }  # fmt: skip
 """Ways to cut convolutions; what is not here is timed as it is cut."""
 
-LEVELS = {96: [(480, 832, 4)], 192: [(240, 416, 4)], 384: [(120, 208, 2), (60, 104, 1)]}
-"""Width -> height, width and frames of one latent frame at 480p."""
+LEVELS = {
+    96: [(480, 832, 4)], 192: [(240, 416, 4)], 384: [(120, 208, 2), (60, 104, 1)],
+    160: [(352, 640, 4)], 320: [(176, 320, 4)], 640: [(88, 160, 2)],
+    256: [(352, 640, 4)], 512: [(352, 640, 4), (176, 320, 4)], 1024: [(88, 160, 2), (44, 80, 1)],
+}  # fmt: skip
+"""Width -> height, width and frames of one latent frame: of Wan2.1's VAE at 480p, of Wan2.2's at 1280x704."""
 
 
 def sweep_tiles(log: Log, width: int) -> None:
