@@ -73,15 +73,16 @@ class FastEncoder(Walker):
     def encode_chunk(self, frames: Tensor, clip: Clip) -> Tensor:
         """The next frames of `clip` [1, 3, T, H, W] in [-1, 1], 1+4n at its beginning, then 4n -> normalised latents
         [1, z, t, H/s, W/s] float32."""
-        groups = self.groups(frames, clip.height, clip.width, clip.first)
+        self.check(frames, clip.height, clip.width, clip.first)
+        groups = self.groups(frames, clip.first)
         moments = self.moments_of(clip, len(groups))
         for i, group in enumerate(groups):
             self._encode(group, clip, moments[i : i + 1])
         return self.finish(moments)
 
-    def groups(self, frames: Tensor, height: int, width: int, first: bool) -> list[Tensor]:
-        """Frames of a clip of height x width latents, [1, 3, T, H, W], 1+4n if they are the `first`, else 4n -> folded
-        [1 or 4, H / p, W / p, 3 * p * p] of a latent frame each, p: `patch_size`. `ValueError` for a wrong shape."""
+    def check(self, frames: Tensor, height: int, width: int, first: bool) -> None:
+        """`ValueError` for frames that are not of a clip of height x width latents, 1+4n if they are the `first`, else
+        4n."""
         stride = self.config.temporal_stride
         expected = (height * self.config.spatial_stride, width * self.config.spatial_stride)
         if frames.shape[:2] != (1, 3) or frames.shape[3:] != expected:
@@ -89,6 +90,10 @@ class FastEncoder(Walker):
         if frames.shape[2] < 1 or frames.shape[2] % stride != int(first):
             kind = f"{stride}n+1 in the first chunk" if first else f"{stride}n after the first chunk"
             raise ValueError(f"number of frames must be {kind}, got {frames.shape[2]}")
+
+    def groups(self, frames: Tensor, first: bool) -> list[Tensor]:
+        """Frames [1, 3, T, H, W] -> folded [1 or 4, H/p, W/p, 3 * p * p], a latent frame's each, p: `patch_size`."""
+        stride = self.config.temporal_stride
         pixels = fold_pixels(frames.movedim(1, -1), self.config.patch_size)[0]
         parts = [pixels[:1], *pixels[1:].split(stride)] if first else pixels.split(stride)
         return [part for part in parts if len(part)]

@@ -149,12 +149,13 @@ class TileEncoder:
             clip.restart(tile.window)
             at = 0
             for chunk in chunks:
-                for group in encoder.groups(chunk, height, width, clip.first):
+                encoder.check(chunk, height, width, clip.first)
+                part = tile.window.cut_frames(chunk, encoder.config.patch_size).to(clip.device)
+                for group in encoder.groups(part, clip.first):
                     if at == len(kept):
                         shape = height, width, encoder.stages[-1].blocks[0].conv1.channels_in
                         kept.append((torch.empty(shape, dtype=clip.dtype), torch.empty(shape, dtype=clip.dtype)))
-                    slots = encoder.descend(tile.window.cut(group, len(encoder.stages) - 1).to(clip.device), clip)
-                    self._keep(clip, slots, kept[at])
+                    self._keep(clip, encoder.descend(group, clip), kept[at])
                     at += 1
                 beat()
         del clip

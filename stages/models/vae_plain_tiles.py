@@ -117,8 +117,8 @@ def _halves(vae: WanVae) -> tuple[list[nn.Module], list[nn.Module]]:
 def _descend(vae: WanVae, modules: list[nn.Module], frames: Tensor, window: Window, cache: Cache) -> Tensor:
     """The window of frames [1, 3, T, H, W] of the whole size through all levels but the lowest, [1, t, h, w, C]."""
     level, weight = len(window.rows) - 1, vae.quant_conv.weight
-    x = window.cut(fold_pixels(frames.movedim(1, -1), vae.config.patch_size), level)
-    x = vae.encoder.conv_in(x.to(weight.device, weight.dtype).contiguous(), cache)
+    frames = window.cut_frames(frames, vae.config.patch_size).to(weight.device, weight.dtype)
+    x = vae.encoder.conv_in(fold_pixels(frames.movedim(1, -1), vae.config.patch_size).contiguous(), cache)
     for module in modules:
         if isinstance(module, ResBlock):
             x = module(x, cache)

@@ -61,6 +61,12 @@ class Window:
         rows, columns = self.rows[level], self.columns[level]
         return x[..., rows.start : rows.start + rows.size, columns.start : columns.start + columns.size, :]
 
+    def cut_frames(self, frames: Tensor, patch: int) -> Tensor:
+        """The window's part, at the highest level, of frames [..., H, W] of which `patch` x `patch` pixels are one
+        there."""
+        (top, height), (left, width) = self.rows[-1], self.columns[-1]
+        return frames[..., top * patch : (top + height) * patch, left * patch : (left + width) * patch]
+
     def follow(self, x: Tensor, level: int) -> Tensor:
         """The part of x [..., height, width, C], this window at `level` with the size doubled, that is the window of
         the next level."""
