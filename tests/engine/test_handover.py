@@ -256,7 +256,7 @@ async def test_adapters_go_over(service: Service, short_dir: Path) -> None:
     for seed in (1, 2):
         file = write_adapter(short_dir / f"{seed}.safetensors", seed, 2)
         await supervisor.add_lora("x", str(file))
-        await supervisor.submit(ask(short_dir / f"{seed}.mp4", "x", steps=1000))
+        await supervisor.submit(ask(short_dir / f"{seed}.mp4", "x", steps=1000, num_frames=33, height=96, width=96))
     before, jobs = supervisor._loras.adapters, [task.job for task in supervisor._pool.unfinished()]
     fds = Descriptors()
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(before.state(fds)), type=AdaptersState)
