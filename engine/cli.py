@@ -197,6 +197,12 @@ def reload(
         typer.Option(help="text, dit, vae or writer: a new process with the code now on disk; again for each."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="New processes for all stages.")] = False,
+    attention_backend: Annotated[
+        str | None, typer.Option(help="With --stage dit or --all: what computes attention from now on.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="With --stage dit, vae or --all: their CPU threads from now on; 0: the default.")
+    ] = None,
     supervisor: Annotated[
         bool, typer.Option("--supervisor", help="The engine's own program, by the one that is on disk now.")
     ] = False,
@@ -213,12 +219,16 @@ def reload(
         raise BadConfig(
             "say what to reload: --checkpoint DIR for weights, --stage NAME or --all for processes, or --supervisor"
         )
+    if not (stage or every) and (attention_backend, threads) != (None, None):
+        raise BadConfig("--attention-backend and --threads are of processes: say which, with --stage NAME or --all")
     if supervisor:
         taken_over = client.reload_supervisor()
         _print_json(taken_over) if as_json else print_taken_over(taken_over)
         return
     if checkpoint is None:
-        replaced = client.replace_stages(read_stages(() if every else stage or ()))
+        replaced = client.replace_stages(
+            read_stages(() if every else stage or ()), attention_backend=attention_backend, threads=threads
+        )
         _print_json(replaced) if as_json else print_replaced(replaced)
         return
     tried = None if canary is None else read_canary(canary)

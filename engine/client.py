@@ -171,11 +171,15 @@ class Client:
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(asked, Reloaded, self._deadlines.reload)
 
-    def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
-        """Have new processes, with the code now on disk, take the places of these stages' (none: of all). Returns when
-        they serve; if it raises, the one that it was about goes on."""
+    def replace_stages(
+        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None
+    ) -> Replaced:
+        """Have new processes, with the code now on disk, take the places of these stages' (none: of all), with another
+        attention backend of the dits or other threads of dit or vae, if they are given. Returns when they serve; if it
+        raises, the one that it was about goes on."""
+        asked = ReplaceStages(ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads)
         with Connection(self.socket, self._deadlines) as connection:
-            return connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
+            return connection.ask(asked, Replaced, self._deadlines.reload)
 
     def update_weights(self, component: str, tensors: Mapping[str, Any], when: When = "drain") -> Reloaded:
         """Give new tasks these weights of a component: all its tensors, by Diffusers' names, as numpy arrays or what
@@ -341,11 +345,15 @@ class AsyncClient:
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(asked, Reloaded, self._deadlines.reload)
 
-    async def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
-        """Have new processes, with the code now on disk, take the places of these stages' (none: of all). Returns when
-        they serve; if it raises, the one that it was about goes on."""
+    async def replace_stages(
+        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None
+    ) -> Replaced:
+        """Have new processes, with the code now on disk, take the places of these stages' (none: of all), with another
+        attention backend of the dits or other threads of dit or vae, if they are given. Returns when they serve; if it
+        raises, the one that it was about goes on."""
+        asked = ReplaceStages(ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads)
         async with AsyncConnection(self.socket, self._deadlines) as connection:
-            return await connection.ask(ReplaceStages(ref=0, stages=list(stages)), Replaced, self._deadlines.reload)
+            return await connection.ask(asked, Replaced, self._deadlines.reload)
 
     async def update_weights(self, component: str, tensors: Mapping[str, Any], when: When = "drain") -> Reloaded:
         """Give new tasks these weights of a component: all its tensors, by Diffusers' names, as numpy arrays or what

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Literal, Protocol
 
 import msgspec
@@ -25,6 +26,7 @@ from engine.params import ModelParams, SystemParams
 from engine.plans import Plans, PlansState
 from engine.posts import Changes, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
+from engine.settings import Settings, changed, computed_with
 from engine.spare import Spare
 from engine.states import Descriptors, State
 from engine.successor import successor
@@ -39,6 +41,7 @@ from ipc.messages import (
     Adopted,
     AnyStageProcessMessage,
     AnyStageReport,
+    AttentionChoice,
     Chosen,
     Component,
     Dropped,
@@ -104,6 +107,7 @@ class CrewState(State, frozen=True, kw_only=True):
     chosen: Chosen | None
     vae_chosen: VaeChosen | None
     plans: PlansState
+    settings: Settings
 
 
 class Crew:
@@ -130,7 +134,9 @@ class Crew:
         devices = devices_of_seats(device, dit_devices)
         self.tokens = compute_tokens(params, devices)
         """The compute token each seat needs, for the scheduler."""
-        self._threads = compute_threads(params, len(dit_devices))
+        self._settings = Settings(
+            attention=params.attention_backend, threads=compute_threads(params, len(dit_devices))
+        )  # fmt: skip
         self._posts = Posts(devices, fused=params.placement == "fused")
         self.groups = self._posts.groups
         self.placed = WeightStore()
@@ -295,6 +301,7 @@ class Crew:
             loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
             held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen, plans=self.plans.state(),
+            settings=self._settings,
         )  # fmt: skip
 
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
@@ -318,6 +325,7 @@ class Crew:
         self._spare.put_back(state.spare, fds)
         self._held_back = list(state.held_back)
         self._chosen, self._vae_chosen = state.chosen, state.vae_chosen
+        self._settings = state.settings
         self._left_to_start = list(state.pending)
 
     def resume(self) -> None:
@@ -369,17 +377,32 @@ class Crew:
         if post.process is not None:
             post.process.send_run(run)
 
-    async def replace(self, stages: Sequence[StageName]) -> Replaced:
+    async def replace(
+        self, stages: Sequence[StageName], attention: AttentionChoice | None = None, threads: int | None = None
+    ) -> Replaced:
         """New processes in the places of these stages' (none: of all), one after the other. Each first proves itself
         beside its predecessor, which then leaves after the quantum in hand. Raises `StageFailed` for the first that is
-        not fit; its predecessor goes on, and so do the replaced ones."""
+        not fit; its predecessor goes on, and so do the replaced ones.
+
+        With other settings (`engine/settings.py`), all of them prove themselves before the first takes over, so that
+        either all have them, or none. Raises `BadConfig` for settings that cannot be."""
         pids: dict[str, int] = {}
         seconds: dict[str, float] = {}
-        async with self._replacing:
-            for seats in self.groups:
-                if stages and not {stage_of(seat) for seat in seats} & set(stages):
-                    continue
-                taken = await self._replace(seats)
+        default = compute_threads(msgspec.structs.replace(self._params, threads=0), len(self._posts.siblings("dit")))
+        async with self._replacing, AsyncExitStack() as undo:
+            groups = [g for g in self.groups if not stages or {stage_of(seat) for seat in g} & set(stages)]
+            wanted = changed(self._settings, stages, attention, threads, default)
+            proven: dict[tuple[Seat, ...], Body] = {}
+            undo.callback(_end_all, proven)
+            if wanted != self._settings:
+                for seats in groups:
+                    proven[seats] = await self._prove(seats, wanted)
+                if wanted.attention != self._settings.attention:
+                    self._chosen = None  # the first dit says what it is
+                self._settings = wanted
+            for seats in groups:
+                body = proven.pop(seats) if seats in proven else await self._prove(seats)
+                taken = await self._replace(seats, body)
                 for post in self._posts.of(seats):
                     assert post.process is not None, f"{post.name} is up"
                     pids[post.name], seconds[post.name] = post.process.pid, taken
@@ -387,13 +410,21 @@ class Crew:
             self._keep_spare()
         return Replaced(pids=pids, seconds=seconds)
 
-    async def _replace(self, seats: tuple[Seat, ...]) -> float:
-        """Seconds from the end of the old process until the new one was ready."""
+    async def _prove(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Body:
+        """A process that could take these seats, with the settings that there are, or the `wanted` ones."""
         fds = [fd for _, fd in self._placed_for(seats)]
-        start = msgspec.structs.replace(self._start_message(seats), queues=[], state=None)
+        start = msgspec.structs.replace(self._start_message(seats, wanted), queues=[], state=None)
+        if not start.outliving and wanted is not None:
+            raise StageFailed(
+                "this GPU's driver has no memory that outlives a process, so the weights do not fit beside the old one "
+                "to try this; start the engine with these options"
+            )
         if not start.outliving:
             start = msgspec.structs.replace(start, stages=[])  # the weights do not fit twice: only its code is tried
-        body = await successor(Rehearse(start=start), fds, self._params.start_deadline)
+        return await successor(Rehearse(start=start), fds, self._params.start_deadline)
+
+    async def _replace(self, seats: tuple[Seat, ...], body: Body) -> float:
+        """Seconds from the end of the old process until the new one was ready."""
         if self._stopping:
             body.end()
             raise StageFailed("the engine is stopping")
@@ -412,6 +443,10 @@ class Crew:
             return body
         body.end()
         return None
+
+    def computes(self, seat: Seat) -> dict[str, str]:
+        """What the results of the process at a seat depend on."""
+        return self._posts[seat].computes
 
     def status(self) -> list[StageStatus]:
         return [post.status() for post in self._posts]
@@ -440,8 +475,9 @@ class Crew:
                 seat = process.seat(STAGE_OF_COMPONENT[component])
                 self._loading[component] = self._posts[seat].loading = progress
                 self._changes.notify()
-            case Ready(weights=weights, versions=versions):
+            case Ready(weights=weights, versions=versions, threads=threads):
                 process.ready = True
+                process.computes = computed_with([stage_of(seat) for seat in process.seats], versions, threads)
                 self.placed.proven(process.knows)
                 self.upkeep.bring_up_to_date(process)
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
@@ -516,7 +552,9 @@ class Crew:
         """That the engine computes in."""
         return compute_dtype(self._params, self.device)
 
-    def _start_message(self, seats: tuple[Seat, ...]) -> Start:
+    def _start_message(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Start:
+        settings = self._settings if wanted is None else wanted
+        chosen = self._chosen if settings.attention == self._settings.attention else None
         stages = [stage_of(seat) for seat in seats]
         device = self._posts.device_of(seats)
         return Start(
@@ -526,18 +564,23 @@ class Crew:
             image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
             boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
             devices={stage_of(p.name): p.device for p in self._posts.of(seats) if p.device is not None},
-            threads={stage: self._threads[stage] for stage in stages}, dtype=self.dtype,
+            threads={stage: settings.threads[stage] for stage in stages}, dtype=self.dtype,
             decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
             placed=[version for version, _ in self._placed_for(seats)], serving=self.weights.serving,
             outliving=self.outliving != "no",
-            attention=self._params.attention_backend if self._chosen is None else self._chosen.attention,
-            kernels="auto" if self._chosen is None else self._chosen.kernels,
+            attention=settings.attention if chosen is None else chosen.attention,
+            kernels="auto" if chosen is None else chosen.kernels,
             vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
             memory=self.plans.at_start(device) if device in self.plans.held else MemoryPlan(),
         )  # fmt: skip
 
     def _components(self) -> list[Component]:
         return list(self._checkpoint.components.values())
+
+
+def _end_all(bodies: dict[tuple[Seat, ...], Body]) -> None:
+    while bodies:
+        bodies.popitem()[1].end()
 
 
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:

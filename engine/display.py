@@ -426,10 +426,13 @@ def print_status(status: EngineStatus) -> None:
             size(s.resident_bytes),
             seconds(s.busy_seconds),
             s.quanta,
+            s.computes.get("threads", "-"),
+            s.computes.get("attention", "-"),
         )
         for s in status.stages
     ]
-    print_table(("stage", "state", "pid", "device", "restarts", "memory", "busy", "quanta"), stages)
+    columns = ("stage", "state", "pid", "device", "restarts", "memory", "busy", "quanta", "threads", "attention")
+    print_table(columns, stages)
     print()
     queues = [
         (q.name, f"{q.depth}/{q.slots}", q.peak, q.puts, size(q.bytes), size(q.slot_bytes)) for q in status.queues

@@ -60,8 +60,13 @@ class Post(msgspec.Struct, eq=False):
             device=self.device or "-", epoch=self.process.epoch if self.process else 0,
             restarts=max(0, self.restarts),
             resident_bytes=resident_bytes(self.process.pid) if self.process else 0,
-            busy_seconds=self.busy_seconds, quanta=self.quanta, loading=self.loading,
+            busy_seconds=self.busy_seconds, quanta=self.quanta, loading=self.loading, computes=self.computes,
         )  # fmt: skip
+
+    @property
+    def computes(self) -> dict[str, str]:
+        """What its results depend on, if its process is up."""
+        return {} if self.process is None else self.process.computes.get(stage_of(self.name), {})
 
 
 class PostState(State, frozen=True, kw_only=True):

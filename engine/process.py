@@ -67,6 +67,7 @@ class ProcessState(State, frozen=True, kw_only=True):
     knows: list[tuple[str, str, str]]
     asked: list[tuple[str, str, str]]
     memory: MemoryPlan
+    computes: dict[StageName, dict[str, str]]
     outbox: list[tuple[bytes, list[int]]]
     """Packets that it has not read the ones before of, and the places of the descriptors that go with each."""
     killed: bool
@@ -169,6 +170,8 @@ class StageProcess:
         """Those that it is to map and has not answered about."""
         self.memory = MemoryPlan()
         """What it keeps to, as it was started with, or has said."""
+        self.computes: dict[StageName, dict[str, str]] = {}
+        """What the results of each stage depend on, once it is ready (`engine/settings.py`)."""
         self._on_report = on_report
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -207,7 +210,8 @@ class StageProcess:
         return ProcessState(
             body=self._body.state(fds), seats=self.seats, epoch=self.epoch, ready=self.ready,
             outstanding=self.outstanding, knows=sorted(self.knows), asked=sorted(self.asked),
-            memory=self.memory, killed=self._killed, leaving=self.leaving, oom_kills=self._oom_kills,
+            memory=self.memory, computes=self.computes,
+            killed=self._killed, leaving=self.leaving, oom_kills=self._oom_kills,
             outbox=[(packet, fds.put_all(with_it)) for packet, with_it in self._outbox],
         )  # fmt: skip
 
@@ -215,6 +219,7 @@ class StageProcess:
         """Be what it was under the program before this one; it is not touched before `resume`."""
         self.ready, self.outstanding, self.knows = state.ready, state.outstanding, set(state.knows)
         self.asked, self.memory = set(state.asked), state.memory
+        self.computes = state.computes
         self._killed, self.leaving, self._oom_kills = state.killed, state.leaving, state.oom_kills
         self._outbox.extend((packet, fds.take_all(with_it)) for packet, with_it in state.outbox)
 

@@ -23,6 +23,7 @@ import msgspec
 from engine.decode import decode_strictly
 from engine.params import UserParams
 from engine.receiving import Incoming
+from engine.settings import read_attention
 from engine.states import Descriptors, State
 from engine.supervisor import Supervisor
 from engine.version import VERSION
@@ -337,10 +338,13 @@ class Session:
                 self._check_owner("change what it serves")
                 log.info("process %d asked for a reload of %s", self.pid, message.checkpoint)
                 return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
-            case ReplaceStages(ref=ref, stages=stages):
+            case ReplaceStages(ref=ref, stages=stages, attention_backend=attention, threads=threads):
                 self._check_owner("replace its processes")
                 log.info("process %d asked for new processes of %s", self.pid, ", ".join(stages) or "all stages")
-                return msgspec.structs.replace(await self._supervisor.replace_stages(stages), ref=ref)
+                replaced = await self._supervisor.replace_stages(
+                    stages, attention_backend=None if attention is None else read_attention(attention), threads=threads
+                )
+                return msgspec.structs.replace(replaced, ref=ref)
             case UpdateWeights():
                 return await self._update_weights(message)
             case Rollback(ref=ref, when=when):

@@ -66,7 +66,7 @@ from engine.scheduler_state import SchedulerState
 from engine.starting import check_level, plans_at_start, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
-from engine.tasks import PoolState, Task, TaskPool, task_spec
+from engine.tasks import PoolState, Task, TaskPool, computed_metadata, task_spec
 from engine.trace import Trace
 from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
@@ -90,6 +90,7 @@ from ipc.messages import (
     STAGE_OF_PHASE,
     Accepted,
     AnyStageReport,
+    AttentionChoice,
     Begin,
     DeviceMemory,
     Done,
@@ -593,13 +594,20 @@ class Supervisor:
         await self.ready()
         return await self._reloader.reload(asked)
 
-    async def replace_stages(self, stages: Sequence[StageName] = ()) -> Replaced:
+    async def replace_stages(
+        self,
+        stages: Sequence[StageName] = (),
+        *,
+        attention_backend: AttentionChoice | None = None,
+        threads: int | None = None,
+    ) -> Replaced:
         """Put new processes, with the code now on disk, in the places of these stages' (of all, if none is named), one
-        after the other. Requests in hand go on at their next step. Raises `StageFailed` for a process that cannot take
-        over: its predecessor goes on."""
+        after the other; with another attention backend of the dits, or other threads of dit or vae (0: the default), if
+        they are given. Requests in hand go on at their next step, and their metadata says what changed. Raises
+        `StageFailed` for a process that cannot take over: its predecessor goes on; `BadConfig` for what cannot be."""
         self._check_open()
         await self.ready()
-        return await self._crew.replace(stages)
+        return await self._crew.replace(stages, attention_backend, threads)
 
     async def update_weights(
         self, component: str, tensors: Mapping[str, GivenTensor], when: When = "drain"
@@ -840,6 +848,7 @@ class Supervisor:
             case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata):
                 if (task := self._pool.find(identity)) is not None:
                     task.seconds[phase] += seconds
+                    self._note_computed(task, seat, phase, index)
                     if metadata is not None:
                         task.metadata = metadata
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds))
@@ -853,6 +862,13 @@ class Supervisor:
                 self._loras.let_go()
             case Ready():
                 self._dispatch(StageUp(seat, epoch))
+
+    def _note_computed(self, task: Task, seat: Seat, phase: Phase, index: int) -> None:
+        """The writer, if it knows the task already, hears of a change."""
+        if task.note_computed(phase, index, self._crew.computes(seat)):
+            log.info("%s is computed with other settings from %s %d on", task.id, phase, index)
+            if task.id in self._scheduler and (writer := self._scheduler.seat_of(task.id, "writer")) is not None:
+                self._begin(writer, task)
 
     def handle_lost(self, epoch: int, seat: Seat, outside: bool, asked: bool) -> None:
         """The process at a seat is dead, reaped, and its slots are given back."""
@@ -895,7 +911,7 @@ class Supervisor:
         job = task.job
         metadata = {
             "engine": VERSION, "model": self.model.name, "task": task.id, "parameters": task.params, "seed": job.seed,
-            "weights": task.weights, "versions": self._crew.versions, "device": self.device,
+            "weights": task.weights, "device": self.device, **computed_metadata(task, self._crew.versions),
         } | lora_metadata(self.checkpoint) | adapter_metadata(job)  # fmt: skip
         if task.changes:
             metadata["weight_changes"] = msgspec.to_builtins(task.changes)

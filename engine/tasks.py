@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator, Iterator
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
 from engine.events import TaskSpec
@@ -13,7 +14,18 @@ from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
 from ipc.errors import Failure, NotFound
-from ipc.messages import Done, Failed, Job, Phase, Progress, TaskEvent, TaskInfo, WeightChange
+from ipc.messages import (
+    STAGE_OF_PHASE,
+    Computed,
+    Done,
+    Failed,
+    Job,
+    Phase,
+    Progress,
+    TaskEvent,
+    TaskInfo,
+    WeightChange,
+)
 
 KEPT_FINISHED = 256
 """Finished tasks that `list`, `result` and `events` still know."""
@@ -35,8 +47,17 @@ class Task:
         """Component -> content hash of the version it is computed with; from its first quantum on."""
         self.changes: list[WeightChange] = []
         """Of those versions, between two steps."""
+        self.computed: dict[Phase, list[Computed]] = {}
+        """What its quanta so far were computed with: at first, and from each on with which that changed."""
         self.ended: Done | Failed | None = None
         self._changed = asyncio.Event()
+
+    def note_computed(self, phase: Phase, index: int, by: dict[str, str]) -> bool:
+        """Quantum `index` of a phase was computed with these. Whether that is something else than the one before."""
+        before = [each for each in self.computed.get(phase, ()) if each.step < index]  # others are done again
+        differs = not before or before[-1].by != by
+        self.computed[phase] = [*before, Computed(step=index, by=by)] if differs else before
+        return differs and bool(before)
 
     @property
     def id(self) -> str:
@@ -92,6 +113,21 @@ class Task:
         self._changed = asyncio.Event()
 
 
+def computed_metadata(task: Task, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata of a result says of what computed it. `versions`: of the processes that there are now."""
+    begun = dict(versions)
+    threads: dict[str, int] = {}
+    changes: list[dict[str, Any]] = []
+    for phase, computed in task.computed.items():
+        begun |= {name: value for name, value in computed[0].by.items() if name != "threads"}
+        if "threads" in computed[0].by:
+            threads[STAGE_OF_PHASE[phase]] = int(computed[0].by["threads"])
+        for before, after in itertools.pairwise(computed):
+            now = {name: value for name, value in after.by.items() if before.by.get(name) != value}
+            changes.append({"stage": STAGE_OF_PHASE[phase], "step": after.step, "now": now})
+    return {"versions": begun, "threads": threads} | ({"compute_changes": changes} if changes else {})
+
+
 class PooledTask(State, frozen=True, kw_only=True):
     """A `Task`; the fields have its names."""
 
@@ -104,6 +140,7 @@ class PooledTask(State, frozen=True, kw_only=True):
     metadata: dict[str, Any]
     weights: dict[str, str]
     changes: list[WeightChange]
+    computed: dict[Phase, list[Computed]]
     ended: Done | Failed | None
 
 
@@ -169,7 +206,8 @@ class TaskPool:
         tasks = [
             PooledTask(
                 job=t.job, spec=t.spec, params=t.params, submitted_at=t.submitted_at, progress=t.progress,
-                seconds=dict(t.seconds), metadata=t.metadata, weights=t.weights, changes=t.changes, ended=t.ended,
+                seconds=dict(t.seconds), metadata=t.metadata, weights=t.weights, changes=t.changes, computed=t.computed,
+                ended=t.ended,
             )
             for t in self
         ]  # fmt: skip
@@ -181,7 +219,7 @@ class TaskPool:
             task = Task(known.job, known.spec, known.params, known.submitted_at)
             task.progress, task.metadata, task.ended = known.progress, known.metadata, known.ended
             task.seconds.update(known.seconds)
-            task.weights, task.changes = known.weights, known.changes
+            task.weights, task.changes, task.computed = known.weights, known.changes, known.computed
             self.add(task)
         self._ended.extend(state.ended)
         self.finished, self.failed = state.finished, state.failed

@@ -146,9 +146,12 @@ class Reload(ClientMessage, frozen=True, tag="reload", kw_only=True):
 
 class ReplaceStages(ClientMessage, frozen=True, tag="replace_stages", kw_only=True):
     """Owner only. Put new processes, with the code that is now on disk, in the places of these stages' (none: of all);
-    answered when they serve, or one is not fit and its predecessor goes on."""
+    answered when they serve, or one is not fit and its predecessor goes on. With another attention backend or number of
+    threads (0: the default), if they are given, of the dit and the vae."""
 
     stages: list[StageName] = []
+    attention_backend: str | None = None
+    threads: int | None = None
 
 
 class UpdateWeights(ClientMessage, frozen=True, tag="update_weights", kw_only=True):
@@ -469,6 +472,8 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     busy_seconds: float
     quanta: int
     loading: LoadProgress | None = None
+    computes: dict[str, str] = {}
+    """What results depend on, of the process that is up: attention, kernels, versions of libraries, threads."""
 
 
 class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -779,6 +784,14 @@ class WeightChange(msgspec.Struct, frozen=True, kw_only=True):
     content: str
 
 
+class Computed(msgspec.Struct, frozen=True, kw_only=True):
+    """From quantum `step` of a phase on (the first is 0), a task was computed with these: library, attention or kernels
+    -> version or name, threads -> their number."""
+
+    step: int
+    by: dict[str, str]
+
+
 class Begin(StageProcessMessage, frozen=True, tag="begin", kw_only=True):
     """Know this job on this stage; its quanta follow. Sent before the stage's first `Run` of the job, and again to a
     new process, or when its `changes` grow; forgotten at the `Drop` of the same stage."""
@@ -871,12 +884,14 @@ class VaeChosen(StageReport, frozen=True, tag="vae_chosen", kw_only=True):
 
 
 class Ready(StageReport, frozen=True, tag="ready", kw_only=True):
-    """All stages of this process are loaded. `weights` maps component -> content hash (hex)."""
+    """All stages of this process are loaded. `weights` maps component -> content hash (hex); `threads` is what each
+    stage computes on."""
 
     epoch: int
     seconds: float
     weights: dict[str, str]
     versions: dict[str, str]
+    threads: dict[StageName, int]
 
 
 class StartFailed(StageReport, frozen=True, tag="start_failed", kw_only=True):

@@ -431,7 +431,7 @@ def rehearse(start: Start, fds: list[int]) -> Failure | None:
 def ready(start: Start, stages: Mapping[StageName, Stage], seconds: float) -> Ready:
     weights = {name: digest for stage in stages.values() for name, digest in stage.weights.items()}
     versions = {name: version for stage in stages.values() for name, version in stage.versions.items()}
-    return Ready(epoch=start.epoch, seconds=seconds, weights=weights, versions=versions)
+    return Ready(epoch=start.epoch, seconds=seconds, weights=weights, versions=versions, threads=start.threads)
 
 
 def watch_supervisor(pid: int) -> None:

@@ -54,14 +54,15 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     ),
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen plans",
-        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens _threads groups _stopping upkeep "
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen plans "
+        "_settings",
+        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens groups _stopping upkeep "
         "_successors _replacing "
         "_changes _watcher _left_to_start",
     ),
     StageProcess: (
-        "seats epoch ready outstanding knows asked memory leaving _outbox _body counter _popen _channel _pidfd pid "
-        "_killed _oom_kills",
+        "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
+        "_pidfd pid _killed _oom_kills",
         "_on_report _on_exit _loop _writing outside exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
@@ -79,7 +80,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
     TaskPool: ("_tasks _ended finished failed", ""),
-    Task: ("job spec params submitted_at progress seconds metadata weights changes ended", "_changed"),
+    Task: ("job spec params submitted_at progress seconds metadata weights changes computed ended", "_changed"),
     Scheduler: (
         "_capacity _policy _line _stages _tasks _deadlines _arrivals _ledger", "_seats _devices _sharing _actions",
     ),
@@ -255,7 +256,7 @@ async def test_adapters_go_over(service: Service, short_dir: Path) -> None:
     for seed in (1, 2):
         file = write_adapter(short_dir / f"{seed}.safetensors", seed, 2)
         await supervisor.add_lora("x", str(file))
-        await supervisor.submit(ask(short_dir / f"{seed}.mp4", "x", steps=1000))
+        await supervisor.submit(ask(short_dir / f"{seed}.mp4", "x", steps=1000, num_frames=33, height=96, width=96))
     before, jobs = supervisor._loras.adapters, [task.job for task in supervisor._pool.unfinished()]
     fds = Descriptors()
     state = msgspec.msgpack.decode(msgspec.msgpack.encode(before.state(fds)), type=AdaptersState)
