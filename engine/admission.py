@@ -79,7 +79,8 @@ def admit(
     if init is not None:
         check_length(init, num_frames)
     if room is not None:
-        check_room(RequestSize(width, height, num_frames, max(guidance, guidance_2) > 1), model, room)
+        guided = max(guidance, guidance_2) > 1
+        check_room(RequestSize(width, height, num_frames, guided, image=init is not None), model, room)
     return Job(
         id=uuid.uuid4().hex,
         prompt=user.prompt,

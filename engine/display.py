@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -301,10 +302,9 @@ def figures() -> str:
     coefficients = measured()
     named = msgspec.structs.asdict(coefficients).items()
     others = [name for name, value in named if isinstance(value, Coefficient) and not value.measured]
-    said = f"weights: from the networks, in bfloat16; the rest: measured on one {coefficients.gpu}"
-    if others:
-        said += f",\nbut for these, which are derived or goals: {', '.join(others)}"
-    return f"{said}\n(configs/measured/memory.yaml has all figures with their sources)"
+    said = f"Weights: from the networks, in bfloat16. The rest: measured on one {coefficients.gpu}"
+    said += f", but for these, which are derived or goals: {', '.join(others)}." if others else "."
+    return textwrap.fill(f"{said} All figures and their sources: configs/measured/memory.yaml.", 100)
 
 
 def slowdown(need: Need) -> str:

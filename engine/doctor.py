@@ -7,8 +7,9 @@ from engine.devices import compute_dtype, resolve_devices
 from engine.display import print_table
 from engine.models import load_model
 from engine.params import SystemParams
+from engine.weight_sizes import transformer_bytes
 from ipc.errors import StageFailed
-from ipc.messages import DoctorAsked, DoctorReport
+from ipc.messages import DoctorAsked, DoctorReport, TransfersMeasured
 
 DOCTOR_TIMEOUT = 600.0
 """Seconds to import torch, compile every backend and kernel, and time them."""
@@ -18,8 +19,10 @@ def examine(params: SystemParams) -> DoctorReport:
     """Try everything as an engine with these parameters would. Raises `BadConfig`, `StageFailed`."""
     _, (device, *_) = resolve_devices(params)
     model = load_model(params.model)
+    dtype = compute_dtype(params, device)
     asked = DoctorAsked(
-        device=device, dtype=compute_dtype(params, device), transformer=model.transformer, vae=model.vae,
+        device=device, dtype=dtype, transformer=model.transformer,
+        block_bytes=transformer_bytes(model.transformer, dtype).block, vae=model.vae,
         attention=params.attention_backend,
     )  # fmt: skip
     try:
@@ -53,3 +56,14 @@ def print_doctor(report: DoctorReport) -> None:
         ("VAE's kernels", report.vae_kernels, report.vae_kernels_problem),
     ):
         print(f"{what}: {kind}" + (f": {problem}" if problem else ", right on this device"))
+    print(f"streaming of weights: {streaming(report.transfers)}")
+
+
+def streaming(found: TransfersMeasured) -> str:
+    """What it costs here, in a line."""
+    if found.problem:
+        return f"not measured: {found.problem}"
+    return (
+        f"{found.copy_in / 1e9:.1f} GB/s to the GPU, {found.copy_out / 1e9:.1f} back; "
+        f"page-locking {found.pinning / 1e9:.1f} GB/s; memory level 3 costs no time from {found.break_even:,} tokens on"
+    )

@@ -24,8 +24,8 @@ from engine.weight_sizes import (
 )
 from ipc.messages import STAGE_OF_COMPONENT, MemoryPlan, StageName
 
-SLOTS = 2
-"""Blocks of weights on the device that are being read and being filled, where weights are streamed."""
+ROOMS = 2
+"""Of pieces of weights on the device, which are read and filled in turn where weights are streamed."""
 
 STEPS = 8
 """Into so many equal parts `plans` cuts the blocks of level 3."""
@@ -49,6 +49,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dit_hidden_bytes: Coefficient
     vae_pixel_bytes: Coefficient
     vae_plain_pixel_bytes: Coefficient
+    vae_encode_pixel_bytes: Coefficient
     vae_tile_bytes: Coefficient
     vae_tile_pixel_bytes: Coefficient
     text_hidden_bytes: Coefficient
@@ -71,6 +72,8 @@ class RequestSize(msgspec.Struct, frozen=True, order=True):
     height: int
     frames: int
     guided: bool = True
+    image: bool = False
+    """It starts from an image or a video, which is encoded; with some models all do."""
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,27 +198,24 @@ def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setti
 
 
 def resident_dit(model: ModelParams, plan: MemoryPlan, dtype: str) -> int:
-    """Bytes of the transformer at work that stay on the device from level 2 on, slots included."""
+    """Bytes of the transformer at work that stay on the device from level 2 on: what every step reads, or rooms for the
+    blocks of it that take turns (`stages/offload.py`)."""
     parts = transformer_bytes(model.transformer, dtype)
-    if plan.level < 3:
-        return parts.total
-    blocks = plan.blocks or 0
-    # With all blocks resident, one slot: the weights of the keys and values travel in any case, once per request.
-    return parts.rest + (blocks + (SLOTS if blocks < parts.layers else 1)) * parts.block
+    stay = parts.layers if plan.level < 3 else min(plan.blocks or 0, parts.layers)
+    return parts.rest + (stay + min(ROOMS, parts.layers - stay)) * parts.block
 
 
 def working_bytes(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setting) -> dict[StageName, int]:
     """What each stage takes of the device while it works, beside the weights that stay there: activations, and from
     level 2 on what it brings in."""
-    sizes = component_bytes(model, setting.dtype)
+    sizes, away = component_bytes(model, setting.dtype), plan.level >= 2
+    text, vae = text_bytes(model, setting.dtype), vae_working_bytes(model, size, setting, tiled=plan.level >= 1)
+    if away:
+        text += ROOMS * text_encoder_bytes(model.text_encoder, setting.dtype).block
+        vae += sizes["vae"] + sizes.get("image_encoder", 0)
     working: dict[StageName, int] = {
-        "text": text_bytes(model, setting.dtype),
-        "dit": dit_bytes(model, size, setting.dtype),
-        "vae": decode_bytes(model, size, setting, tiled=plan.level >= 1),
-    }
-    if plan.level >= 2:
-        working["text"] += SLOTS * text_encoder_bytes(model.text_encoder, setting.dtype).block
-        working["vae"] = max(working["vae"] + sizes["vae"], sizes.get("image_encoder", 0))
+        "text": text, "dit": dit_bytes(model, size, setting.dtype, away=away), "vae": vae
+    }  # fmt: skip
     return {stage: amount for stage, amount in working.items() if stage in setting.stages}
 
 
@@ -226,14 +226,26 @@ def tokens_of(model: ModelParams, size: RequestSize) -> int:
     return frames // pt * (size.height // vae.spatial_stride // ph) * (size.width // vae.spatial_stride // pw)
 
 
-def dit_bytes(model: ModelParams, size: RequestSize, dtype: str) -> int:
-    """Of a task that is denoised, beside the weights: a forward's activations, and the keys and values of what it
-    attends to. The guided branches are computed one after the other, but each has its own keys and values."""
-    config, figures, item = model.transformer, measured(), ITEM_BYTES[dtype]
+def dit_bytes(model: ModelParams, size: RequestSize, dtype: str, *, away: bool = False) -> int:
+    """Of a task that is denoised, beside the weights that stay: the keys and values of what it attends to, and a
+    forward's activations or, before the first, what makes those, which from level 2 on (`away`) is brought in. With two
+    experts, that happens beside the last forward of the one before."""
+    figures, config = measured(), model.transformer
     width = figures.dit_width_bytes.value * config.dim + figures.dit_hidden_bytes.value * config.ffn_dim
+    forward = int(tokens_of(model, size) * width * ITEM_BYTES[dtype] / 2)
+    keys, parts = keys_bytes(model, size, dtype), transformer_bytes(config, dtype)
+    making = keys + (parts.embedder + ROOMS * parts.cross if away else 0)
+    if away and model.boundary is not None:
+        return keys + forward + keys + making
+    return keys + max(forward, making)
+
+
+def keys_bytes(model: ModelParams, size: RequestSize, dtype: str) -> int:
+    """Keys and values of the prompt, of the negative one too if there is guidance, and of an image's tokens."""
+    config = model.transformer
     rows = config.text_len * (2 if size.guided else 1)
     rows += model.image_encoder.tokens if model.image_encoder is not None else 0
-    return int(tokens_of(model, size) * width * item / 2) + 2 * config.num_layers * rows * config.dim * item
+    return 2 * config.num_layers * rows * config.dim * ITEM_BYTES[dtype]
 
 
 def text_bytes(model: ModelParams, dtype: str) -> int:
@@ -243,14 +255,17 @@ def text_bytes(model: ModelParams, dtype: str) -> int:
     return int(measured().text_hidden_bytes.value * tokens * config.d_ff * item / 2) + bias
 
 
-def decode_bytes(model: ModelParams, size: RequestSize, setting: Setting, *, tiled: bool) -> int:
-    """Of decoding, beside the weights. In bfloat16, Wan2.1's VAE has kernels, and a copy of its weights for them."""
+def vae_working_bytes(model: ModelParams, size: RequestSize, setting: Setting, *, tiled: bool) -> int:
+    """Of decoding, and of encoding where there is something to encode, which is never tiled; beside the weights in
+    float32, but with the copy of them that the kernels read."""
     figures, pixels = measured(), size.width * size.height
     plain = model.vae.is_residual or setting.dtype == "float32"
-    whole = (figures.vae_plain_pixel_bytes if plain else figures.vae_pixel_bytes).value * pixels
+    decode = (figures.vae_plain_pixel_bytes if plain else figures.vae_pixel_bytes).value * pixels
     if tiled:
-        whole = min(whole, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)
-    return int(whole) + (0 if plain else vae_bytes(model.vae) // 2)
+        decode = min(decode, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)
+    encodes = size.image or model.conditioning == "channels"
+    encode = figures.vae_encode_pixel_bytes.value * pixels if encodes else 0
+    return int(max(decode, encode)) + (0 if setting.dtype == "float32" else vae_bytes(model.vae) // 2)
 
 
 def forward_flops(model: ModelParams, tokens: int) -> float:

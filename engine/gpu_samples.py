@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import pynvml
+
+from engine.cuda import management_handle
 
 T = TypeVar("T")
 
@@ -26,15 +28,15 @@ class GpuSample(NamedTuple):
 class Gpu:
     """Device `index` as CUDA counts.
 
-    Resource handling: holds NVML open until `close`. Error handling: `pynvml.NVMLError` from the constructor if there
-    is no driver, or no such device; after that, what cannot be told is None.
+    Resource handling: holds NVML open until `close`. Error handling: `pynvml.NVMLError` or ValueError from the
+    constructor if there is no driver, or no such device; after that, what cannot be told is None.
     """
 
     def __init__(self, index: int) -> None:
         pynvml.nvmlInit()
         try:
-            self._handle = _handle(index)
-        except pynvml.NVMLError:
+            self._handle = management_handle(f"cuda:{index}")
+        except (pynvml.NVMLError, ValueError):
             pynvml.nvmlShutdown()
             raise
         self._counted: tuple[float, tuple[int, int]] | None = None
@@ -47,7 +49,7 @@ class Gpu:
         total, free, used = (int(memory.total - memory.reserved), int(memory.free), int(memory.used)) if memory else (
             None, None, None
         )  # fmt: skip
-        others = None if used is None else self._others(used, pids, accounted)
+        others = None if used is None else others_of(used, self._listed(), pids, accounted)
         rates = _asked(lambda: pynvml.nvmlDeviceGetUtilizationRates(self._handle))
         rx, tx = self._pcie(now)
         return GpuSample(
@@ -58,17 +60,11 @@ class Gpu:
     def close(self) -> None:
         pynvml.nvmlShutdown()
 
-    def _others(self, used: int, pids: Collection[int], accounted: int | None) -> int | None:
-        """What is not in the list of any process outlives the process that made it, as our weights do: it is ours."""
-        listed = [
-            process
-            for ask in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses)
-            for process in _asked(lambda ask=ask: ask(self._handle)) or []  # type: ignore[misc]
-        ]
-        memory = {process.pid: process.usedGpuMemory for process in listed}
-        if memory.keys() & set(pids) and None not in memory.values():
-            return min(used, int(sum(amount for pid, amount in memory.items() if pid not in pids)))
-        return None if accounted is None else max(0, used - accounted)
+    def _listed(self) -> dict[int, int | None]:
+        """Process -> what the driver says that it has; None: the driver does not say."""
+        asks = (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses)
+        processes = [process for ask in asks for process in _asked(functools.partial(ask, self._handle)) or []]
+        return {process.pid: process.usedGpuMemory for process in processes}
 
     def _pcie(self, now: float) -> tuple[float | None, float | None]:
         """Bytes per second to and from the device since the last sample. From the counters: asking for the rate itself
@@ -85,6 +81,16 @@ class Gpu:
         return (rx - before[1][0]) / (now - before[0]), (tx - before[1][1]) / (now - before[0])
 
 
+def others_of(used: int, listed: Mapping[int, int | None], pids: Collection[int], accounted: int | None) -> int | None:
+    """What other processes have of the `used` bytes; None: that cannot be told. What no process in the list has is
+    ours: it outlives the one that made it, as weights do."""
+    theirs = [amount for pid, amount in listed.items() if pid not in pids]
+    known = [amount for amount in theirs if amount is not None]
+    if listed.keys() & set(pids) and len(known) == len(theirs):
+        return min(used, sum(known))
+    return None if accounted is None else max(0, used - accounted)
+
+
 def _asked(ask: Callable[[], T]) -> T | None:
     try:
         return ask()
@@ -99,12 +105,3 @@ def _number(value: Any) -> int:
         pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal", pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
     }  # fmt: skip
     return int(getattr(value.value, kinds.get(value.valueType, "dVal")))
-
-
-def _handle(index: int) -> Any:
-    """NVML counts all devices, CUDA those of CUDA_VISIBLE_DEVICES, if that is set."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    name = visible[index] if index < len(visible) else str(index)
-    if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)

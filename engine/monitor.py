@@ -39,6 +39,9 @@ FORESIGHT = 10.0
 LEAD = 1.0
 """Seconds before memory that is being taken steadily will be short, at which the level is raised."""
 
+TREND = 4
+"""Intervals that are looked back for whether memory is being taken steadily."""
+
 HOST_RESERVE = 2 << 30
 """Bytes of host memory that weights leave to all else."""
 
@@ -124,7 +127,7 @@ class Sampler:
         self._pids, self._accounted = pids, accounted
         self._gpu: Gpu | None = None
         if device is not None:
-            with contextlib.suppress(pynvml.NVMLError):
+            with contextlib.suppress(pynvml.NVMLError, ValueError):
                 self._gpu = Gpu(device)
 
     def sample(self) -> Sample:
@@ -147,9 +150,9 @@ class Policy:
 
     A cycle of pressure: others take memory and give it back. It ends when a plan that was raised from fits again for
     `DWELL`, or when nothing has moved for `REST`. In a cycle there are at most two changes: the first raise goes to the
-    lowest level that fits, with foresight if memory is being taken steadily; a second one in the same cycle goes to the
-    highest, so that no third is needed; going lower is the last change of a cycle, or the first of the next. A request
-    of another size begins a new cycle.
+    lowest level that fits with room for noise, and with foresight if memory is being taken steadily; a second one in
+    the same cycle goes to the highest, so that no third is needed; going lower is the last change of a cycle, or the
+    first of the next. A request of another size begins a new cycle.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class Policy:
         self._left: list[MemoryPlan] = []
         """Plans that were raised from and are not back, each higher than the one before."""
         self._noise = 0
-        """Bytes; `NOISE` of the device, or of the budget."""
+        """Bytes; `NOISE` of the device, none if only the budget is known."""
         self._failed: dict[tuple[RequestSize | None, MemoryPlan], int] = {}
         """Plans whose allocations failed -> how much there was for them."""
 
@@ -206,7 +209,7 @@ class Policy:
     def _there(self, sample: Sample) -> int | None:
         """Bytes of the device that this engine may use; None: not known."""
         there = self._limits.budget
-        self._noise = int((sample.total or there or 0) * NOISE)
+        self._noise = int((sample.total or 0) * NOISE)
         if sample.total is None or sample.others is None:
             return there
         left = sample.total - sample.others - int(sample.total * SLACK)
@@ -223,12 +226,14 @@ class Policy:
         return self._seen[0][0] <= now - REST and max(values) - min(values) <= self._noise
 
     def _slope(self) -> float:
-        """Bytes per second at which memory is being taken, if it was in each of the last two intervals, else 0."""
-        if len(self._seen) < 3:
-            return 0.0
-        (first, a), (_, b), (last, c) = list(self._seen)[-3:]
-        least = self._noise // 16
-        return (a - c) / (last - first) if a - b > least and b - c > least else 0.0
+        """Bytes per second at which memory is being taken, if it was in each of the last intervals, two or more, and
+        more than noise in all; else 0."""
+        seen = list(self._seen)[-1 - TREND :]
+        first = len(seen) - 1
+        while first and seen[first - 1][1] - seen[first][1] > self._noise // 16:
+            first -= 1
+        taken = seen[first][1] - seen[-1][1]
+        return taken / (seen[-1][0] - seen[first][0]) if first < len(seen) - 2 and taken > self._noise else 0.0
 
     def _allowed(self) -> list[MemoryPlan]:
         return [p for p in self._plans if p.level < 2 or self.copies]
@@ -246,7 +251,10 @@ class Policy:
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
         if not higher:
             return None
-        wanted = self._fitting(there - int(self._slope() * FORESIGHT)) if not self._changes else None
+        wanted = None
+        if not self._changes:
+            foreseen = there - int(self._slope() * FORESIGHT)
+            wanted = self._fitting(foreseen - self._noise) or self._fitting(foreseen)
         if wanted is None or order(wanted) <= order(self.plan):
             wanted = higher[-1]
         return self._higher(wanted)

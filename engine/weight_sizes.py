@@ -25,12 +25,14 @@ class TransformerBytes(NamedTuple):
     """Of one block, what every step reads."""
     cross: int
     """Of one block, what makes keys and values of the prompt and of an image: read once per request."""
+    embedder: int
+    """What embeds the timestep, the prompt and an image: used once per request."""
     rest: int
-    """Outside the blocks: embeddings and head."""
+    """The embedding of patches, and the head."""
 
     @property
     def total(self) -> int:
-        return self.layers * (self.block + self.cross) + self.rest
+        return self.layers * (self.block + self.cross) + self.embedder + self.rest
 
 
 class TextEncoderBytes(NamedTuple):
@@ -55,12 +57,13 @@ def transformer_bytes(config: TransformerConfig, dtype: str) -> TransformerBytes
     block += 4 * 2 * dim if config.cross_attn_norm else 0
     cross = item * (2 * square + dim)
     time = config.freq_dim * dim + dim + square + 6 * square
-    rest = item * (config.in_channels * patch * dim + dim + config.text_dim * dim + dim + square)
-    rest += 4 * (time + 2 * dim + dim * config.out_channels * patch + config.out_channels * patch)
+    embedder = item * (config.text_dim * dim + dim + square) + 4 * time
+    rest = item * (config.in_channels * patch * dim + dim)
+    rest += 4 * (2 * dim + dim * config.out_channels * patch + config.out_channels * patch)
     if (width := config.image_dim) is not None:
         cross += item * (2 * square + dim)
-        rest += item * (width * width + width + width * dim + dim) + 4 * (2 * width + 2 * dim)
-    return TransformerBytes(config.num_layers, block, cross, rest)
+        embedder += item * (width * width + width + width * dim + dim) + 4 * (2 * width + 2 * dim)
+    return TransformerBytes(config.num_layers, block, cross, embedder, rest)
 
 
 @functools.cache

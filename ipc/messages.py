@@ -1113,6 +1113,8 @@ class DoctorAsked(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     transformer: TransformerConfig
+    block_bytes: int
+    """Of one of its blocks, what travels to the device in each step where blocks are streamed."""
     vae: VaeConfig
     attention: AttentionChoice
 
@@ -1130,6 +1132,22 @@ class AttentionMeasured(msgspec.Struct, frozen=True, kw_only=True):
     """Largest difference of the log-sum-exp from float64."""
     milliseconds: float | None = None
     """Of the measurement."""
+
+
+class TransfersMeasured(msgspec.Struct, frozen=True, kw_only=True):
+    """What streaming weights costs. With a `problem`, nothing was measured."""
+
+    problem: str = ""
+    pinning: float = 0.0
+    """Bytes a second of page-locking shared host memory that is there already."""
+    copy_in: float = 0.0
+    """Bytes a second from there to the GPU."""
+    copy_out: float = 0.0
+    """Bytes a second back."""
+    block_seconds: dict[int, float] = {}
+    """Tokens -> seconds that a transformer block computes."""
+    break_even: int = 0
+    """Tokens from which on a block computes for longer than one travels: streaming costs nothing."""
 
 
 class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -1151,3 +1169,4 @@ class DoctorReport(msgspec.Struct, frozen=True, kw_only=True):
     vae_kernels: KernelKind
     vae_kernels_problem: str
     """As `kernels_problem`."""
+    transfers: TransfersMeasured

@@ -15,10 +15,11 @@ import torch
 from ipc.errors import BadConfig
 from ipc.messages import AttentionBackend, DoctorAsked, DoctorReport
 from ipc.tensors import dtype_of
-from stages import kernels
+from stages import kernels, transfer
 from stages.attention.backends import Case
 from stages.attention.choice import TIMED_TOKENS, best, choose, survey
 from stages.models import vae_check
+from stages.models.transformer import Compute
 
 
 @torch.inference_mode()
@@ -40,10 +41,12 @@ def examine(asked: DoctorAsked) -> DoctorReport:
             chosen = choose(asked.attention, case, heads)
     kind, problem = kernels.choose("auto", device, dtype, heads, head_dim)
     vae_kind, vae_problem = vae_check.choose("auto", asked.vae, device)
+    compute = Compute(chosen or "math", kind)
+    transfers = transfer.measure(config, asked.block_bytes, dtype, device, compute)
     return DoctorReport(
         device=asked.device, dtype=asked.dtype, heads=heads, head_dim=head_dim, versions=versions,
         tokens=TIMED_TOKENS[device.type], backends=backends, attention=chosen or "", kernels=kind,
-        kernels_problem=problem, vae_kernels=vae_kind, vae_kernels_problem=vae_problem,
+        kernels_problem=problem, vae_kernels=vae_kind, vae_kernels_problem=vae_problem, transfers=transfers,
     )  # fmt: skip
 
 

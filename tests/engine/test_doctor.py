@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from engine.doctor import examine, print_doctor
+from engine.doctor import examine, print_doctor, streaming
 from engine.params import SystemParams
-from ipc.messages import DoctorReport
+from ipc.messages import DoctorReport, TransfersMeasured
 from tests.engine.wire import run_engine
 
 PARAMS = SystemParams(model="wan-demo", device="cpu")
@@ -29,6 +29,7 @@ def test_what_is_there(report: DoctorReport) -> None:
     assert (report.attention, report.kernels, report.kernels_problem) == ("sdpa", "torch", "needs a GPU")
     assert (report.vae_kernels, report.vae_kernels_problem) == ("torch", "needs an NVIDIA GPU")
     assert (report.device, report.dtype) == ("cpu", "float32")
+    assert report.transfers.problem == "needs a GPU" and not report.transfers.block_seconds
 
 
 def test_what_is_shown(report: DoctorReport, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +40,14 @@ def test_what_is_shown(report: DoctorReport, capsys: pytest.CaptureFixture[str])
     assert all(entry.backend in out for entry in report.backends)
     assert "an engine takes sdpa" in out and "kernels: torch: needs a GPU" in out
     assert "VAE's kernels: torch: needs an NVIDIA GPU" in out
+    assert "streaming of weights: not measured: needs a GPU" in out
+
+
+def test_what_is_shown_of_transfers() -> None:
+    found = TransfersMeasured(pinning=7.5e9, copy_in=55.3e9, copy_out=53e9, break_even=9060)
+    assert streaming(found) == (
+        "55.3 GB/s to the GPU, 53.0 back; page-locking 7.5 GB/s; memory level 3 costs no time from 9,060 tokens on"
+    )
 
 
 def test_the_command() -> None:

@@ -47,7 +47,9 @@ def test_the_parts_of_a_transformer(name: str, dtype: str) -> None:
         block = {name: size for name, size in tensors.items() if name.startswith(f"blocks.{number}.")}
         assert found.cross == sum(size for name, size in block.items() if CROSS.search(name))
         assert found.block == sum(size for name, size in block.items() if not CROSS.search(name))
-    assert found.rest == sum(size for name, size in tensors.items() if not name.startswith("blocks."))
+    embedder = {name: size for name, size in tensors.items() if name.startswith("condition_embedder.")}
+    assert found.embedder == sum(embedder.values())
+    assert found.rest == sum(size for n, size in tensors.items() if not n.startswith("blocks.") and n not in embedder)
 
 
 @pytest.mark.parametrize("name", ["wan-demo", "wan2.1-t2v-14b"])
