@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import pynvml
+
+from engine.cuda import management_handle
 
 T = TypeVar("T")
 
@@ -27,14 +28,14 @@ class Gpu:
     """Device `index` as CUDA counts.
 
     Resource handling: holds NVML open until `close`. Error handling: `pynvml.NVMLError` from the constructor if there
-    is no driver, or no such device; after that, what cannot be told is None.
+    is no driver, ValueError if there is no such device; after that, what cannot be told is None.
     """
 
     def __init__(self, index: int) -> None:
         pynvml.nvmlInit()
         try:
-            self._handle = _handle(index)
-        except pynvml.NVMLError:
+            self._handle = management_handle(f"cuda:{index}")
+        except (pynvml.NVMLError, ValueError):
             pynvml.nvmlShutdown()
             raise
         self._counted: tuple[float, tuple[int, int]] | None = None
@@ -99,12 +100,3 @@ def _number(value: Any) -> int:
         pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG: "ullVal", pynvml.NVML_VALUE_TYPE_SIGNED_LONG_LONG: "sllVal",
     }  # fmt: skip
     return int(getattr(value.value, kinds.get(value.valueType, "dVal")))
-
-
-def _handle(index: int) -> Any:
-    """NVML counts all devices, CUDA those of CUDA_VISIBLE_DEVICES, if that is set."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    name = visible[index] if index < len(visible) else str(index)
-    if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
-    return pynvml.nvmlDeviceGetHandleByUUID(name)

@@ -124,7 +124,7 @@ class Sampler:
         self._pids, self._accounted = pids, accounted
         self._gpu: Gpu | None = None
         if device is not None:
-            with contextlib.suppress(pynvml.NVMLError):
+            with contextlib.suppress(pynvml.NVMLError, ValueError):
                 self._gpu = Gpu(device)
 
     def sample(self) -> Sample:
