@@ -255,8 +255,15 @@ class Supervisor:
 
     def _settings(self) -> dict[str, Setting]:
         """Of each device, what its memory depends on."""
-        queues = self._memory.on_device and set(self.dit_devices) == {self.device}
+        queues = self._memory.on_device and self._queues_on_device
         return settings_of(self.params, self.device, self.dit_devices, queues)
+
+    @property
+    def _queues_on_device(self) -> bool:
+        """The queues and states are in GPU memory, if it has such memory: not with dits on several GPUs, which reach
+        those of the host, and not where the operator wants little of the GPU taken."""
+        spare = self.params.gpu_budget is not None or self.params.memory_level in (2, 3)
+        return set(self.dit_devices) == {self.device} and not spare
 
     def _give_up(self) -> None:
         """A start that failed: nothing is accepted, nor done about what the stages still report."""
@@ -266,11 +273,11 @@ class Supervisor:
             self._timer.cancel()
 
     async def _device_memory(self) -> Mapping[str, DeviceFd] | None:
-        """GPU memory for the queues and the states, where there is a GPU and its driver has such memory. With dits on
-        several GPUs, queues are in host memory, which all of them reach."""
+        """GPU memory for the queues and the states; empty if they are to be in host memory; None without a GPU whose
+        driver has such memory."""
         if self.device == "cpu":
             return None
-        if set(self.dit_devices) == {self.device}:
+        if self._queues_on_device:
             return await asyncio.to_thread(make_device_memory, self.device, device_sizes(self.model))
         made = await asyncio.to_thread(make_device_memory, self.device, {"test": 1})
         if made is None:

@@ -10,7 +10,7 @@ dtype of the DiT.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,13 +31,20 @@ from stages.weights import OFFLOADED, Network, held
 
 log = logging.getLogger(__name__)
 
+TILED = 1
+"""Memory level from which clips are decoded in tiles."""
+
 
 class Decoding(Protocol):
     """A task whose latents are being decoded."""
 
-    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
-        """The frames [t, H, W, 3] uint8 of chunk `index` of the clip with these latents [z, T, h, w]. Raises
-        `NumericalError`."""
+    def chunk(self, codec: Callable[[], Codec], latents: Tensor, index: int) -> Tensor:
+        """The frames [t, H, W, 3] uint8 of chunk `index` of the clip with these latents [z, T, h, w]. codec: brings the
+        VAE to the device, if it is not there. Raises `NumericalError`."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no more needs to be computed, so that the VAE may leave the device."""
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +63,10 @@ class ChunkDecoding:
     clip: ClipCoder | None = None
     next: int = 0
 
-    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
+    def chunk(self, codec: Callable[[], Codec], latents: Tensor, index: int) -> Tensor:
+        coder = codec()
         if self.clip is None or self.next > index:
-            self.clip, self.next = codec.clip(*latents.shape[2:]), 0
+            self.clip, self.next = coder.clip(*latents.shape[2:]), 0
         while self.next <= index:
             chunk = latents[:, self.next * self.size : (self.next + 1) * self.size]
             pixels = self.clip.decode(chunk.unsqueeze(0).to(self.device))
@@ -66,6 +74,10 @@ class ChunkDecoding:
             self.links.beat()
         check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
         return to_frames(pixels)
+
+    @property
+    def done(self) -> bool:
+        return False
 
     @property
     def nbytes(self) -> int:
@@ -82,13 +94,19 @@ class TileDecoding:
     device: torch.device
     frames: Tensor | None = None
     """All of the clip's, [F, H, W, 3] uint8, in host memory."""
+    stride: int = 0
+    """Frames per latent frame after the first."""
 
-    def chunk(self, codec: Codec, latents: Tensor, index: int) -> Tensor:
+    def chunk(self, codec: Callable[[], Codec], latents: Tensor, index: int) -> Tensor:
         if self.frames is None:
-            self.frames = self._decode(codec, latents)
-        stride = codec.config.temporal_stride
-        first, stop = (max(0, i * self.size * stride - stride + 1) for i in (index, index + 1))
+            coder = codec()
+            self.frames, self.stride = self._decode(coder, latents), coder.config.temporal_stride
+        first, stop = (max(0, (i * self.size - 1) * self.stride + 1) for i in (index, index + 1))
         return self.frames[first:stop]
+
+    @property
+    def done(self) -> bool:
+        return self.frames is not None
 
     def _decode(self, codec: Codec, latents: Tensor) -> Tensor:
         stride, scale = codec.config.temporal_stride, codec.config.spatial_stride
@@ -133,8 +151,6 @@ class VaeStage:
         self._image_encoder = image_encoder
         self._jobs: dict[str, Job] = {}
         self._decodings: dict[str, Decoding] = {}
-        self.tiled = start.memory.level >= 1
-        """Whether clips that begin now are decoded in tiles."""
 
     @classmethod
     def load(cls, start: Start, links: Links) -> VaeStage:
@@ -195,7 +211,7 @@ class VaeStage:
         check_finite(codec.clip(4, 4).decode(latents), "a rehearsed chunk has", "the VAE")
 
     def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
-        """A decoding that has begun goes on with the weights that its codec has."""
+        """A decoding that has begun goes on with the weights that its codec has, in tiles or untiled as it began."""
         self._codec = None
         left: list[tuple[str, str]] = []
         for network in self._all.values():
@@ -205,7 +221,7 @@ class VaeStage:
 
     def _rest(self) -> None:
         """Nothing is being decoded or encoded: if the weights come from the host, the device needs none of them."""
-        if self._plan.level >= OFFLOADED and not self._decodings:
+        if self._plan.level >= OFFLOADED and all(decoding.done for decoding in self._decodings.values()):
             self._codec = None
             for network in self._all.values():
                 network.release()
@@ -243,13 +259,12 @@ class VaeStage:
     def _decode(self, identity: str, index: int) -> None:
         """Put chunk `index`."""
         latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
-        codec = self._codec_of(self._jobs[identity])
         decoding = self._decodings.get(identity)
         if decoding is None:
-            kind = TileDecoding if self.tiled else ChunkDecoding
+            kind = TileDecoding if self._plan.level >= TILED else ChunkDecoding
             decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
         try:
-            frames = decoding.chunk(codec, latents, index)
+            frames = decoding.chunk(lambda: self._codec_of(self._jobs[identity]), latents, index)
         except BaseException:
             del self._decodings[identity]  # what it keeps of the frames before may be of two times by now
             raise
