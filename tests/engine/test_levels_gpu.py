@@ -93,7 +93,7 @@ async def test_an_engine_that_begins_offloaded(tmp_path: Path, level: int) -> No
 async def test_a_budget_chooses_the_level(tmp_path: Path) -> None:
     """Just enough for what takes the least: level 3 from the start, and it stays."""
     model, params = load_model("wan-demo"), SystemParams(device="cuda")
-    setting = settings_of(params, "cuda:0", ("cuda:0",), queues=True)["cuda:0"]
+    setting = settings_of(params, "cuda:0", ("cuda:0",), queues=False)["cuda:0"]
     budget = need(model, usual_size(model), LEAST, setting).gpu // 2**20 + 1
     if need(model, usual_size(model), MemoryPlan(level=2), setting).gpu <= budget * 2**20:
         pytest.skip("the levels of so small a model take the same to a megabyte")
