@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from engine.checkpoint import file_bytes
@@ -62,8 +62,9 @@ class HostCopies:
 
     @property
     def complete(self) -> bool:
-        """Every version that a process computes with is in host memory."""
-        return not self._missing()
+        """Every version that a process computes with is in host memory; False until all processes are up."""
+        served = self._crew.weights.serving.keys()
+        return not self._crew.on_gpu or (served >= set(self._model.components) and not self._missing())
 
     def status(self) -> Progress:
         missing = self._missing()
@@ -71,10 +72,12 @@ class HostCopies:
             total = sum(v.bytes for v in missing) + self._present()
             here = self._loading.done if self._loading is not None else 0
             return Progress(state="reading", done=min(total, self._present() + here), total=total)
-        return Progress(state="none" if missing else "complete", problem=self.problem if missing else "")
+        return Progress(state="complete" if self.complete else "none", problem=self.problem if missing else "")
 
     def start(self) -> None:
-        """Make them, once every stage is up."""
+        """Make them, once every stage is up. No effect while that is under way."""
+        if self._background is not None and not self._background.done():
+            return
         self._crew.plans.copies = True
         self._background = asyncio.get_running_loop().create_task(self._in_background(), name="host-copies")
 
@@ -88,15 +91,14 @@ class HostCopies:
         await self._loader.ended()
 
     async def _in_background(self) -> None:
-        with contextlib.suppress(
-            EngineError
-        ):  # of `ready`: it is the engine's, and said elsewhere; of `ensure`: logged
-            await self._crew.ready(lambda loading: None)
+        # Of the stages it is said elsewhere; of the copies it is noted.
+        with contextlib.suppress(EngineError):
             await self.ensure()
 
     async def ensure(self) -> None:
         """Return when every version has its copy, and every process has mapped it. Raises `OutOfMemory`,
-        `BadCheckpoint`, `StageFailed`."""
+        `BadCheckpoint`, `StageFailed`, and what keeps a stage from being up."""
+        await self._crew.ready(lambda loading: None)
         async with self._turn:
             self._crew.plans.copies, self.problem = True, ""
             try:
@@ -110,6 +112,19 @@ class HostCopies:
             finally:
                 self._loading = None
                 self._on_change()
+
+    def make_way(self, components: Iterable[str]) -> None:
+        """Other versions of these are about to be read: if host memory has no room for copies of them, too, there are
+        to be none from now on, as those of some versions only are of no use."""
+        plans = self._crew.plans
+        if not plans.copies or all(plans.home(device) == HOST for device in plans.held):
+            return
+        sizes = {p.version.component: p.version.bytes for p in self._crew.placed}
+        wanted = sum(sizes.get(name, 0) for name in components)
+        if why := why_no_copies(self._sample(), wanted, Limits()):
+            plans.copies, self.problem = False, f"new weights are not copied: {why}"
+            log.warning("%s; memory levels 2 and 3 cannot be had", self.problem)
+            self._on_change()
 
     def _missing(self) -> list[Missing]:
         crew, found = self._crew, []
@@ -153,7 +168,7 @@ class HostCopies:
         log.info("%s %s is in host memory, too", component, content[:12])
         try:
             async with asyncio.timeout(MAP_TIMEOUT):
-                await self._crew.upkeep.adopt(component, content)
+                await self._crew.upkeep.adopt_copy(component, content)
         except TimeoutError as error:
             raise StageFailed(f"not every process has mapped the copy of the {component} in host memory") from error
 

@@ -20,13 +20,17 @@ from engine.admission import Room
 from engine.crew import Crew
 from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
-from engine.monitor import INTERVAL, Limits, Policy, Sample, Sampler
+from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST, OFFLOADED
-from engine.starting import exact_plan
+from engine.posts import Changes
+from engine.starting import LEAST, exact_plan
 from engine.states import State
-from ipc.errors import EngineError, Failure, to_failure
+from ipc.errors import Busy, EngineError, Failure, to_failure
 from ipc.messages import DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+
+RETRY = 5.0
+"""Seconds."""
 
 MAX_REASON = 500
 """Characters of what is kept of a failure."""
@@ -46,12 +50,17 @@ class Host(Protocol):
     def running_size(self) -> RequestSize | None:
         """The largest of the requests that are being computed."""
 
+    @property
+    def is_exchanging_weights(self) -> bool:
+        """New weights are on their way to where they are needed at the level that holds."""
+
 
 class LevelsState(State, frozen=True, kw_only=True):
-    """A `Levels` with no change under way: of each device, the mode and the last change."""
+    """A `Levels` with no change under way: of each device, the fields of `DeviceLevel` that have these names."""
 
-    modes: dict[str, Literal["auto", "fixed"]]
+    mode: dict[str, Literal["auto", "fixed"]]
     last: dict[str, MemoryChange]
+    freed: dict[str, int]
 
 
 class DeviceLevel:
@@ -62,7 +71,11 @@ class DeviceLevel:
         self.turn = asyncio.Lock()
         """Of changes."""
         self.raising = False
-        """A change that a failed allocation needs is under way, or waits."""
+        """A failed allocation is being answered."""
+        self.looked = Changes()
+        """Told of each sample."""
+        self.freed = 0
+        """How often memory was waited for that others had."""
         self.policy: Policy | None = None
         """Only where it may choose."""
         self.sampler: Sampler | None = None
@@ -127,16 +140,17 @@ class Levels:
 
     def state(self) -> LevelsState:
         return LevelsState(
-            modes={device: level.mode for device, level in self._devices.items()},
+            mode={device: level.mode for device, level in self._devices.items()},
             last={device: level.last for device, level in self._devices.items() if level.last is not None},
+            freed={device: level.freed for device, level in self._devices.items()},
         )
 
     def put_back(self, state: LevelsState) -> None:
         """ValueError if it is of other devices."""
-        if state.modes.keys() != self._devices.keys():
-            raise ValueError(f"there are memory levels of {list(state.modes)}; expected {list(self._devices)}")
+        if not state.mode.keys() == state.freed.keys() == self._devices.keys():
+            raise ValueError(f"there are memory levels of {list(state.mode)}; expected {list(self._devices)}")
         for device, level in self._devices.items():
-            level.mode, level.last = state.modes[device], state.last.get(device)
+            level.mode, level.last, level.freed = state.mode[device], state.last.get(device), state.freed[device]
 
     def status(self) -> list[DeviceMemory]:
         copies = self.copies.status()
@@ -164,7 +178,9 @@ class Levels:
 
     async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
         """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
-        or `StageFailed`: what was before holds."""
+        or `StageFailed`, `Busy` while weights are exchanged: what was before holds."""
+        if self._host.is_exchanging_weights:
+            raise Busy("weights are being exchanged; try again when that is done", RETRY)
         for level in self._devices.values():
             if wanted == "auto" and level.device != HOST:
                 level.mode = "auto"
@@ -201,7 +217,7 @@ class Levels:
             async with level.turn:
                 pass  # a change is under way: see what it brings
             if self._rung(level) <= above:
-                capped = not await self._raised(level, seat)
+                capped = not await self._raised(level, seat) and not await self._freed(level)
         finally:
             level.raising = False
             self._announce(level, capped=capped)
@@ -225,6 +241,25 @@ class Levels:
             return False
         return True
 
+    async def _freed(self, level: DeviceLevel) -> bool:
+        """No higher level is left: wait while others have what the request needs; False if it is not that."""
+        if level.policy is None or not self._fits(level, beside_others=False) or self._fits(level):
+            return False
+        log.warning("a request waits for GPU memory that others have: %s", reason(level.sample, self._budget))
+        while not self._fits(level):
+            await level.looked.next.wait()
+        level.freed += 1
+        return True
+
+    def _fits(self, level: DeviceLevel, *, beside_others: bool = True) -> bool:
+        """What runs should fit, as far as is known, with the plan that holds."""
+        sample = level.sample
+        if sample is None or sample.total is None or sample.others is None:
+            return True
+        there = sample.total - int(sample.total * SLACK) - (sample.others if beside_others else 0)
+        there = there if self._budget is None else min(there, self._budget)
+        return level.account.need(self._host.running_size(), self._crew.plans.held[level.device]).gpu <= there
+
     # Because of what is seen.
 
     async def _watch(self) -> None:
@@ -236,10 +271,13 @@ class Levels:
 
     def _look(self, level: DeviceLevel, sample: Sample) -> None:
         level.sample = sample
-        if level.policy is None or level.turn.locked() or level.raising:
+        level.looked.notify()
+        if level.policy is None or level.turn.locked():
             return
-        plan = level.policy.on(sample, self._host.running_size(), sample.at)
-        if plan is not None:
+        plan, held = level.policy.on(sample, self._host.running_size(), sample.at), self._crew.plans.held[level.device]
+        if plan is not None and plan.level < OFFLOADED <= held.level and self._host.is_exchanging_weights:
+            level.policy.held(held)  # they go to host memory only: later
+        elif plan is not None:
             self._spawn(self._follow(level, plan, reason(sample, self._budget)), f"memory-{level.device}")
 
     async def _follow(self, level: DeviceLevel, plan: MemoryPlan, why: str) -> None:
@@ -309,17 +347,21 @@ class Levels:
     def _announce(self, level: DeviceLevel, *, capped: bool = False) -> None:
         """Tell the scheduler which level holds, and how high it could be; `capped`: no higher."""
         held = self._rung(level)
-        top = held if capped or level.policy is None else max(held, self._highest())
+        top = held if capped or level.policy is None else max(held + 1, self._highest(level))
         for seat in self._crew.seats_on(level.device):
             self._host.handle_level(seat, held, top)
 
     def _rung(self, level: DeviceLevel) -> int:
-        """The plan that holds, as the scheduler counts."""
-        return rung(self._crew.plans.held[level.device], self._model)
+        """The plan that holds, as the scheduler counts. Memory that others have given back counts as a level above all
+        before."""
+        every = rung(LEAST, self._model) + 2
+        return level.freed * every + rung(self._crew.plans.held[level.device], self._model)
 
-    def _highest(self) -> int:
-        """Of a level that may change; what waits for copies is worth waiting for."""
-        return 1 if self.copies.problem else rung(MemoryPlan(level=3, blocks=0), self._model)
+    def _highest(self, level: DeviceLevel) -> int:
+        """That can be asked for where the level may change: one more than there are, as memory may be waited for. So
+        may the copies."""
+        every = rung(LEAST, self._model) + 2
+        return level.freed * every + (1 if self.copies.problem else rung(LEAST, self._model)) + 1
 
     def _ours(self, level: DeviceLevel) -> int:
         """What this engine has of the device at most, for where the driver does not say whose memory is whose."""
@@ -346,8 +388,10 @@ def named(plan: MemoryPlan) -> str:
     return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({plan.blocks or 0} blocks)"
 
 
-def reason(sample: Sample, budget: int | None) -> str:
+def reason(sample: Sample | None, budget: int | None) -> str:
     """What was seen, for people."""
+    if sample is None:
+        return "nothing is known of the GPU"
     known = [
         f"{amount / 1e9:.1f} GB {what}"
         for amount, what in ((sample.others, "of the GPU are others'"), (sample.free, "free"), (budget, "the budget"))

@@ -10,12 +10,14 @@ file system or the tokenizer is checked in `engine/admission.py`, before anythin
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from ipc.errors import BadConfig
 from ipc.messages import AttentionChoice, MemoryLevel, StageName
 from ipc.slot_table import MAX_PROCESSES
 
@@ -27,8 +29,7 @@ MAX_LORAS = 64
 """Of a request, and loaded at a time."""
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-Bytes = Annotated[str, Meta(pattern=rf"^\d+(\.\d+)? ?({'|'.join(UNITS)})$")]
-"""An amount of memory, as a person writes it: 8GiB, 7.5 GB."""
+"""Of memory, as a person writes it: 8GiB, 7.5 GB."""
 
 
 class Defaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,9 +173,9 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory_level: MemoryLevel = "auto"
     """How much of the weights stays in the GPU's memory (docs/memory.md). auto: as much as fits beside what other
     programs take, at any time; on a CPU 0. No level changes a result."""
-    gpu_budget: Bytes | None = None
-    """What this engine may take of each GPU's memory, all its processes together; None: all that is free. The level
-    follows from it, so `memory_level` is auto."""
+    gpu_budget: str | None = None
+    """What this engine may take of each GPU's memory, all its processes together, such as 8GiB; None: all that is
+    free. The level follows from it, so `memory_level` is auto."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Compute threads of each dit stage and of the vae stage on a CPU; 0: half of the cores for the vae, and half for
     the dits together, so that all can work at once. Part of the result's identity."""
@@ -201,7 +202,9 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 STAGES: tuple[StageName, ...] = ("text", "dit", "vae", "writer")
 
 
-def bytes_of(amount: Bytes) -> int:
-    """8GiB -> 8589934592."""
-    number = amount.rstrip("".join(UNITS)).strip()
-    return int(float(number) * UNITS[amount.removeprefix(number).strip()])
+def bytes_of(amount: str) -> int:
+    """8GiB -> 8589934592. `BadConfig` for what is no amount of memory."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", amount.strip())
+    if found is None:
+        raise BadConfig(f"gpu_budget is {amount!r}; it must be a number of {', '.join(UNITS)}, such as 8GiB or 7.5 GB")
+    return int(float(found[1]) * UNITS[found[2]])

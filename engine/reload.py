@@ -58,6 +58,9 @@ class Host(Protocol):
     def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
         """Of each unfinished task: (component, content hash)."""
 
+    def places_for(self, components: Sequence[str]) -> dict[str, list[str]]:
+        """Where new versions of these are to be placed."""
+
     def change_running(self, weights: dict[str, str]) -> None:
         """Have running tasks change to these versions, between two steps."""
 
@@ -252,7 +255,7 @@ class Reloader:
         crew = self._crew
         asked = read_of(
             self._host.model, crew.dtype, list(order.components.values()),
-            {name: crew.upkeep.places_of(name) for name in order.components}, list(order.in_memory), order.manifest,
+            self._host.places_for(list(order.components)), list(order.in_memory), order.manifest,
         )  # fmt: skip
         self.loading = {}
         try:

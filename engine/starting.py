@@ -21,9 +21,11 @@ LEAST = MemoryPlan(level=3, blocks=0)
 
 
 def check_level(params: SystemParams, device: str) -> None:
-    """`BadConfig` for a budget where there is nothing that it could be of, or beside a level that leaves no choice."""
+    """`BadConfig` for a budget that is none, where there is nothing that it could be of, or beside a level that leaves
+    no choice."""
     if params.gpu_budget is None:
         return
+    bytes_of(params.gpu_budget)
     if device == HOST:
         raise BadConfig(f"gpu_budget is {params.gpu_budget}, but the engine computes on the CPU; leave it out")
     if params.memory_level != "auto":

@@ -565,6 +565,11 @@ class Supervisor:
         """The largest of the requests that are being computed."""
         return self._pool.running_size()
 
+    @property
+    def is_exchanging_weights(self) -> bool:
+        """New weights are on their way to where they are needed."""
+        return self._reloader.is_busy
+
     def handle_level(self, seat: Seat, level: int, top: int) -> None:
         """Tell the scheduler how much a seat leaves on its device, and how much it could."""
         self._dispatch(LevelChanged(seat, level, top))
@@ -663,6 +668,12 @@ class Supervisor:
     def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
         """Of each task that a stage may still know: (component, content hash)."""
         return [task.versions for task in self._pool if task.ended is None or task.id in self._scheduler]
+
+    def places_for(self, components: Sequence[str]) -> dict[str, list[str]]:
+        """Where new versions of these are to be placed: where they are computed with, and, if there is room, where the
+        level may need them."""
+        self._levels.copies.make_way(components)
+        return {name: self._crew.upkeep.places_of(name) for name in components}
 
     def change_running(self, weights: dict[str, str]) -> None:
         """Have running tasks change to these versions: a transformer between two steps, another component where nothing

@@ -46,20 +46,27 @@ class Upkeep:
         """The crew stops: nobody waits for its processes any more."""
 
     async def adopt(self, component: str, content: str) -> None:
-        """Have every process that computes with this component map a version that is placed on its device.
+        """Have every process that computes with this component map a version, wherever it is placed for its device.
 
         Returns when all have, those included that are restarted meanwhile; but for FAILED ones. Raises `StageFailed` if
         one refuses, or none is left.
         """
+        await self._adopt(component, content, lambda post: self._placed_for(post, component, content))
+
+    async def adopt_copy(self, component: str, content: str) -> None:
+        """As `adopt`, of the copy in host memory alone."""
+        copy = self._placed.find(HOST, component, content)
+        assert copy is not None, f"{component} is in host memory"
+        await self._adopt(component, content, lambda post: [copy])
+
+    async def _adopt(self, component: str, content: str, wanted: Callable[[Post], list[Placed]]) -> None:
         self._refused.pop((component, content), None)
 
         def has(post: Post) -> bool:
-            return all(
-                post.has(component, content, placed.device) for placed in self._placed_at(post, component, content)
-            )
+            return all(post.has(component, content, placed.device) for placed in wanted(post))
 
         def tell(post: Post, process: StageProcess) -> None:
-            for placed in self._placed_at(post, component, content):
+            for placed in wanted(post):
                 self._tell_adopt(process, placed)
 
         def check() -> None:
@@ -69,7 +76,7 @@ class Upkeep:
         posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
         await self._have_all(posts, has, tell, check, f"computes with the {component}")
 
-    def _placed_at(self, post: Post, component: str, content: str) -> list[Placed]:
+    def _placed_for(self, post: Post, component: str, content: str) -> list[Placed]:
         """The places of a version that its process maps. `StageFailed` if it is not where it is computed with."""
         assert post.device is not None, f"{post.name} computes"
         places = self._plans.places(post.device)

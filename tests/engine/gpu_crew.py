@@ -4,6 +4,7 @@ processes that keep to every plan at once."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from engine.params import SystemParams
 from engine.plans import HOST, Plans
 from engine.weights import Versions, WeightStore
 from ipc.errors import EngineError
-from ipc.messages import MemoryPlan, Seat
+from ipc.messages import MemoryPlan, Seat, WeightVersion
 
 GPU = "cuda:0"
 
@@ -47,13 +48,21 @@ class GpuCrew:
             self.placed.keep(GPU, version, placed.fd)
             self.weights.loaded({name: version.content}, "demo", {name: component})
 
+    def pretend(self, components: Iterable[str]) -> None:
+        """Of another model: its weights are on the GPU and in host memory, and take nothing."""
+        for name in components:
+            for place, number in ((GPU, 0), (HOST, None)):
+                version = WeightVersion(component=name, content="c", fingerprint="f", bytes=0, device=number)
+                self.placed.keep(place, version, os.memfd_create(name))
+            self.weights.serving[name] = "c"
+
     def close(self) -> None:
         self.placed.close()
 
     async def ready(self, on_loading: Any) -> None:
         return None
 
-    async def adopt(self, component: str, content: str) -> None:
+    async def adopt_copy(self, component: str, content: str) -> None:
         assert self.placed.find(HOST, component, content) is not None
         self.adopted.append((component, content))
 

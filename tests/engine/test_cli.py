@@ -86,6 +86,11 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("serve", "--config", "none.yaml"), "none.yaml cannot be read"),
         (("serve", "--checkpoint", CONFIGS / "models"), "a directory without weights"),
         (("serve", "--lora", "a.safetensors,b.safetensors:1", "--lora", "c:1"), "expected FILE or HIGH_FILE,LOW_FILE"),
+        (("serve", "--memory-level", "4"), "must be auto, 0, 1, 2, 3"),
+        (("serve", "--gpu-budget", "8 TB"), "such as 8GiB or 7.5 GB"),
+        (("serve", "--gpu-budget", "8GiB", "--device", "cpu"), "computes on the CPU"),
+        (("memory", "most"), "must be auto, 0, 1, 2, 3"),
+        (("memory", "2", "--blocks", "4"), "--blocks is of level 3"),
         (("cancel", "abc"), "no engine listens"),
     ],
 )
@@ -332,6 +337,19 @@ def test_status_list_and_cancel(engine_process: EngineProcess, tmp_path: Path) -
     assert run_engine("cancel", "zzz", *where).returncode == 2
     rows = json.loads(run_engine("list", "--json", *where).stdout)
     assert {row["id"]: row["state"] for row in rows}[accepted.id] == "cancelled"
+
+
+def test_the_memory_level_by_hand(engine_process: EngineProcess) -> None:
+    """It is shown, changed, in the status and in the trace's file, and auto is level 0 again on a CPU."""
+    where = ("--socket", engine_process.socket)
+    engine_process.wait_ready()
+    shown = run_engine("memory", *where)
+    assert shown.returncode == 0 and "cpu" in shown.stdout and "auto" in shown.stdout, shown.stderr
+    changed = run_engine("memory", "3", "--blocks", "1", *where)
+    assert "3, 1 blocks stay" in changed.stdout and "0 to 3" in changed.stdout, changed.stderr
+    assert "3, 1 blocks stay" in run_engine("status", *where).stdout
+    (device,) = json.loads(run_engine("memory", "auto", "--json", *where).stdout)
+    assert (device["plan"]["level"], device["mode"], device["copies"]["state"]) == (0, "auto", "complete")
 
 
 def test_a_start_that_several_ids_have_is_refused(engine_process: EngineProcess, tmp_path: Path) -> None:

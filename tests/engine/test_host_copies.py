@@ -72,6 +72,20 @@ async def test_without_room_nothing_is_read(crew: GpuCrew) -> None:
     await copies.end()
 
 
+async def test_a_reload_without_room_for_copies_of_its_own(crew: GpuCrew) -> None:
+    """The copies are complete; then new weights come, and host memory has no room for them, too: from now on they are
+    placed on the GPU only, and the status says why. With room, they are placed in both."""
+    copies, heard = copies_of(crew)
+    await copies.ensure()
+    copies.make_way(["transformer"])
+    assert crew.plans.places(GPU) == [GPU, HOST] and copies.complete
+    copies._sample = lambda: Sample(at=0.0, host_available=1 << 20)
+    copies.make_way(["transformer"])
+    assert crew.plans.places(GPU) == [GPU]
+    assert copies.problem.startswith("new weights are not copied: ") and len(heard) == 2
+    await copies.end()
+
+
 async def test_files_that_have_changed_are_not_taken_for_what_is_served(crew: GpuCrew, tmp_path: Path) -> None:
     """The transformer's file is that of the second revision by now."""
     other = CONFIGS / "demo" / "revision-2" / "transformer" / "diffusion_pytorch_model.safetensors"

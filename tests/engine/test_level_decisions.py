@@ -14,7 +14,7 @@ from engine.levels import Levels, rung
 from engine.models import load_model
 from engine.monitor import Sample
 from engine.params import SystemParams
-from ipc.errors import OutOfMemory
+from ipc.errors import Busy, OutOfMemory
 from ipc.messages import MemoryChange, MemoryPlan, Seat
 from tests.engine.gpu_crew import GPU, GpuCrew
 
@@ -42,12 +42,15 @@ class Host:
     def running_size(self) -> RequestSize | None:
         return SIZE
 
+    is_exchanging_weights = False
+
 
 class Watched:
     """Levels of a 14B model on an 80 GiB GPU, whose samples a test makes up. The copies are there."""
 
     def __init__(self, **params: Any) -> None:
         self.crew, self.host = GpuCrew(), Host()
+        self.crew.pretend(MODEL.components)
         self.levels = Levels(self.host, self.crew, SystemParams(**params), MODEL, {GPU: SETTING})  # type: ignore[arg-type]
         self.now = 0.0
 
@@ -83,7 +86,7 @@ async def test_the_level_follows_what_others_take(watched: Watched) -> None:
     raised = watched.plan
     assert raised.level >= 2
     assert Account(MODEL, SETTING).need(SIZE, raised).gpu <= TOTAL - (60 << 30)
-    assert watched.host.said[-3:] == [(s, rung(raised, MODEL), 43) for s in ("text", "dit", "vae")]
+    assert watched.host.said[-3:] == [(s, rung(raised, MODEL), 44) for s in ("text", "dit", "vae")]
     await watched.see(0, 5)
     assert watched.plan == MemoryPlan()
     first, second = watched.host.changes
@@ -114,7 +117,7 @@ async def test_a_failed_allocation_raises_the_level(watched: Watched, wait_until
     await wait_until(lambda: watched.host.said, "an answer")
     assert watched.plan == MemoryPlan(level=1) and len(watched.host.changes) == 1
     assert watched.host.changes[0].why == "the dit stage ran out of memory"
-    assert watched.host.said == [("text", 1, 43), ("dit", 1, 43), ("vae", 1, 43)]
+    assert watched.host.said == [("text", 1, 44), ("dit", 1, 44), ("vae", 1, 44)]
     await watched.see(0, 20)
     assert watched.plan == MemoryPlan(level=1), "there is no more memory than when it failed"
 
@@ -127,9 +130,47 @@ async def test_a_raise_that_fails(watched: Watched, wait_until: Wait) -> None:
     watched.crew.refusal = OutOfMemory("the slots do not fit")
     watched.levels.raise_above("dit", 0)
     await wait_until(lambda: len(watched.host.said) == 6, "both answers")
-    assert [said for said in watched.host.said if said[0] == "dit"] == [("dit", 0, 0), ("dit", 0, 43)]
+    assert [said for said in watched.host.said if said[0] == "dit"] == [("dit", 0, 0), ("dit", 0, 44)]
     last = watched.levels.status()[0].last
     assert watched.plan == MemoryPlan() and last is not None and last.error is not None
+
+
+async def test_what_others_have_is_waited_for(watched: Watched, wait_until: Wait) -> None:
+    """At the highest level an allocation fails, and others have more than leaves room for it: the scheduler hears
+    nothing until they have given it back, then of a level above all before. When it fails again, though it should fit,
+    the scheduler hears that there is no more."""
+    await watched.levels.change(3, 0)
+    await watched.levels.change("auto", None)
+    await watched.see(TOTAL - (1 << 30))
+    said = len(watched.host.said)
+    (top,) = {top for _, _, top in watched.host.said[-3:]}
+    watched.levels.raise_above("dit", 43)
+    await watched.see(TOTAL - (1 << 30), 3)
+    assert len(watched.host.said) == said
+    await watched.see(TOTAL - (40 << 30))
+    await wait_until(lambda: len(watched.host.said) > said, "an answer")
+    _, level, higher = watched.host.said[-1]
+    assert level > 43 and higher > top >= 44
+    said = len(watched.host.said)
+    watched.levels.raise_above("dit", higher)
+    await wait_until(lambda: len(watched.host.said) > said, "a refusal")
+    assert all(top == level for _, level, top in watched.host.said[said : said + 3]), "there is no more"
+
+
+async def test_while_weights_are_exchanged(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read to where the level needs them: it is not lowered so that they would be needed elsewhere, and not
+    changed by hand."""
+    await watched.see(0, 5)
+    await watched.see(60 << 30, 1)
+    raised = watched.plan
+    monkeypatch.setattr(watched.host, "is_exchanging_weights", True)
+    with pytest.raises(Busy, match="weights are being exchanged"):
+        await watched.levels.change(0, None)
+    await watched.see(0, 5)
+    assert watched.plan == raised
+    monkeypatch.setattr(watched.host, "is_exchanging_weights", False)
+    await watched.see(0, 12)
+    assert watched.plan == MemoryPlan()
 
 
 async def test_a_change_that_was_asked_for_and_fails_changes_nothing(watched: Watched) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import Supervisor, process
+from engine import Client, Supervisor, process
 from ipc.errors import OutOfMemory
 from ipc.messages import MemoryPlan, Progress
 from tests.engine.reloading import ask, denoising, engine, order, video
+from tests.engine.wire import EngineProcess
 
 Wait = Callable[..., Awaitable[None]]
 
@@ -168,3 +169,20 @@ async def test_a_reload_at_a_level(said: Path) -> None:
         assert await video(supervisor, said / "v.mp4") == second
         await supervisor.rollback()
         assert await video(supervisor, said / "v.mp4") != second
+
+
+def test_the_next_program_keeps_the_level(short_dir: Path) -> None:
+    """`engine reload --supervisor` at level 3, asked for by hand: plan, mode, last change and trace are as before, and
+    it can be changed again."""
+    with EngineProcess(short_dir) as served:
+        served.wait_ready()
+        client = Client(served.socket)
+        client.change_memory(2)
+        before = client.change_memory(3, 1)
+        client.reload_supervisor()
+        assert client.memory_levels() == before
+        assert [change.after.level for change in client.trace().changes] == [2, 3]
+        done = client.generate(prompt="a red circle", steps=2, num_frames=5, output=str(short_dir / "v.mp4"))
+        assert Path(done.path).exists()
+        (device,) = client.change_memory("auto")
+        assert (device.plan, device.mode) == (MemoryPlan(), "auto")

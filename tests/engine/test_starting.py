@@ -94,8 +94,8 @@ def test_a_plan_is_written_in_one_way() -> None:
 
 @pytest.mark.parametrize("given", ["8", "GiB", "-1GiB", "8 TB", "8,5GiB"])
 def test_what_is_no_budget(given: str) -> None:
-    with pytest.raises(BadConfig, match="gpu_budget"):
-        system_params(None, {"gpu_budget": given})
+    with pytest.raises(BadConfig, match="it must be a number of MB, GB, MiB, GiB, such as 8GiB"):
+        check_level(SystemParams(gpu_budget=given), "cuda:0")
 
 
 def test_budgets() -> None:
