@@ -24,7 +24,7 @@ from engine.memory import DECODE_LATENTS, EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
 from engine.plans import Plans, PlansState
-from engine.posts import Changes, Posts, PostState
+from engine.posts import Changes, Post, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
 from engine.settings import Settings, changed, computed_with
 from engine.spare import Spare
@@ -34,7 +34,7 @@ from engine.upkeep import Upkeep
 from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
-from ipc.errors import Failure, StageFailed, from_failure
+from ipc.errors import Failure, OutOfMemory, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -514,6 +514,9 @@ class Crew:
             log.warning("%s could not use the weights of an earlier run and reads them", ", ".join(process.seats))
             for post in posts:
                 post.error = None
+        if self._can_wait_for_memory(posts, process.seats):
+            for post in posts:
+                post.error = None
         for post in posts:
             if post.error is not None:
                 post.state = "failed"
@@ -522,6 +525,15 @@ class Crew:
                 self._owner.handle_lost(process.epoch, post.name, process.outside, process.leaving)
         self._start_held_back()
         self._changes.notify()
+
+    def _can_wait_for_memory(self, posts: Sequence[Post], seats: tuple[Seat, ...]) -> bool:
+        """It did not come up for lack of memory, and was up before: others have taken it, and may give it back. It is
+        tried again as often as a stage that dies."""
+        lacking = any(post.error is not None and post.error.code == OutOfMemory.code for post in posts)
+        if not lacking or not self._placed_for(seats):
+            return False
+        log.warning("%s could not start for lack of memory; it is tried again", ", ".join(seats))
+        return True
 
     def _watch(self) -> None:
         """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""

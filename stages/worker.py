@@ -78,6 +78,8 @@ SEND_TIMEOUT = 60.0
 """Seconds the supervisor may leave a report unread before this process gives up on it."""
 LOADING_INTERVAL = 0.2
 """Seconds between two reports of how much is loaded."""
+LACKING = ("can't allocate memory", "out of memory", "out_of_memory", "alloc_failed")
+"""What torch on a CPU, CUDA and Triton, its driver, and cuBLAS or cuDNN say, in small letters."""
 MAX_ERROR_TEXT = 300
 """Characters of an unexpected exception that travel."""
 
@@ -307,9 +309,10 @@ def summary(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, or Python, had no memory to give; the process can go on. By name: torch may not be loaded."""
+    """Whether torch, a library of CUDA's, the driver or Python had no memory to give; the process can go on. By name
+    and text: torch may not be loaded."""
     named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError) or any(text in str(error).lower() for text in LACKING)
 
 
 def out_of_memory(error: Exception, stage: StageName) -> OutOfMemory:
@@ -478,9 +481,12 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     except ChannelClosed:
         raise
     except Exception as error:
-        failure = to_failure(error) if isinstance(error, EngineError) else Failure(StageFailed.code, summary(error))
-        if not isinstance(error, EngineError):
+        if isinstance(error, EngineError):
+            failure = to_failure(error)
+        else:
             traceback.print_exception(error)
+            lacking = is_out_of_memory(error)
+            failure = Failure((OutOfMemory if lacking else StageFailed).code, summary(error))
         channel.send(StartFailed(error=failure), timeout=SEND_TIMEOUT)
         return EXIT_START_FAILED
     close_fds(fds)

@@ -59,7 +59,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     word, amount = line.split()
     wanted = int(amount)
-    while len(held) * STEP > wanted:
+    while held and len(held) * STEP > wanted:
         driver.cuMemFree(held.pop())
     while (len(held) + 1) * STEP <= wanted:
         code, pointer = driver.cuMemAlloc(STEP)

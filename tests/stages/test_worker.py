@@ -290,6 +290,8 @@ def test_only_a_dead_device_ends_the_process() -> None:
     with pytest.raises(RuntimeError) as huge:
         torch.empty(1 << 50)
     assert describe(huge.value, "dit").code == "out_of_memory"
+    for text in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
+        assert describe(RuntimeError(text), "vae").code == "out_of_memory"
     assert describe(BadRequest("too long"), "text").code == "bad_request"
     with pytest.raises(SystemExit) as left:
         describe(RuntimeError("CUDA error: unspecified launch failure"), "dit")
