@@ -112,16 +112,12 @@ class Levels:
     def start(self) -> None:
         """Begin to look at the machine, and to make copies where the level may change. Also after `end`."""
         for level in self._devices.values():
-            if level.device != HOST:
-                number = int(level.device.partition(":")[2])
-                level.sampler = Sampler(number, self._crew.pids, functools.partial(self._ours, level))
-                level.sample = level.sampler.sample()
-                if level.mode == "auto":
-                    self._let_choose(level)
+            if level.device != HOST and level.mode == "auto":
+                self._let_choose(level)
             self._announce(level)
         if any(level.policy is not None for level in self._devices.values()):
             self.copies.start()
-        if any(level.sampler is not None for level in self._devices.values()):
+        if any(level.device != HOST for level in self._devices.values()):
             self._spawn(self._watch(), "memory-monitor")
 
     async def end(self) -> None:
@@ -265,11 +261,19 @@ class Levels:
     # Because of what is seen.
 
     async def _watch(self) -> None:
+        for level in self._devices.values():
+            if level.device != HOST:
+                # In a thread: the first in a program finds the GPUs, for which the driver has to start.
+                level.sampler = await asyncio.to_thread(self._sampler, level)
         while True:
-            await asyncio.sleep(INTERVAL)
             for level in self._devices.values():
                 if level.sampler is not None:
                     self._look(level, level.sampler.sample())
+            await asyncio.sleep(INTERVAL)
+
+    def _sampler(self, level: DeviceLevel) -> Sampler:
+        number = int(level.device.partition(":")[2])
+        return Sampler(number, self._crew.pids, functools.partial(self._ours, level))
 
     def _look(self, level: DeviceLevel, sample: Sample) -> None:
         level.sample = sample
