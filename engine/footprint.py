@@ -259,7 +259,7 @@ def vae_working_bytes(model: ModelParams, size: RequestSize, setting: Setting, *
     """Of decoding, and of encoding where there is something to encode, which is never tiled; beside the weights in
     float32, but with the copy of them that the kernels read."""
     figures, pixels = measured(), size.width * size.height
-    plain = model.vae.is_residual or setting.dtype == "float32"
+    plain = setting.dtype == "float32"
     decode = (figures.vae_plain_pixel_bytes if plain else figures.vae_pixel_bytes).value * pixels
     if tiled:
         decode = min(decode, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)

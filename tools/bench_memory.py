@@ -1,14 +1,14 @@
 """Whole requests with less and less GPU memory, and beside a neighbour that takes it, on one GPU.
 
-    python -m tools.bench_memory budgets wan2.2-t2v-a14b --budgets 80 40 24 12 8      # GiB; about 5 minutes
-    python -m tools.bench_memory tenant wan2.1-t2v-14b --cycles 10 --take 60
-    python -m tools.bench_memory start wan2.1-t2v-1.3b --budgets 4 --placement fused  # an engine that begins with it
+    python -m tools.bench_memory wan2.2-t2v-a14b budgets --budgets 80 40 24 12 8 --large-at 12    # GiB; 5 minutes
+    python -m tools.bench_memory wan2.2-t2v-a14b budgets tenant --cycles 10 --take 60
+    python -m tools.bench_memory wan2.1-t2v-1.3b start --budgets 4 --placement fused
 
 A budget is enforced: another process holds all other memory of the GPU, so that what does not fit fails. `budgets`: one
-engine that adjusts by itself as that process takes more; `start`: a new engine for each, with `gpu_budget`; `tenant`:
-the neighbour comes and goes in the middle of a request. "peak" is what the driver says is in use, looked at 50 times a
-second, less the neighbour's: contexts, queues and all processes are in it. Random weights of the full size are made
-below --work. The text goes to OUT/memory-PART-MODEL.txt; exit status 1 if a check failed.
+engine that adjusts by itself as that process takes more; `tenant`: the neighbour comes and goes in the middle of a
+request; `start`, alone: a new engine for each budget, with `gpu_budget`. "peak" is what the driver says is in use,
+looked at 50 times a second, less the neighbour's: contexts, queues and all processes are in it. Random weights of the
+full size are made below --work. The text goes to OUT/memory-MODEL.txt; exit status 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ SETTLE = 60.0
 """Seconds within which the level must follow."""
 FOLLOW = 2.0
 """Seconds within which it should, beside a neighbour."""
-SEEN_SWITCH = 0.1
+STEP = 256 << 20
+"""Bytes of what the neighbour takes at a time."""
 FAST_SHIFT = 5.0
 """With it, 4 UniPC steps are 2 of each expert, for the boundaries of both A14B models."""
 
@@ -149,7 +150,7 @@ class Bench:
         """Have the neighbour hold all but so many bytes, as fast as it gets them; what the engine has left."""
         wanted = self.gauge.total - self.base - budget
         end = time.monotonic() + SETTLE
-        while await asyncio.to_thread(self.neighbour.hold, wanted) < wanted - (256 << 20):
+        while await asyncio.to_thread(self.neighbour.hold, wanted) < wanted - STEP:
             if time.monotonic() > end:
                 break
             await asyncio.sleep(0.1)
@@ -158,9 +159,9 @@ class Bench:
     def peak_gib(self) -> float:
         return (self.gauge.most - self.base - self.neighbour.held) / 2**30
 
-    async def request(self, supervisor: Supervisor, name: str) -> tuple[Done, list[Span]]:
+    async def request(self, supervisor: Supervisor, name: str, **fields: Any) -> tuple[Done, list[Span]]:
         began = time.monotonic()
-        done = await supervisor.generate(self.ask(name))
+        done = await supervisor.generate(self.ask(name, **fields))
         return done, [span for span in supervisor.trace().spans if span.begin >= began]
 
     def tell(self, label: str, spans: list[Span], held: DeviceMemory) -> None:
@@ -198,25 +199,25 @@ async def settled(supervisor: Supervisor) -> None:
             last, since = held(supervisor).plan, time.monotonic()
 
 
-async def budgets(bench: Bench) -> None:
+async def budgets(bench: Bench, supervisor: Supervisor) -> None:
     report, golden = bench.report, ""
-    async with Supervisor(bench.params()) as supervisor:
-        began = time.monotonic()
-        await supervisor.ready()
-        report.say(f"stages up in {time.monotonic() - began:.1f} s")
-        await copies(supervisor, report)
-        for budget in bench.args.budgets:
-            left = await bench.leave(int(budget * 2**30))
-            await settled(supervisor)
+    for budget in bench.args.budgets:
+        left = await bench.leave(int(budget * 2**30))
+        await settled(supervisor)
+        report.check(left <= budget * 2**30 + STEP, f"{budget:g} GiB: the neighbour leaves {left / 2**30:.2f} GiB")
+        with bench.gauge.peak():
+            done, spans = await bench.request(supervisor, f"at-{budget:g}")
+        bench.tell(f"{budget:g} GiB", spans, held(supervisor))
+        frames = digest(Path(done.path))
+        golden = golden or frames
+        report.check(frames == golden, f"{budget:g} GiB: the same frames, peak {bench.peak_gib():.2f} GiB")
+        if budget == bench.args.large_at:
             with bench.gauge.peak():
-                done, spans = await bench.request(supervisor, f"at-{budget:g}")
-            bench.tell(f"{budget:g} GiB ({left / 2**30:.1f} left by the neighbour)", spans, held(supervisor))
-            report.check(bench.peak_gib() <= budget + 0.3, f"{budget:g} GiB: the peak is {bench.peak_gib():.2f} GiB")
-            frames = digest(Path(done.path))
-            golden = golden or frames
-            report.check(frames == golden, f"{budget:g} GiB: the same frames")
-        for change in supervisor.trace().changes:
-            report.say("  " + told(change))
+                size = {"width": 1280, "height": 720, "num_frames": 81, "steps": 1}
+                done, spans = await bench.request(supervisor, f"large-{budget:g}", **size)
+            bench.tell(f"{budget:g} GiB, 1280x720x81, one step", spans, held(supervisor))
+            report.check(bool(done.path), f"{budget:g} GiB: 1280x720x81, peak {bench.peak_gib():.2f} GiB")
+    await bench.leave(bench.gauge.total)
 
 
 def told(change: MemoryChange) -> str:
@@ -245,58 +246,78 @@ async def start(bench: Bench) -> None:
         report.check(frames == golden, f"{budget:g} GiB: the same frames")
 
 
-async def tenant(bench: Bench) -> None:
+async def tenant(bench: Bench, supervisor: Supervisor) -> None:
     report, args = bench.report, bench.args
     take = int(args.take * 2**30)
+    size = {"num_frames": 33, "steps": 6}
+    await settled(supervisor)
+    calm, _ = await bench.request(supervisor, "calm", **size)
+    golden = digest(Path(calm.path))
+    for number in range(args.cycles):
+        before = len(supervisor.trace().changes)
+        plan = held(supervisor).plan
+        running = asyncio.create_task(supervisor.generate(bench.ask(f"beside-{number}", **size)))
+        await asyncio.sleep(1.5)
+        began = time.monotonic()
+        while bench.neighbour.held < take - STEP and time.monotonic() < began + SETTLE:
+            await asyncio.to_thread(bench.neighbour.hold, take)
+        took = time.monotonic() - began
+        follow = [c for c in supervisor.trace().changes[before:] if c.error is None]
+        await asyncio.sleep(2.0)
+        await asyncio.to_thread(bench.neighbour.hold, 0)
+        gave = time.monotonic()
+        done = await running
+        while held(supervisor).plan != plan and time.monotonic() < gave + 30:  # noqa: ASYNC110 - it is polled
+            await asyncio.sleep(0.05)
+        back = time.monotonic() - gave
+        changes = [c for c in supervisor.trace().changes[before:] if c.error is None]
+        first = follow[0].at + follow[0].seconds - began if follow else float("nan")
+        report.say(
+            f"  cycle {number + 1}: the neighbour had its {args.take:g} GiB after {took:.2f} s, the level followed "
+            f"after {first:.2f} s, and was back {back:.2f} s after they were free; {len(changes)} changes"
+        )
+        report.check(digest(Path(done.path)) == golden, f"cycle {number + 1}: the same frames")
+        report.check(len(changes) <= 2, f"cycle {number + 1}: at most two changes")
+        report.check(took <= FOLLOW + 1 and bool(follow), f"cycle {number + 1}: the level followed within {FOLLOW:g} s")
+    for change in supervisor.trace().changes[:6]:
+        report.say("  " + told(change))
+    gaps = [c.seconds for c in supervisor.trace().changes]
+    if gaps:
+        report.say(f"  a change took {statistics.median(gaps):.2f} s, {max(gaps):.2f} at most")
+
+
+async def live(bench: Bench) -> None:
+    """One engine that adjusts by itself."""
+    report = bench.report
     async with Supervisor(bench.params()) as supervisor:
+        began = time.monotonic()
         await supervisor.ready()
+        report.say(f"stages up in {time.monotonic() - began:.1f} s")
         await copies(supervisor, report)
-        calm, _ = await bench.request(supervisor, "calm")
-        golden = digest(Path(calm.path))
-        for number in range(args.cycles):
-            before = len(supervisor.trace().changes)
-            plan = held(supervisor).plan
-            running = asyncio.create_task(supervisor.generate(bench.ask(f"beside-{number}")))
-            await asyncio.sleep(1.5)
-            began = time.monotonic()
-            while bench.neighbour.held < take - (256 << 20) and time.monotonic() < began + SETTLE:
-                await asyncio.to_thread(bench.neighbour.hold, take)
-            took = time.monotonic() - began
-            follow = [c for c in supervisor.trace().changes[before:] if c.error is None]
-            await asyncio.sleep(2.0)
-            await asyncio.to_thread(bench.neighbour.hold, 0)
-            gave = time.monotonic()
-            done = await running
-            while held(supervisor).plan != plan and time.monotonic() < gave + 30:  # noqa: ASYNC110 - it is polled
-                await asyncio.sleep(0.05)
-            back = time.monotonic() - gave
-            changes = [c for c in supervisor.trace().changes[before:] if c.error is None]
-            first = follow[0].at + follow[0].seconds - began if follow else float("nan")
-            report.say(
-                f"  cycle {number + 1}: the neighbour had its {args.take:g} GiB after {took:.2f} s, the level followed "
-                f"after {first:.2f} s, and was back {back:.2f} s after they were free; {len(changes)} changes"
-            )
-            report.check(digest(Path(done.path)) == golden, f"cycle {number + 1}: the same frames")
-            report.check(len(changes) <= 2, f"cycle {number + 1}: at most two changes")
-            report.check(
-                took <= FOLLOW + 1 and bool(follow), f"cycle {number + 1}: the level followed within {FOLLOW:g} s"
-            )
-        for change in supervisor.trace().changes[:6]:
+        await asyncio.sleep(1.0)
+        placed = sum(h.bytes for h in supervisor.memory() if h.where.startswith("gpu"))
+        used = bench.gauge.used() - bench.base - bench.neighbour.held
+        rest, processes = (used - placed) / 2**30, len(supervisor.status().stages) - 1
+        report.say(
+            f"idle: {used / 2**30:.2f} GiB in use, {placed / 2**30:.2f} GiB of it weights, queues, states; the rest, "
+            f"{rest:.2f} GiB, is of {processes} processes"
+        )
+        for part in bench.args.parts:
+            await {"budgets": budgets, "tenant": tenant}[part](bench, supervisor)
+        for change in supervisor.trace().changes:
             report.say("  " + told(change))
-        gaps = [c.seconds for c in supervisor.trace().changes]
-        if gaps:
-            report.say(f"  a change took {statistics.median(gaps):.2f} s, {max(gaps):.2f} at most")
 
 
-PARTS = {"budgets": budgets, "start": start, "tenant": tenant}
+PARTS = ("budgets", "tenant", "start")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
     parser.add_argument("model", help="see `engine models`")
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--budgets", type=float, nargs="+", default=[80, 40, 24, 12, 8], help="GiB")
     parser.add_argument("--placement", default="split", choices=("split", "fused"), help="of `start`")
+    parser.add_argument("--large-at", type=float, help="at this budget, one step of 1280x720x81 too")
     parser.add_argument("--cycles", type=int, default=10)
     parser.add_argument("--take", type=float, default=60, help="GiB that the neighbour takes")
     parser.add_argument("--steps", type=int, default=4)
@@ -308,14 +329,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("this needs a GPU; tests/engine/test_levels_random.py has the same on a CPU", file=sys.stderr)
         return 2
-    path = None if args.out is None else args.out / f"memory-{args.part}-{args.model}.txt"
+    name = f"memory-{args.model}{'-start' if args.parts == ['start'] else ''}.txt"
+    path = None if args.out is None else args.out / name
     report = Report(" ".join(sys.argv[1:]), path, args.work, tool="bench_memory")
     for line in machine("cuda:0"):
         report.say(line)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Workplace(args.work, shrunken=False, device="cuda:0"), report, Path(folder))
         try:
-            asyncio.run(PARTS[args.part](bench))
+            asyncio.run(start(bench) if args.parts == ["start"] else live(bench))
         finally:
             bench.neighbour.end()
             bench.gauge.close()
