@@ -294,6 +294,8 @@ def test_no_message_of_a_client_can_name_memory() -> None:
         "component",
         "level",
         "blocks",
+        "attention_backend",
+        "threads",
     }
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
     assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}
