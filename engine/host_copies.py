@@ -24,7 +24,7 @@ from ipc.channel import close_fds
 from ipc.errors import BadCheckpoint, EngineError, OutOfMemory, StageFailed
 from ipc.messages import Component, HostCopies as Progress, LoadProgress
 
-MAP_TIMEOUT = 120.0
+MAP_TIMEOUT = 600.0
 """Seconds for every process to map a copy; one that is loading maps it when it is up."""
 
 log = logging.getLogger(__name__)

@@ -101,6 +101,8 @@ class Levels:
             device: DeviceLevel(device, mode, setting, Account(model, setting)) for device, setting in settings.items()
         }
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rungs = rung(LEAST, model) + 2
+        """That the scheduler counts: of the plans, and one for memory that others have given back."""
         self._budget = None if params.gpu_budget is None else bytes_of(params.gpu_budget)
         self._host_sampler = Sampler(None, lambda: ())
         self.copies = HostCopies(model, crew, self._host_sampler.sample, self._copies_changed)
@@ -110,16 +112,12 @@ class Levels:
     def start(self) -> None:
         """Begin to look at the machine, and to make copies where the level may change. Also after `end`."""
         for level in self._devices.values():
+            if level.device != HOST and level.mode == "auto":
+                self._let_choose(level)
             self._announce(level)
-            if level.device != HOST:
-                number = int(level.device.partition(":")[2])
-                level.sampler = Sampler(number, self._crew.pids, functools.partial(self._ours, level))
-                level.sample = level.sampler.sample()
-                if level.mode == "auto":
-                    self._let_choose(level)
         if any(level.policy is not None for level in self._devices.values()):
             self.copies.start()
-        if any(level.sampler is not None for level in self._devices.values()):
+        if any(level.device != HOST for level in self._devices.values()):
             self._spawn(self._watch(), "memory-monitor")
 
     async def end(self) -> None:
@@ -263,11 +261,19 @@ class Levels:
     # Because of what is seen.
 
     async def _watch(self) -> None:
+        for level in self._devices.values():
+            if level.device != HOST:
+                # In a thread: the first in a program finds the GPUs, for which the driver has to start.
+                level.sampler = await asyncio.to_thread(self._sampler, level)
         while True:
-            await asyncio.sleep(INTERVAL)
             for level in self._devices.values():
                 if level.sampler is not None:
                     self._look(level, level.sampler.sample())
+            await asyncio.sleep(INTERVAL)
+
+    def _sampler(self, level: DeviceLevel) -> Sampler:
+        number = int(level.device.partition(":")[2])
+        return Sampler(number, self._crew.pids, functools.partial(self._ours, level))
 
     def _look(self, level: DeviceLevel, sample: Sample) -> None:
         level.sample = sample
@@ -354,14 +360,12 @@ class Levels:
     def _rung(self, level: DeviceLevel) -> int:
         """The plan that holds, as the scheduler counts. Memory that others have given back counts as a level above all
         before."""
-        every = rung(LEAST, self._model) + 2
-        return level.freed * every + rung(self._crew.plans.held[level.device], self._model)
+        return level.freed * self._rungs + rung(self._crew.plans.held[level.device], self._model)
 
     def _highest(self, level: DeviceLevel) -> int:
         """That can be asked for where the level may change: one more than there are, as memory may be waited for. So
         may the copies."""
-        every = rung(LEAST, self._model) + 2
-        return level.freed * every + (1 if self.copies.problem else rung(LEAST, self._model)) + 1
+        return level.freed * self._rungs + (1 if self.copies.problem else rung(LEAST, self._model)) + 1
 
     def _ours(self, level: DeviceLevel) -> int:
         """What this engine has of the device at most, for where the driver does not say whose memory is whose."""

@@ -24,8 +24,19 @@ carry_out = Worker._set_memory
 
 def said(name: str) -> int | None:
     """The level in a file; None: it is not there."""
-    path = Path(os.environ["LEVELS"], name)
-    return int(path.read_text()) if path.exists() else None
+    try:
+        return int(Path(os.environ["LEVELS"], name).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def first_to_remove(name: str) -> bool:
+    """Of several processes, one gets True."""
+    try:
+        Path(os.environ["LEVELS"], name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def note_level(start: Any, links: Any) -> Any:
@@ -42,8 +53,7 @@ def short(self: Any, task: Any) -> None:
 
 def set_memory(self: Any, plan: MemoryPlan) -> MemorySet:
     global level
-    if said("die") == plan.level:
-        Path(os.environ["LEVELS"], "die").unlink()
+    if said("die") == plan.level and first_to_remove("die"):
         os._exit(1)
     if said("refuse") == plan.level:
         return MemorySet(plan=self._plan, error=describe(MemoryError("the slots do not fit"), "dit"))

@@ -172,16 +172,16 @@ async def test_a_reload_at_a_level(said: Path) -> None:
 
 
 def test_the_next_program_keeps_the_level(short_dir: Path) -> None:
-    """`engine reload --supervisor` at level 3, asked for by hand: plan, mode, last change and trace are as before, and
-    it can be changed again."""
-    with EngineProcess(short_dir) as served:
+    """`engine serve --memory-level 2`, then 3 by hand, then `engine reload --supervisor`: plan, mode, last change and
+    trace are as before, and it can be changed again."""
+    with EngineProcess(short_dir, "--memory-level", "2") as served:
         served.wait_ready()
         client = Client(served.socket)
-        client.change_memory(2)
+        assert client.memory_levels()[0].plan == MemoryPlan(level=2)
         before = client.change_memory(3, 1)
         client.reload_supervisor()
         assert client.memory_levels() == before
-        assert [change.after.level for change in client.trace().changes] == [2, 3]
+        assert [change.after.level for change in client.trace().changes] == [3]
         done = client.generate(prompt="a red circle", steps=2, num_frames=5, output=str(short_dir / "v.mp4"))
         assert Path(done.path).exists()
         (device,) = client.change_memory("auto")

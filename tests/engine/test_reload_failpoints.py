@@ -23,6 +23,7 @@ from engine.crew import Crew
 from engine.loader import _Process
 from engine.process import StageProcess
 from engine.reload import Reloader
+from engine.upkeep import Upkeep
 from engine.weights import Versions, WeightStore
 from ipc.errors import EngineError
 from ipc.messages import Canary
@@ -49,7 +50,7 @@ POINTS: dict[str, Point] = {
     "the canary runs": ("call", Supervisor.try_weights.__code__),
     "it is about to be served": ("call", Versions.flip.__code__),
     "it is served": ("return", Versions.flip.__code__),
-    "the old memory is let go": ("call", Crew.forget.__code__),
+    "the old memory is let go": ("call", Upkeep.forget.__code__),
 }
 VICTIMS = {
     "dit": list(POINTS), "text": list(POINTS)[3:6], "vae": list(POINTS)[5:8], "loader": list(POINTS)[:2],

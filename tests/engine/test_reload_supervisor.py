@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from engine.client import Client
+from engine.handover import FORMAT
 from engine.version import VERSION
 from ipc.errors import ReloadFailed, ServerUnavailable
 from ipc.messages import Done
@@ -205,7 +206,9 @@ def change(tree: Path, file: str, old: str, new: str) -> None:
 BROKEN = {
     "does not start": ("engine/reexec.py", "def main(", "def main(:", "status 1"),
     "lacks a file": ("engine/reexec.py", "import msgspec\n", "import msgspec, nothing_of_this_name\n", "status 1"),
-    "takes another format": ("engine/handover.py", "FORMAT = 2", "FORMAT = 3", "format 2"),
+    "takes another format": (
+        "engine/handover.py", f"FORMAT = {FORMAT}", f"FORMAT = {FORMAT + 1}", f"format {FORMAT}"
+    ),
     "does not know a field": ("engine/process.py", "    oom_kills: int\n", "", "oom_kills"),
     "wants a field": ("engine/tasks.py", "    finished: int\n", "    finished: int\n    lost: int\n", "lost"),
     "has other seats": ("engine/devices.py", "{\"text\": device,", "{\"text\": None,", "seats"),

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from engine import Client
-from engine.trace import KEPT_QUANTA, Trace, of_tasks
+from engine.levels import MAX_REASON
+from engine.trace import KEPT_CHANGES, KEPT_QUANTA, Trace, chrome_trace, of_tasks
 from ipc.errors import Failure, NotFound
 from ipc.frames import MAX_FRAME, encode_frame
-from ipc.messages import Done, QuantumDone, QuantumDropped, QuantumFailed, Span, Traced
+from ipc.messages import Done, MemoryChange, MemoryPlan, QuantumDone, QuantumDropped, QuantumFailed, Span, Traced
 from tests.engine.wire import EngineProcess, run_engine
 
 STEPS = 3
@@ -50,6 +51,32 @@ def slices(file: Path) -> dict[str, list[dict[str, Any]]]:
         if event["ph"] == "X":
             rows[f"{groups[event['pid']]} {names[event['tid']]}"].append(event)
     return {row: sorted(found, key=lambda e: e["ts"]) for row, found in rows.items()}
+
+
+def test_changes_of_memory_levels_are_instants() -> None:
+    """In a row of their device, beside the quanta that they came between; those of another time are left out. The
+    latest are kept."""
+    span = Span(TASK, "dit", "cuda:0", "denoise", 0, granted=10.0, begin=10.0, end=12.0)
+    low, high = MemoryPlan(level=0), MemoryPlan(level=3, blocks=7)
+
+    def change(at: float, error: Failure | None = None) -> MemoryChange:
+        return MemoryChange(
+            at=at, device="cuda:0", before=low, after=high, why="it was short", seconds=0.5, error=error
+        )
+
+    trace = Trace({"dit": "cuda:0"}, [span], [change(0.0)] * KEPT_CHANGES)
+    trace.change(change(11.0))
+    trace.change(change(11.5, Failure("out_of_memory", "no room")))
+    assert len(trace.changes()) == KEPT_CHANGES
+    events = chrome_trace(trace.spans(), 0.0, trace.changes())["traceEvents"]
+    instants = [event for event in events if event["ph"] == "i"]
+    assert [(e["name"], e["ts"]) for e in instants] == [
+        ("level 3, 7 blocks", 1e6), ("not level 3, 7 blocks", 1.5e6)
+    ]  # fmt: skip
+    assert instants[1]["args"] == {"from": 0, "why": "it was short", "milliseconds": 500.0, "error": "no room"}
+    (row,) = {event["tid"] for event in instants}
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert names[row] == "cuda:0 memory level"
 
 
 def test_the_file(ran: Ran, tmp_path: Path) -> None:
@@ -121,4 +148,9 @@ def test_the_latest_are_kept_and_fit_into_a_frame() -> None:
         trace.answer("dit:15", done)
     spans = trace.spans()
     assert len(spans) == KEPT_QUANTA and spans[0].index == 100_001
-    assert len(encode_frame(Traced(ref=1, spans=spans, clock=1.7e9))) <= MAX_FRAME
+    plan, error = MemoryPlan(level=3, blocks=40), Failure("out_of_memory", "x" * MAX_REASON)
+    change = MemoryChange(
+        at=1e9, device="cuda:15", before=plan, after=plan, why="x" * 100, seconds=0.123456789, error=error
+    )  # fmt: skip
+    frame = encode_frame(Traced(ref=1, spans=spans, clock=1.7e9, changes=[change] * KEPT_CHANGES))
+    assert len(frame) <= MAX_FRAME
