@@ -209,6 +209,8 @@ class DitStage:
         if plan.level < OFFLOADED:
             self._onload()
             return []
+        for network in self._experts:
+            network.tables_on_host()  # all or none
         if self._pools is not None:
             self._pools.release()
         resident = None if plan.level == OFFLOADED else plan.blocks or 0

@@ -8,6 +8,7 @@ slots, marks and prefetching holds on a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,9 @@ class Lane(Protocol):
         """Return when all copies are made."""
 
 
+@functools.cache
 def lane_of(device: torch.device) -> Lane:
+    """The one of this process, to be made while there is memory: a level is raised when there may be none."""
     return CudaLane(device) if device.type == "cuda" else HostLane()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hotreload.device_placement import DevicePlacement
 from hotreload.host_version import HostVersion
 from hotreload.overlay import make_overlay
-from hotreload.placement import Placement, Runs, Shapes, bind, lay_out, rebind, view_placed
+from hotreload.placement import Placement, Runs, Shapes, Table, bind, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory, StageFailed
 from ipc.messages import Component, Job, MemoryPlan, Start, WeightVersion
@@ -57,6 +57,7 @@ class Network(Generic[M]):
         self.module = module
         self.bound = Bound(content)
         self.device = device
+        self.lane = lane_of(device)
         """Where it computes."""
         self._lent = Lent(pinned=device.type == "cuda")
         self._overlays = itertools.count(1)
@@ -206,10 +207,10 @@ class Network(Generic[M]):
     def offload(self, pools: Pools) -> list[tuple[str, str]]:
         """Compute from the versions in host memory from now on, with these pools. Returns component and content hash of
         what was mapped on the device, and is not any more. Raises OSError or ValueError, and `StageFailed` if a version
-        is not in host memory; nothing has changed then."""
-        if missing := self._versions.keys() - self._on_host.keys():
-            raise StageFailed(f"{self._name}: version {min(missing)} is not in host memory yet; wait until it is there")
-        tables = [host.placement().table for host in self._on_host.values()]
+        is not in host memory; nothing has changed then.
+
+        Takes no memory of the device, of which there may be none: what is asked of it first is the next use."""
+        tables = self.tables_on_host()
         left = [] if self.device.type == "cpu" else [(self._name, content) for content in self._versions]
         content = self.content
         if self._offload is not None:
@@ -222,6 +223,12 @@ class Network(Generic[M]):
         self._offload = Offload(self.module, tables[0], self._aliases, pools)
         self.bound, self._overlaid = Bound(content), ()
         return left
+
+    def tables_on_host(self) -> list[Table]:
+        """Of the versions in host memory, once they are mapped. Raises what `offload` does."""
+        if missing := self._versions.keys() - self._on_host.keys():
+            raise StageFailed(f"{self._name}: version {min(missing)} is not in host memory yet; wait until it is there")
+        return [host.placement().table for host in self._on_host.values()]
 
     def onload(self, links: Links, *, outliving: bool) -> None:
         """Compute with weights on the device from now on: all versions are brought there, to memory that outlives this
@@ -285,7 +292,7 @@ def held(network: Network[Any], plan: MemoryPlan, links: Links, outliving: bool)
     if plan.level < OFFLOADED:
         network.onload(links, outliving=outliving)
         return []
-    return network.offload(Pools(network.device, lane_of(network.device), resident=0))
+    return network.offload(Pools(network.device, network.lane, resident=0))
 
 
 class Tensors(NamedTuple):

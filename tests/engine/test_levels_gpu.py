@@ -17,6 +17,7 @@ from engine.starting import LEAST, settings_of
 from ipc.errors import OutOfMemory
 from ipc.messages import DeviceMemory, MemoryPlan
 from tests.engine.reloading import denoising, order, video
+from tools.bench_memory import Gauge, Neighbour
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +75,25 @@ async def test_reloads_and_deaths_at_every_level(tmp_path: Path, wait_until: Wai
             await supervisor.reload(order())
             assert await video(supervisor, tmp_path / "v.mp4") == second
             assert device(supervisor).copies.state == "complete"
+
+
+async def test_a_level_is_raised_when_nothing_is_free(tmp_path: Path, wait_until: Wait) -> None:
+    """Another program has taken all that was free: to go higher takes no memory, it gives some back."""
+    neighbour, gauge = Neighbour(), Gauge()
+    try:
+        async with Supervisor(SystemParams(device="cuda", memory_level=0)) as supervisor:
+            await supervisor.change_memory(2)
+            calm = await video(supervisor, tmp_path / "v.mp4")
+            await supervisor.change_memory(0)
+            await asyncio.to_thread(neighbour.hold, gauge.total)
+            for level in (2, 3):
+                await supervisor.change_memory(level)
+            assert where(supervisor) == {HOST}
+            await asyncio.to_thread(neighbour.hold, 0)
+            assert await video(supervisor, tmp_path / "v.mp4") == calm
+    finally:
+        neighbour.end()
+        gauge.close()
 
 
 @pytest.mark.parametrize("level", [2, 3])
