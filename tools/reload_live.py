@@ -1,7 +1,7 @@
 """Reloads while requests run: how long the dit stands still, and that nothing else changes.
 
     python -m tools.reload_live wan2.1-t2v-1.3b --steps 20 --size 832x480x33
-    python -m tools.reload_live wan2.1-t2v-14b --steps 12 --size 832x480x17
+    python -m tools.reload_live wan2.1-t2v-14b --steps 60 --size 832x480x17   # a request outlasts the reading
     python -m tools.reload_live wan-demo --device cpu --steps 40
 
 Two versions of the transformer, random weights of the full size (of wan-demo: its revisions). In turn: two requests one
