@@ -197,6 +197,24 @@ class Levels:
             finally:
                 self._announce(level)
 
+    # Because a reload has no room.
+
+    async def make_room(self) -> bool:
+        """Have the weights leave the GPUs whose level may change, so that there is room for another version, which is
+        then placed in host memory, too. False if there is no such GPU. The level comes down again as memory allows."""
+        moved = False
+        for level in self._devices.values():
+            if level.policy is None or self._crew.plans.held[level.device].level >= OFFLOADED:
+                continue
+            try:
+                await self._change(level, MemoryPlan(level=OFFLOADED), "a reload has no room for another version")
+                moved = True
+            except EngineError as error:
+                log.warning("the weights cannot leave %s for a reload: %s", level.device, error)
+            finally:
+                self._announce(level)
+        return moved
+
     # Because an allocation failed.
 
     def raise_above(self, seat: Seat, above: int) -> None:

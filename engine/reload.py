@@ -61,6 +61,10 @@ class Host(Protocol):
     def places_for(self, components: Sequence[str]) -> dict[str, list[str]]:
         """Where new versions of these are to be placed."""
 
+    async def make_room(self) -> bool:
+        """Have the weights leave the GPUs for host memory, where new versions are placed then; False if they may
+        not."""
+
     def change_running(self, weights: dict[str, str]) -> None:
         """Have running tasks change to these versions, between two steps."""
 
@@ -252,27 +256,41 @@ class Reloader:
     @asynccontextmanager
     async def _read(self, order: Order) -> AsyncIterator[list[Placed]]:
         """What the loader has placed; its descriptors are closed at the end, but for those that were kept."""
-        crew = self._crew
-        asked = read_of(
-            self._host.model, crew.dtype, list(order.components.values()),
-            self._host.places_for(list(order.components)), list(order.in_memory), order.manifest,
-        )  # fmt: skip
         self.loading = {}
         try:
-            placed = await self._load(asked, list(order.in_memory.values()))
-        except OutOfMemory:
-            if not self._versions.pinned:
-                raise
-            log.info("there is no room for another version: what was pinned is let go")
-            self._versions.pinned = False
-            self.let_go()
-            placed = await self._load(asked, list(order.in_memory.values()))
+            placed = await self._placed(order)
         finally:
             self.loading = {}
         try:
             yield placed
         finally:
             close_fds(p.fd for p in placed)
+
+    async def _placed(self, order: Order) -> list[Placed]:
+        """Have it placed. Where there is no room, what was pinned goes first, and then all that is on the GPUs."""
+        ways = [self._unpin, self._host.make_room]
+        while True:
+            asked = read_of(
+                self._host.model, self._crew.dtype, list(order.components.values()),
+                self._host.places_for(list(order.components)), list(order.in_memory), order.manifest,
+            )  # fmt: skip
+            try:
+                return await self._load(asked, list(order.in_memory.values()))
+            except OutOfMemory:
+                while ways:
+                    if await ways.pop(0)():
+                        break
+                else:
+                    raise
+
+    async def _unpin(self) -> bool:
+        """Let go of what was pinned; False if nothing was."""
+        if not self._versions.pinned:
+            return False
+        log.info("there is no room for another version: what was pinned is let go")
+        self._versions.pinned = False
+        self.let_go()
+        return True
 
     async def _load(self, asked: Read, fds: Sequence[int]) -> list[Placed]:
         """Run the loader, until it is done or another reload comes."""

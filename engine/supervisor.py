@@ -669,6 +669,9 @@ class Supervisor:
         """Of each task that a stage may still know: (component, content hash)."""
         return [task.versions for task in self._pool if task.ended is None or task.id in self._scheduler]
 
+    async def make_room(self) -> bool:
+        return await self._levels.make_room()
+
     def places_for(self, components: Sequence[str]) -> dict[str, list[str]]:
         """Where new versions of these are to be placed: where they are computed with, and, if there is room, where the
         level may need them."""

@@ -206,3 +206,18 @@ async def test_it_goes_on_after_a_hand_over(watched: Watched) -> None:
     assert (level.plan, level.mode, level.last) == (MemoryPlan(level=2), "fixed", watched.host.changes[-1])
     await after.levels.end()
     after.crew.close()
+
+
+async def test_a_reload_makes_room(watched: Watched) -> None:
+    """The weights leave the GPU, once, and come back as memory allows; a level that was asked for stays."""
+    await watched.see(0, 1)
+    assert await watched.levels.make_room()
+    assert watched.plan == MemoryPlan(level=2)
+    assert watched.host.changes[-1].why == "a reload has no room for another version"
+    assert watched.host.said[-1] == ("vae", 2, 44)
+    assert not await watched.levels.make_room(), "there is no more to be had"
+    await watched.see(0, 15)
+    assert watched.plan == MemoryPlan()
+    await watched.levels.change(1, None)
+    assert not await watched.levels.make_room()
+    assert watched.plan == MemoryPlan(level=1)

@@ -96,6 +96,25 @@ async def test_a_level_is_raised_when_nothing_is_free(tmp_path: Path, wait_until
         gauge.close()
 
 
+async def test_a_reload_without_room_goes_through_host_memory(tmp_path: Path, wait_until: Wait) -> None:
+    """Nothing is free for another version: the weights leave the GPU, and the new ones are served from the host."""
+    neighbour, gauge = Neighbour(), Gauge()
+    try:
+        async with Supervisor(SystemParams(device="cuda")) as supervisor:
+            await copied(supervisor, wait_until)
+            first = await video(supervisor, tmp_path / "v.mp4")
+            await asyncio.to_thread(neighbour.hold, gauge.total)
+            await supervisor.reload(order())
+            assert where(supervisor) == {HOST}
+            await asyncio.to_thread(neighbour.hold, 0)
+            assert await video(supervisor, tmp_path / "v.mp4") != first
+            await supervisor.rollback()
+            assert await video(supervisor, tmp_path / "v.mp4") == first
+    finally:
+        neighbour.end()
+        gauge.close()
+
+
 @pytest.mark.parametrize("level", [2, 3])
 async def test_an_engine_that_begins_offloaded(tmp_path: Path, level: int) -> None:
     """Its weights never were on the GPU, the frames are the same; at level 0 they are there."""
