@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ipc.errors import NotFound
-from ipc.messages import MemoryChange, Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
+from ipc.messages import Copied, MemoryChange, Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
 
 KEPT_QUANTA = 2048
 """Of about 20 requests of 50 steps and 81 frames."""
@@ -51,6 +51,7 @@ class Trace:
                 task=report.id, seat=seat, device=self._devices[seat], phase=report.phase, index=report.index,
                 granted=report.begin if granted is None else granted, begin=report.begin,
                 end=report.begin + report.seconds, failed=isinstance(report, QuantumFailed),
+                copied=report.copied if isinstance(report, QuantumDone) else None,
             )
         )  # fmt: skip
 
@@ -92,13 +93,17 @@ def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryCh
     chrome://tracing open; `clock` as in `Traced`.
 
     A row for each seat, and one for each compute token with whatever ran with it; a slice for each quantum, in
-    microseconds since the first grant. In a row for each device an instant for each change, of those between the first
+    microseconds since the first grant or copy. Where weights come from host memory, a row for the copies to each device, with a
+    slice for those of each quantum. In a row for each device an instant for each change, of those between the first
     grant and the last end.
     """
     spans = sorted(spans, key=lambda span: span.begin)
-    zero, end = min(span.granted for span in spans), max(span.end for span in spans)
+    begins = [span.granted for span in spans] + [span.copied.begin for span in spans if span.copied is not None]
+    zero, end = min(begins), max(span.end for span in spans)
     changes = [change for change in changes if zero <= change.at <= end]
-    rows = _rows([place for span in spans for place in _places(span)] + [_row(change) for change in changes])
+    copies = [(_copies_row(span), span) for span in spans if span.copied is not None]
+    places = [place for span in spans for place in _places(span)] + [row for row, _ in copies]
+    rows = _rows(places + [_row(change) for change in changes])
     events = _titles(rows)
     for change in changes:
         group, name = _row(change)
@@ -106,6 +111,9 @@ def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryCh
     for span in spans:
         for group, name in _places(span):
             events.append(_slice(span, zero) | {"pid": group, "tid": rows[group, name]})
+    for (group, name), span in copies:
+        assert span.copied is not None
+        events.append(_copies_slice(span, span.copied, zero) | {"pid": group, "tid": rows[group, name]})
     began = datetime.datetime.fromtimestamp(zero + clock, datetime.UTC)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"began": began.isoformat()}}
 
@@ -114,6 +122,10 @@ def _places(span: Span) -> list[tuple[int, str]]:
     """(group, row) of each row that shows it."""
     stage = (STAGES, str(span.seat))
     return [stage] if span.device is None else [stage, (DEVICES, span.device)]
+
+
+def _copies_row(span: Span) -> tuple[int, str]:
+    return (DEVICES, f"{span.device or span.seat} copies")
 
 
 def _row(change: MemoryChange) -> tuple[int, str]:
@@ -146,6 +158,19 @@ def _slice(span: Span, zero: float) -> dict[str, Any]:
         "args": {
             "task": span.task, "phase": span.phase, "index": span.index, "failed": span.failed,
             "milliseconds_after_grant": round((span.begin - span.granted) * 1e3, 3),
+        },
+    }  # fmt: skip
+
+
+def _copies_slice(span: Span, copied: Copied, zero: float) -> dict[str, Any]:
+    """A complete event, without its place."""
+    begin, end = (round((time - zero) * 1e6, 3) for time in (copied.begin, copied.end))
+    rate = copied.bytes / copied.seconds / 1e9 if copied.seconds else 0.0
+    return {
+        "name": f"{copied.bytes / 1e9:.2f} GB", "cat": "copies", "ph": "X", "ts": begin, "dur": round(end - begin, 3),
+        "args": {
+            "task": span.task, "phase": span.phase, "index": span.index, "bytes": copied.bytes,
+            "milliseconds": round(copied.seconds * 1e3, 3), "gigabytes_per_second": round(rate, 2),
         },
     }  # fmt: skip
 

@@ -395,6 +395,18 @@ class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: Failure | None = None
 
 
+class Copied(msgspec.Struct, frozen=True, array_like=True):
+    """What was copied from host memory to a device, beside what is computed. Times as in `Span`."""
+
+    begin: float
+    """Of the first copy."""
+    end: float
+    """Of the last."""
+    seconds: float
+    """In which something was copied."""
+    bytes: int
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True):
     """One quantum, run to its end or to its failure. Times are seconds of the machine's monotonic clock."""
 
@@ -409,6 +421,8 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     begin: float
     end: float
     failed: bool = False
+    copied: Copied | None = None
+    """Of the weights that it needed, or the next one needs; done when it ended."""
 
 
 class MemoryChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -910,6 +924,7 @@ class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
     begin: float
     seconds: float
     metadata: dict[str, Any] | None = None
+    copied: Copied | None = None
 
 
 class QuantumFailed(StageReport, frozen=True, tag="failed", kw_only=True):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ipc.errors import BadRequest, NumericalError, OutOfMemory
-from ipc.messages import Chosen, Job, MemoryPlan, Run, Start
+from ipc.messages import Chosen, Copied, Job, MemoryPlan, Run, Start
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import kernels, solvers
@@ -233,6 +233,9 @@ class DitStage:
                     moved.offload(self._pools)
                 raise
         self._pools = None
+
+    def copied(self) -> Copied | None:
+        return self._experts[0].lane.copied()
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(task.bytes for task in self._tasks.values()))

@@ -7,16 +7,20 @@ slots, marks and prefetching holds on a GPU.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ipc.messages import Copied
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """On the device, and in host memory; of one shape."""
@@ -43,6 +47,9 @@ class Lane(Protocol):
         """What is asked to be computed in this context is computed beside what was asked before it, where the device
         can; `computed`, called in it, marks its end, for who uses what it makes."""
 
+    def copied(self) -> Copied | None:
+        """The copies that are done and were not told of yet."""
+
     def finish(self) -> None:
         """Return when all copies are made."""
 
@@ -60,15 +67,38 @@ class CudaLane:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._aside = torch.cuda.Stream(device)
+        self._untold: collections.deque[_Timed] = collections.deque()
+        self._zero = self._now()
 
     def copy(self, pairs: Sequence[Pair], after: Mark | None) -> Mark:
         if after is not None:
             assert isinstance(after, torch.cuda.Event)
             self._stream.wait_event(after)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
+            begin.record()
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            end.record()
+        self._untold.append(_Timed(begin, end, sum(target.nbytes for target, _ in pairs)))
+        return end
+
+    def copied(self) -> Copied | None:
+        zero, clock = self._zero
+        done = []
+        while self._untold and self._untold[0].end.query():
+            begin, end, size = self._untold.popleft()
+            done.append((clock + zero.elapsed_time(begin) / 1e3, clock + zero.elapsed_time(end) / 1e3, size))
+        if done and not self._untold:
+            self._zero = self._now()  # an event's time is a float32 from another's, which should not be hours ago
+        return together(done)
+
+    def _now(self) -> tuple[torch.cuda.Event, float]:
+        """An event on a stream that has nothing to do, and when it was."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        event.synchronize()
+        return event, time.monotonic()
 
     def computed(self) -> Mark:
         return torch.cuda.current_stream(self._device).record_event()
@@ -93,12 +123,16 @@ class HostLane:
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[_Copies | None] = queue.SimpleQueue()
-        threading.Thread(target=_copy_all, args=(self._work,), name="copies", daemon=True).start()
+        self._untold: collections.deque[tuple[float, float, int]] = collections.deque()
+        threading.Thread(target=_copy_all, args=(self._work, self._untold), name="copies", daemon=True).start()
 
     def copy(self, pairs: Sequence[Pair], after: Mark | None) -> Mark:
         done = threading.Event()
         self._work.put(_Copies(pairs, after, done))
         return done
+
+    def copied(self) -> Copied | None:
+        return together([self._untold.popleft() for _ in range(len(self._untold))])
 
     def computed(self) -> Mark:
         # A CPU has computed what it was asked when the call returns.
@@ -128,10 +162,30 @@ class _Copies(NamedTuple):
     done: threading.Event
 
 
-def _copy_all(work: queue.SimpleQueue[_Copies | None]) -> None:
+def _copy_all(work: queue.SimpleQueue[_Copies | None], untold: collections.deque[tuple[float, float, int]]) -> None:
     while (copies := work.get()) is not None:
         if isinstance(copies.after, threading.Event):
             copies.after.wait()
+        begin = time.monotonic()
         for target, source in copies.pairs:
             target.copy_(source)
+        untold.append((begin, time.monotonic(), sum(target.nbytes for target, _ in copies.pairs)))
         copies.done.set()
+
+
+class _Timed(NamedTuple):
+    """A copy on a GPU, of so many bytes."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+    size: int
+
+
+def together(copies: Sequence[tuple[float, float, int]]) -> Copied | None:
+    """Begin, end and bytes of copies that were made one after another, as one account of them; those of nothing are
+    left out."""
+    made = [(begin, end, size) for begin, end, size in copies if size]
+    if not made:
+        return None
+    seconds, size = sum(end - begin for begin, end, _ in made), sum(size for *_, size in made)
+    return Copied(begin=made[0][0], end=made[-1][1], seconds=seconds, bytes=size)

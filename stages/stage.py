@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ipc.messages import Chosen, Component, Job, MemoryPlan, Run, StageName, Start, VaeChosen, WeightVersion
+from ipc.messages import Chosen, Component, Copied, Job, MemoryPlan, Run, StageName, Start, VaeChosen, WeightVersion
 from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue
@@ -93,6 +93,9 @@ class Stage(Protocol):
     def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
         """Keep so much of the weights on the device from now on; component and content hash of what was mapped there
         and is not any more. Raises `OutOfMemory`, and what `Network.offload` does; the plan before holds then."""
+
+    def copied(self) -> Copied | None:
+        """What was copied to the device beside its quanta and was not told of yet."""
 
     def state(self) -> StageState: ...
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, MemoryPlan, Run, Start
+from ipc.messages import Copied, Job, MemoryPlan, Run, Start
 from ipc.tensors import dtype_of, room_tensor
 from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, TextEncoder, build, encode
@@ -107,6 +107,9 @@ class TextStage:
 
     def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
         return held(self._encoder, plan, self._links, self._outliving)
+
+    def copied(self) -> Copied | None:
+        return self._encoder.lane.copied()
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(rows.nbytes for rows in self._kept.values()))

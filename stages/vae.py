@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, KernelKind, MemoryPlan, Run, Start, VaeChosen
+from ipc.messages import Copied, Job, KernelKind, MemoryPlan, Run, Start, VaeChosen
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.media import fit, read_frames, read_image, upright
 from stages.models import vae_check
@@ -225,6 +225,9 @@ class VaeStage:
             self._codec = None
             for network in self._all.values():
                 network.release()
+
+    def copied(self) -> Copied | None:
+        return self._vae.lane.copied()
 
     def state(self) -> StageState:
         held = sum(decoding.nbytes for decoding in self._decodings.values())

@@ -255,7 +255,10 @@ class Worker:
             return QuantumFailed(
                 id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, error=failure
             )
-        return QuantumDone(id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, metadata=metadata)
+        return QuantumDone(
+            id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, metadata=metadata,
+            copied=self._stages[name].copied(),
+        )  # fmt: skip
 
 
 class LoadingReporter:

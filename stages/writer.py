@@ -110,6 +110,9 @@ class WriterStage:
     def rehearse(self) -> None:
         av.codec.CodecContext.create(CODEC, "w")
 
+    def copied(self) -> None:
+        return None
+
     def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
         return []
 

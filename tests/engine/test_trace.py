@@ -16,7 +16,17 @@ from engine.levels import MAX_REASON
 from engine.trace import KEPT_CHANGES, KEPT_QUANTA, Trace, chrome_trace, of_tasks
 from ipc.errors import Failure, NotFound
 from ipc.frames import MAX_FRAME, encode_frame
-from ipc.messages import Done, MemoryChange, MemoryPlan, QuantumDone, QuantumDropped, QuantumFailed, Span, Traced
+from ipc.messages import (
+    Copied,
+    Done,
+    MemoryChange,
+    MemoryPlan,
+    QuantumDone,
+    QuantumDropped,
+    QuantumFailed,
+    Span,
+    Traced,
+)
 from tests.engine.wire import EngineProcess, run_engine
 
 STEPS = 3
@@ -77,6 +87,21 @@ def test_changes_of_memory_levels_are_instants() -> None:
     (row,) = {event["tid"] for event in instants}
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert names[row] == "cuda:0 memory level"
+
+
+def test_copies_have_a_row_of_their_own() -> None:
+    """Beside what computes on the device; with what was copied, and how fast."""
+    trace = Trace({"dit": "cuda:0"})
+    trace.grant("dit", TASK, "denoise", 4, 9.9)
+    copied = Copied(begin=9.5, end=11.0, seconds=0.5, bytes=25_000_000_000)
+    trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=4, begin=10.0, seconds=2.0, copied=copied))
+    events = chrome_trace(trace.spans(), 0.0)["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert sorted(names.values()) == ["cuda:0", "cuda:0 copies", "dit"]
+    (found,) = [e for e in events if e.get("cat") == "copies"]
+    assert (names[found["tid"]], found["name"], found["ts"], found["dur"]) == ("cuda:0 copies", "25.00 GB", 0, 1.5e6)
+    assert found["args"]["gigabytes_per_second"] == 50.0 and found["args"]["milliseconds"] == 500.0
+    assert found["args"] | {"task": TASK, "phase": "denoise", "index": 4} == found["args"]
 
 
 def test_the_file(ran: Ran, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -108,6 +109,33 @@ def test_the_next_expert_is_there_before_its_first_step(rig: Rig) -> None:
         step(stage, job, index)
     held = {room.holds for room in stage._pools._pools["blocks"]._rooms}
     assert {key[0] for key, _ in filter(None, held)} == {"transformer_2"}  # type: ignore[index]
+    stage.drop(job.id)
+
+
+def test_what_was_copied_is_told_once(rig: Rig) -> None:
+    """Of each step at level 3: the blocks that do not stay, in the time of the step and of the one before; at level 0,
+    nothing."""
+    job = both_experts()
+    stage = rig.load("dit", memory=MemoryPlan(level=3, blocks=2))
+    assert isinstance(stage, DitStage)
+    put_prompts(rig, job)
+    stage.begin(job)
+    step(stage, job, 0)
+    began = time.monotonic()
+    step(stage, job, 1)
+    assert stage._pools is not None
+    stage._pools.lane.finish()
+    stage.copied()
+    step(stage, job, 2)
+    stage._pools.lane.finish()
+    told = stage.copied()
+    assert told is not None and stage.copied() is None
+    assert began < told.begin < told.end < time.monotonic() and 0 < told.seconds <= told.end - told.begin
+    (block,) = {room.data.nbytes for room in stage._pools._pools["blocks"]._rooms}
+    assert 2 * (LAYERS - 2) * (block - 64 * 32) <= told.bytes, "two forwards; tensors are aligned in a room"
+    stage.set_memory(RESIDENT)
+    step(stage, job, 3)
+    assert stage.copied() is None
     stage.drop(job.id)
 
 
