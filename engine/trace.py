@@ -93,9 +93,9 @@ def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryCh
     chrome://tracing open; `clock` as in `Traced`.
 
     A row for each seat, and one for each compute token with whatever ran with it; a slice for each quantum, in
-    microseconds since the first grant or copy. Where weights come from host memory, a row for the copies to each device, with a
-    slice for those of each quantum. In a row for each device an instant for each change, of those between the first
-    grant and the last end.
+    microseconds since the first grant or copy. Where weights come from host memory, a row for the copies to each
+    device, with a slice for those of each quantum. In a row for each device an instant for each change, of those
+    between the first grant and the last end.
     """
     spans = sorted(spans, key=lambda span: span.begin)
     begins = [span.granted for span in spans] + [span.copied.begin for span in spans if span.copied is not None]
