@@ -158,6 +158,7 @@ class Network(Generic[M]):
             self.use(others[-1])
         self._versions.pop(content, None)
         self._on_host.pop(content, None)
+        self._source = None  # it may be of that version
 
     def lend(self, version: WeightVersion, fd: int) -> None:
         """Know an adapter that a task is about to want. The descriptor is duplicated."""
@@ -174,6 +175,7 @@ class Network(Generic[M]):
         """Bind the version without adapters."""
         if self.bound.loras and self._offload is not None:
             self._offload.release()
+            self._source = None  # it has the adapters' tensors
             self.bound = Bound(self.content)
         elif self.bound.loras:
             base = self._versions[self.content]
