@@ -1,18 +1,23 @@
-"""The memory plan that each device begins with, from what the operator asks for and what there is."""
+"""The memory of the queues and states, and the memory plan that each device begins with: from what the operator asks
+for and what there is."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
+from engine.device_memory import make_device_memory
 from engine.devices import compute_dtype, devices_of_seats
 from engine.footprint import Bounds, Setting, need, plan_for, refusal, usual_size
-from engine.memory import device_sizes
+from engine.memory import EngineMemory, device_sizes
 from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST
+from ipc.channel import close_fds
 from ipc.errors import BadConfig
 from ipc.messages import MemoryPlan, StageName, stage_of
+from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +38,38 @@ def check_level(params: SystemParams, device: str) -> None:
             f"memory_level is {params.memory_level} and gpu_budget is {params.gpu_budget}; the level follows from the "
             "budget, so give one of them"
         )
+
+
+def queues_on_device(params: SystemParams, device: str, dit_devices: tuple[str, ...]) -> bool:
+    """The queues and states are in GPU memory, if it has such memory: not with dits on several GPUs, which reach those
+    of the host, and not where the operator wants little of the GPU taken."""
+    spare = params.gpu_budget is not None or params.memory_level in (2, 3)
+    return set(dit_devices) == {device} and not spare
+
+
+async def make_memory(
+    params: SystemParams, model: ModelParams, device: str, dit_devices: tuple[str, ...]
+) -> EngineMemory:
+    """`BadConfig` if it cannot be had."""
+    on = await _device_memory(model, device) if queues_on_device(params, device, dit_devices) else await _none(device)
+    try:
+        return EngineMemory(model, dits=len(dit_devices), device=on)
+    except OSError as error:
+        raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
+
+
+async def _device_memory(model: ModelParams, device: str) -> Mapping[str, DeviceFd] | None:
+    """For the queues and the states; None without a GPU whose driver has such memory."""
+    return None if device == HOST else await asyncio.to_thread(make_device_memory, device, device_sizes(model))
+
+
+async def _none(device: str) -> Mapping[str, DeviceFd] | None:
+    """As `_device_memory`, for queues and states in host memory: empty, or None."""
+    made = None if device == HOST else await asyncio.to_thread(make_device_memory, device, {"test": 1})
+    if made is None:
+        return None
+    close_fds(piece.fd for piece in made.values())
+    return {}
 
 
 def settings_of(params: SystemParams, device: str, dit_devices: tuple[str, ...], queues: bool) -> dict[str, Setting]:

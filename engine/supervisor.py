@@ -25,7 +25,6 @@ from engine.adapters import AdaptersState, KeptAdapter, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
-from engine.device_memory import make_device_memory
 from engine.devices import resolve_devices
 from engine.events import (
     Action,
@@ -54,7 +53,7 @@ from engine.footprint import RequestSize, Setting
 from engine.journal import Entry, Journal, JournalState
 from engine.levels import Levels, LevelsState
 from engine.loras import Loras
-from engine.memory import EngineMemory, MemoryState, capacity, device_sizes
+from engine.memory import EngineMemory, MemoryState, capacity
 from engine.models import load_model
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.plans import Plans
@@ -63,7 +62,7 @@ from engine.records import PHASES_OF
 from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
-from engine.starting import check_level, plans_at_start, settings_of
+from engine.starting import check_level, make_memory, plans_at_start, queues_on_device, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, computed_metadata, task_spec
@@ -72,9 +71,7 @@ from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from hotreload.given import GivenTensor, pack
-from ipc.channel import close_fds
 from ipc.errors import (
-    BadConfig,
     BadRequest,
     Busy,
     Cancelled,
@@ -125,7 +122,6 @@ from ipc.messages import (
     When,
     stage_of,
 )  # fmt: skip
-from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +214,7 @@ class Supervisor:
         async with contextlib.AsyncExitStack() as undo:
             if self._journal is not None:
                 undo.push_async_callback(self._journal.close)
-            self._memory = await self._make_memory()
+            self._memory = await make_memory(self.params, self.model, self.device, self.dit_devices)
             undo.callback(self._memory.close)
             undo.callback(self._loras.close)
             settings = self._settings()
@@ -248,23 +244,10 @@ class Supervisor:
             else:
                 log.warning("request %s in the journal is for %s and waits for it", entry.job.id, entry.model)
 
-    async def _make_memory(self) -> EngineMemory:
-        try:
-            return EngineMemory(self.model, dits=len(self.dit_devices), device=await self._device_memory())
-        except OSError as error:
-            raise BadConfig(f"the shared memory of the engine cannot be made: {error.strerror}") from error
-
     def _settings(self) -> dict[str, Setting]:
         """Of each device, what its memory depends on."""
-        queues = self._memory.on_device and self._queues_on_device
+        queues = self._memory.on_device and queues_on_device(self.params, self.device, self.dit_devices)
         return settings_of(self.params, self.device, self.dit_devices, queues)
-
-    @property
-    def _queues_on_device(self) -> bool:
-        """The queues and states are in GPU memory, if it has such memory: not with dits on several GPUs, which reach
-        those of the host, and not where the operator wants little of the GPU taken."""
-        spare = self.params.gpu_budget is not None or self.params.memory_level in (2, 3)
-        return set(self.dit_devices) == {self.device} and not spare
 
     def _give_up(self) -> None:
         """A start that failed: nothing is accepted, nor done about what the stages still report."""
@@ -272,19 +255,6 @@ class Supervisor:
         self._closed.set()
         if self._timer is not None:
             self._timer.cancel()
-
-    async def _device_memory(self) -> Mapping[str, DeviceFd] | None:
-        """GPU memory for the queues and the states; empty if they are to be in host memory; None without a GPU whose
-        driver has such memory."""
-        if self.device == "cpu":
-            return None
-        if self._queues_on_device:
-            return await asyncio.to_thread(make_device_memory, self.device, device_sizes(self.model))
-        made = await asyncio.to_thread(make_device_memory, self.device, {"test": 1})
-        if made is None:
-            return None
-        close_fds(piece.fd for piece in made.values())
-        return {}
 
     def _origins(self) -> list[Origin]:
         """What is to be read, for which device."""
