@@ -569,6 +569,7 @@ class Crew:
         chosen = self._chosen if settings.attention == self._settings.attention else None
         stages = [stage_of(seat) for seat in seats]
         device = self._posts.device_of(seats)
+        plan = self.plans.at_start(device) if device in self.plans.held else MemoryPlan()
         return Start(
             stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
             model=self._model.name,
@@ -583,7 +584,7 @@ class Crew:
             attention=settings.attention if chosen is None else chosen.attention,
             kernels="auto" if chosen is None else chosen.kernels,
             vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
-            memory=self.plans.at_start(device) if device in self.plans.held else MemoryPlan(),
+            memory=plan, limits=self.plans.limits(device, plan),
         )  # fmt: skip
 
     def _components(self) -> list[Component]:

@@ -197,6 +197,18 @@ def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setti
     return Need(plan.level, blocks, beside + resident + max(working.values()), host, slowdown)
 
 
+def allocation_limits(model: ModelParams, plan: MemoryPlan, setting: Setting, budget: int) -> dict[StageName, int]:
+    """What the process of each stage may allocate so that the engine stays in `budget` bytes of the device: that less
+    contexts, queues, weights behind descriptors, and what the dit keeps while another process works."""
+    sizes = {n: b for n, b in component_bytes(model, setting.dtype).items() if STAGE_OF_COMPONENT[n] in setting.stages}
+    left = budget - int(setting.processes * measured().context_bytes.value)
+    left -= sum(device_sizes(model).values()) if setting.queues else 0
+    left -= sum(sizes.values()) if plan.level < 2 else 0
+    apart = plan.level >= 2 and "dit" in setting.stages and setting.processes > 1
+    kept = resident_dit(model, plan, setting.dtype) if apart else 0
+    return {stage: max(0, left - (kept if stage != "dit" else 0)) for stage in setting.stages}
+
+
 def resident_dit(model: ModelParams, plan: MemoryPlan, dtype: str) -> int:
     """Bytes of the transformer at work that stay on the device from level 2 on: what every step reads, or rooms for the
     blocks of it that take turns (`stages/offload.py`)."""

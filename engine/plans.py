@@ -5,16 +5,19 @@ A pure object; `engine/crew.py` has the processes keep to what it says, `engine/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from engine.states import State
-from ipc.messages import MemoryPlan
+from ipc.messages import MemoryPlan, SetMemory, StageName
 
 HOST = "cpu"
 """Where host memory is, as `WeightStore` calls it."""
 
 OFFLOADED = 2
 """From this level on, weights are in host memory."""
+
+
+Limits = Callable[[str, MemoryPlan], dict[StageName, int]]
 
 
 class PlansState(State, frozen=True, kw_only=True):
@@ -32,6 +35,8 @@ class Plans:
         """What every process of a device keeps to, or is about to when it is up."""
         self.coming: dict[str, MemoryPlan] = {}
         """What they are changing to."""
+        self.limits: Limits = lambda device, plan: {}
+        """What the stages on a device may allocate with a plan: `engine.footprint.allocation_limits`; empty: all."""
         self.copies = False
         """Host memory has, or is getting, what the GPUs have: every version is placed there, too."""
 
@@ -53,6 +58,10 @@ class Plans:
         """What a process begins with. While a plan is changing, the higher level: all that it needs is placed."""
         held, coming = self.held[device], self.coming.get(device)
         return held if coming is None or coming.level < held.level else coming
+
+    def order(self, device: str, plan: MemoryPlan) -> SetMemory:
+        """What a process on a device is told, to keep to this plan."""
+        return SetMemory(plan=plan, limits=self.limits(device, plan))
 
     def home(self, device: str) -> str:
         """Where the weights are that a process begins with."""

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 from engine.device_memory import make_device_memory
 from engine.devices import compute_dtype, devices_of_seats
-from engine.footprint import Bounds, Setting, need, plan_for, refusal, usual_size
+from engine.footprint import Bounds, Setting, allocation_limits, need, plan_for, refusal, usual_size
 from engine.memory import EngineMemory, device_sizes
 from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
-from engine.plans import HOST
+from engine.plans import HOST, Limits
 from ipc.channel import close_fds
 from ipc.errors import BadConfig
 from ipc.messages import MemoryPlan, StageName, stage_of
@@ -87,6 +87,14 @@ def settings_of(params: SystemParams, device: str, dit_devices: tuple[str, ...],
             stages=tuple(dict.fromkeys(stages)),
         )  # fmt: skip
     return found
+
+
+def limits_of(params: SystemParams, model: ModelParams, settings: Mapping[str, Setting]) -> Limits:
+    """What the stages may allocate, if there is a budget."""
+    if params.gpu_budget is None:
+        return lambda device, plan: {}
+    budget = bytes_of(params.gpu_budget)
+    return lambda device, plan: allocation_limits(model, plan, settings[device], budget) if device in settings else {}
 
 
 def plans_at_start(params: SystemParams, model: ModelParams, settings: Mapping[str, Setting]) -> dict[str, MemoryPlan]:

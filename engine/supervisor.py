@@ -62,7 +62,7 @@ from engine.records import PHASES_OF
 from engine.reload import Reloader
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
-from engine.starting import check_level, make_memory, plans_at_start, queues_on_device, settings_of
+from engine.starting import check_level, limits_of, make_memory, plans_at_start, queues_on_device, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, computed_metadata, task_spec
@@ -219,6 +219,7 @@ class Supervisor:
             undo.callback(self._loras.close)
             settings = self._settings()
             plans = Plans(await asyncio.to_thread(plans_at_start, self.params, self.model, settings))
+            plans.limits = limits_of(self.params, self.model, settings)
             self._crew = Crew(
                 self.params, self.model, self.checkpoint, self.device, self.dit_devices, self._memory, plans, self
             )
@@ -372,6 +373,7 @@ class Supervisor:
         made._memory = EngineMemory.restored(state.memory, fds)
         settings = made._settings()
         plans = Plans(dict.fromkeys(settings, MemoryPlan()))
+        plans.limits = limits_of(made.params, made.model, settings)
         made._crew = Crew(
             made.params, made.model, made.checkpoint, made.device, made.dit_devices, made._memory, plans, made
         )  # fmt: skip

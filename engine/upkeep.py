@@ -23,7 +23,6 @@ from ipc.messages import (
     Forget,
     MemoryPlan,
     MemorySet,
-    SetMemory,
     stage_of,
 )
 
@@ -148,7 +147,7 @@ class Upkeep:
                 if placed.device == HOST and STAGE_OF_COMPONENT[placed.version.component] in stages:
                     self._tell_adopt(process, placed)
         if device not in self._plans.coming and process.memory != self._plans.held[device]:
-            process.send(SetMemory(plan=self._plans.held[device]))
+            process.send(self._plans.order(device, self._plans.held[device]))
 
     def places_of(self, component: str) -> list[str]:
         """Where a version of it is placed: where it is computed with, and where host copies are kept."""
@@ -166,7 +165,7 @@ class Upkeep:
         self._unfit.pop(device, None)
 
         def tell(post: Post, process: StageProcess) -> None:
-            process.send(SetMemory(plan=plan))
+            process.send(self._plans.order(device, plan))
 
         def check() -> None:
             if (failure := self._unfit.pop(device, None)) is not None:
@@ -195,7 +194,7 @@ class Upkeep:
         for process in {post.process for post in self._posts.on(device)} - {None}:
             assert process is not None
             if process.ready:
-                process.send(SetMemory(plan=plan))
+                process.send(self._plans.order(device, plan))
 
     def handle_memory_set(self, process: StageProcess, report: MemorySet) -> None:
         device = self._posts.device_of(process.seats)

@@ -724,6 +724,9 @@ class Start(StageProcessMessage, frozen=True, tag="start", kw_only=True):
     """auto: the vae tests them, and answers with `VaeChosen`. torch is float32; the two give other bits."""
     memory: MemoryPlan = MemoryPlan()
     """What to begin with. From level 2 on, weights that are read go to host memory, and `placed` are there."""
+    limits: dict[StageName, int] = {}
+    """Bytes of the device that the process of each stage may allocate, beside weights and queues behind descriptors;
+    more is out of memory. One that is missing: no limit."""
 
 
 class Rehearse(StageProcessMessage, frozen=True, tag="rehearse", kw_only=True):
@@ -851,10 +854,13 @@ class Forget(StageProcessMessage, frozen=True, tag="forget", kw_only=True):
 
 
 class SetMemory(StageProcessMessage, frozen=True, tag="set_memory", kw_only=True):
-    """Between two quanta, in its turn: keep so much on the device from now on. `MemorySet` answers. A level that needs
-    weights in host memory comes after an `Adopt` of them there (`WeightVersion.device` None)."""
+    """Between two quanta, in its turn: keep so much on the device from now on, and allocate no more than `limits`.
+    `MemorySet` answers. A level that needs weights in host memory comes after an `Adopt` of them there
+    (`WeightVersion.device` None)."""
 
     plan: MemoryPlan
+    limits: dict[StageName, int] = {}
+    """As in `Start`."""
 
 
 AnyStageProcessMessage = Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | SetMemory | Stop

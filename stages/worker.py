@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -108,6 +108,7 @@ class Worker:
         stages: Mapping[StageName, Stage],
         threads: Mapping[StageName, int],
         plan: MemoryPlan,
+        device: str,
         rest: Callable[[], None],
     ) -> None:
         """`plan` is what the stages were loaded with. `rest` is called when there is nothing to do, before the
@@ -117,6 +118,7 @@ class Worker:
         self._stages = stages
         self._threads = threads
         self._plan = plan
+        self._device = device
         self._rest = rest
         self._entries: collections.deque[Entry] = collections.deque()
         self._begun: set[tuple[StageName, str]] = set()
@@ -201,7 +203,8 @@ class Worker:
                 if entry.skip or (STAGE_OF_PHASE[phase], identity) not in self._begun:
                     return QuantumDropped(id=identity, phase=phase, index=index)
                 return self._run(run)
-            case SetMemory(plan=plan):
+            case SetMemory(plan=plan, limits=limits):
+                limit_memory(self._device, list(self._stages), limits)
                 return self._set_memory(plan)
 
     def _set_memory(self, plan: MemoryPlan) -> MemorySet:
@@ -349,6 +352,17 @@ def use_threads(name: StageName, threads: Mapping[StageName, int]) -> None:
         torch.set_num_threads(threads[name])
 
 
+def limit_memory(device: str, stages: Sequence[StageName], limits: Mapping[StageName, int]) -> None:
+    """Have torch allocate no more of a GPU than the stages of this process may, and be out of memory instead."""
+    allowed = [limits[stage] for stage in stages if stage in limits]
+    if not allowed or not device.startswith("cuda"):
+        return
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed) / total), device)
+
+
 def rest_of(start: Start) -> Callable[[], None]:
     """What a process does when it has nothing to do: if other processes compute on its GPU, give back the memory that
     its allocator keeps for later. (20 GiB after a step of a 14B model at 720p.)"""
@@ -475,11 +489,13 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
         assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
     began = time.perf_counter()
     counter = ProgressCounter.attach(fds[0])
+    device = next(iter(start.devices.values()), "cpu")
     try:
         loading = LoadingReporter(channel, counter.increment)
         links = attach_links(
             start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel)
         )
+        limit_memory(device, start.stages, start.limits)
         stages = load_stages(start, links)
     except ChannelClosed:
         raise
@@ -495,7 +511,7 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     close_fds(fds)
     rest = rest_of(start)
     rest()
-    worker = Worker(channel, counter, stages, start.threads, start.memory, rest)
+    worker = Worker(channel, counter, stages, start.threads, start.memory, device, rest)
     signal.signal(signal.SIGTERM, worker.handle_sigterm)
     channel.send(ready(start, stages, time.perf_counter() - began), timeout=SEND_TIMEOUT)
     worker.serve()

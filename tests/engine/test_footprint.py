@@ -14,6 +14,7 @@ from engine.footprint import (
     Bounds,
     RequestSize,
     Setting,
+    allocation_limits,
     break_even_tokens,
     forward_flops,
     measured,
@@ -22,6 +23,7 @@ from engine.footprint import (
     plan_for,
     plans,
     refusal,
+    resident_dit,
     smaller_sizes,
     tokens_of,
     usual_size,
@@ -271,3 +273,25 @@ def test_plans_are_in_order() -> None:
         blocks = [p.blocks for p in found[3:]]
         assert blocks[0] == model.transformer.num_layers and blocks[-1] == 0
         assert blocks == sorted(set(blocks), key=lambda n: -(n or 0))
+
+
+def test_a_budget_bounds_what_each_process_allocates() -> None:
+    """Contexts, what the others keep and what a process may allocate are the budget, at every level; the dit's room
+    for the usual request is in it."""
+    model, budget = load_model("wan2.1-t2v-14b"), 40 << 30
+    setting = Setting(queues=False)
+    contexts = int(setting.processes * measured().context_bytes.value)
+    weights = sum(component_bytes(model, setting.dtype).values())
+    resident = allocation_limits(model, MemoryPlan(level=1), setting, 60 << 30)
+    assert set(resident.values()) == {(60 << 30) - contexts - weights}
+    for blocks in (0, 10):
+        plan = MemoryPlan(level=3, blocks=blocks)
+        limits = allocation_limits(model, plan, setting, budget)
+        assert limits["dit"] == budget - contexts
+        assert limits["dit"] - limits["vae"] == resident_dit(model, plan, setting.dtype) > 0
+        fused = allocation_limits(model, plan, Setting(queues=False, processes=1), budget)
+        assert set(fused.values()) == {budget - contexts // 3}
+    for plan in (MemoryPlan(), MemoryPlan(level=3, blocks=0)):
+        tight = need(model, usual_size(model), plan, setting)
+        assert allocation_limits(model, plan, setting, tight.gpu)["dit"] >= 0
+        assert set(allocation_limits(model, plan, setting, 1 << 30).values()) == {0}, "never below nothing"

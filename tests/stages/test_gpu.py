@@ -28,6 +28,7 @@ from stages.models.image_encoder import ImageEncoder
 from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.models.vae import WanVae
 from stages.sampling import Context, get_noise, predict
+from stages.worker import limit_memory
 from tests.stages.process import WorkerProcess
 from tests.stages.rig import Rig, make_job
 from tools.make_checkpoint import TOKENIZER, make_checkpoint, shrink
@@ -291,3 +292,18 @@ def test_a_process_that_rests_keeps_no_memory_for_later(tiny: Callable[[str], tu
             assert isinstance(dit.ask(Run(id=job.id, phase="denoise", index=0)), QuantumDone)
             kept = before - torch.cuda.mem_get_info()[0]
     assert kept < 256 << 20
+
+
+def test_a_process_allocates_no_more_than_it_may() -> None:
+    """Within the bound as usual; beyond it, out of memory, though the GPU has it; and then as before."""
+    bound = torch.cuda.memory_reserved() + (256 << 20)
+    torch.cuda.empty_cache()
+    try:
+        limit_memory("cuda:0", ["text", "dit"], {"text": 1 << 20, "dit": bound, "vae": 1 << 40})
+        small = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(bound, dtype=torch.uint8, device="cuda")
+        assert small.numel() == 64 << 20
+    finally:
+        limit_memory("cuda:0", ["dit"], {"dit": 1 << 50})
+    assert torch.empty(bound, dtype=torch.uint8, device="cuda").numel() == bound
