@@ -215,12 +215,12 @@ def reload(
     from engine.operator import read_canary, read_stages, read_when
 
     client = Client(socket)
+    if not (stage or every) and (attention_backend, threads) != (None, None):
+        raise BadConfig("--attention-backend and --threads are of processes: say which, with --stage NAME or --all")
     if (checkpoint is not None) + bool(stage or every) + supervisor != 1:
         raise BadConfig(
             "say what to reload: --checkpoint DIR for weights, --stage NAME or --all for processes, or --supervisor"
         )
-    if not (stage or every) and (attention_backend, threads) != (None, None):
-        raise BadConfig("--attention-backend and --threads are of processes: say which, with --stage NAME or --all")
     if supervisor:
         taken_over = client.reload_supervisor()
         _print_json(taken_over) if as_json else print_taken_over(taken_over)
@@ -408,7 +408,9 @@ def trace(
         out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock, traced.changes)))
     except OSError as error:
         raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
-    print(f"{out}: {len(spans)} quanta of {len({span.task for span in spans})} requests; open it in ui.perfetto.dev")
+    requests = len({span.task for span in spans})
+    of = "1 request" if requests == 1 else f"{requests} requests"
+    print(f"{out}: {len(spans)} quanta of {of}; open it in ui.perfetto.dev")
 
 
 @app.command()

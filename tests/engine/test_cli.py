@@ -91,6 +91,8 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("serve", "--gpu-budget", "8GiB", "--device", "cpu"), "computes on the CPU"),
         (("memory", "most"), "must be auto, 0, 1, 2, 3"),
         (("memory", "2", "--blocks", "4"), "--blocks is of level 3"),
+        (("reload", "--attention-backend", "math"), "say which, with --stage NAME or --all"),
+        (("reload", "--threads", "2", "--checkpoint", CONFIGS / "demo"), "say which, with --stage NAME or --all"),
         (("cancel", "abc"), "no engine listens"),
     ],
 )
