@@ -96,7 +96,8 @@ def suggestions(order: Order, outcome: Outcome) -> list[str]:
         lines.append(f"{onward}   # start from this one")
     if outcome.embedded:
         return [*lines, "engine serve   # keep the model loaded; the next generate uses it and starts at once"]
-    return [*lines, "engine list   # what the engine is doing"]
+    words = ["engine", "list"] if order.socket is None else ["engine", "list", "--socket", str(order.socket)]
+    return [*lines, f"{shlex.join(words)}   # what the engine is doing"]
 
 
 def command(order: Order, **changes: object) -> str:

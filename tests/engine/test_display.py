@@ -61,6 +61,15 @@ def test_suggestions_can_be_pasted_into_a_shell() -> None:
     assert serve.startswith("engine serve")
 
 
+def test_suggestions_are_for_the_engine_that_was_asked() -> None:
+    """An engine on a socket of its own is on that in every command."""
+    order = Order(params=UserParams(prompt="a circle", output="/gone/v.mp4"), socket="/run/my engine/s.sock")
+    done = Done(id="0", path="/gone/v.mp4", metadata={"seed": 1})
+    for line in suggestions(order, Outcome(done, 4.0, 0.0, False)):
+        words = shlex.split(line, comments=True)
+        assert words[words.index("--socket") + 1] == "/run/my engine/s.sock"
+
+
 def test_an_image_to_video_model_is_not_sent_on_to_a_video() -> None:
     """What such a model made is no start for it: another take is suggested, with the same image; LoRAs are repeated."""
     params = UserParams(prompt="a circle", image="/gone/a.png", preset="distilled", output="/gone/v.mp4")
