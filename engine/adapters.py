@@ -229,12 +229,11 @@ class Adapters:
 
     def _info(self, adapter: Adapter, state: Literal["loaded", "draining"], jobs: Sequence[Job]) -> LoraInfo:
         parts = [self._parts[key].adapter for key in adapter.keys]
-        mine = (adapter.name, adapter.content)
         return LoraInfo(
             name=adapter.name, state=state, files=list(map(os.path.basename, adapter.files)), content=adapter.content,
             rank=max(part.rank for part in parts), tensors=sum(part.tensors for part in parts),
             bytes=sum(part.version.bytes for part in parts),
-            running=sum(any((lora.name, lora.content) == mine for lora in job.loras) for job in jobs),
+            running=running(adapter, jobs),
         )  # fmt: skip
 
     def holdings(self) -> list[Holding]:
@@ -249,6 +248,12 @@ class Adapters:
     def close(self) -> None:
         while self._parts:
             os.close(self._parts.popitem()[1].fd)
+
+
+def running(adapter: Adapter, jobs: Iterable[Job]) -> int:
+    """How many of these jobs use it under its name."""
+    mine = (adapter.name, adapter.content)
+    return sum(any((lora.name, lora.content) == mine for lora in job.loras) for job in jobs)
 
 
 def keys_of(job: Job) -> frozenset[Key]:

@@ -526,7 +526,7 @@ def print_loras(found: Sequence[LoraInfo]) -> None:
     """`engine lora list`."""
     rows = [
         (i.name, i.state, ", ".join(i.files), ", ".join(f"{name} {c[:12]}" for name, c in i.content.items()),
-         i.rank or "-", i.tensors, size(i.bytes), i.running)
+         i.rank or "-", i.tensors or "-", size(i.bytes) if i.bytes else "-", i.running)
         for i in found
     ]  # fmt: skip
     print_table(("LoRA", "state", "from", "adds", "rank", "tensors", "bytes", "running"), rows)

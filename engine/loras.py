@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
-from engine.adapters import Adapter, Adapters, KeptAdapter, Key, Part, keys_of
+from engine.adapters import Adapter, Adapters, KeptAdapter, Key, Part, keys_of, running
 from engine.checkpoint import EXPERTS
 from engine.loader import Loader
 from engine.params import ModelParams
@@ -46,6 +46,8 @@ class Loras:
         self._taking_back: asyncio.Task[None] | None = None
         self._unfit: dict[frozenset[Key], str] = {}
         """What could not be taken back, and why."""
+        self._to_read: list[Adapter] = []
+        """What is still to be taken back, of that which has a name."""
 
     @property
     def is_busy(self) -> bool:
@@ -63,6 +65,7 @@ class Loras:
         used = frozenset[Key]().union(*(keys_of(job) for job in wanted))
         needed = [each for each in kept if each.named or each.adapter.keys & used]
         if kept:
+            self._to_read = [each.adapter for each in needed if each.named]
             self._taking_back = asyncio.get_running_loop().create_task(self._take_back(needed, then))
 
     async def taken_back(self) -> None:
@@ -77,10 +80,12 @@ class Loras:
             async with self._turn:
                 for each in kept:
                     await self._take_back_one(each, loader)
+                    self._to_read = [adapter for adapter in self._to_read if adapter != each.adapter]
                 await self._keep(self.adapters.kept())
         except Exception:
             log.exception("what was kept of the LoRAs could not be taken back, or not be written down again")
         finally:
+            self._to_read = []
             loader.end()
             await loader.ended()
         then()
@@ -153,6 +158,16 @@ class Loras:
             self.adapters.remove(name)
         log.info("the LoRA %s is removed", name)
         self.let_go()
+
+    def infos(self, jobs: Sequence[Job]) -> list[LoraInfo]:
+        """Those in memory, and those of an earlier run that are about to be; `jobs`: the unfinished ones."""
+        return self.adapters.infos(jobs) + [
+            LoraInfo(
+                name=adapter.name, state="reading", files=list(map(os.path.basename, adapter.files)),
+                content=adapter.content, rank=0, tensors=0, bytes=0, running=running(adapter, jobs),
+            )
+            for adapter in sorted(self._to_read, key=lambda adapter: adapter.name)
+        ]  # fmt: skip
 
     def let_go(self) -> None:
         """Free the adapters that nobody needs. To be called whenever a task has ended."""

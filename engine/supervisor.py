@@ -627,7 +627,7 @@ class Supervisor:
 
     def loras(self) -> list[LoraInfo]:
         """The adapters that requests can name, and those that unfinished requests still use."""
-        return self._loras.adapters.infos([task.job for task in self._pool.unfinished()])
+        return self._loras.infos([task.job for task in self._pool.unfinished()])
 
     async def _keep_adapters(self, adapters: list[KeptAdapter]) -> None:
         if self._journal is not None:

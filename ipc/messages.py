@@ -540,10 +540,11 @@ class VersionInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoraInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter that requests can name, or, `draining`, that only accepted ones still use."""
+    """A LoRA adapter that requests can name, or, `draining`, that only accepted ones still use. `reading`: a restarted
+    engine reads it again; requests can name it and wait for that, `rank`, `tensors` and `bytes` are 0 until then."""
 
     name: str
-    state: Literal["loaded", "draining"]
+    state: Literal["loaded", "draining", "reading"]
     files: list[str]
     """Without the directories they are in."""
     content: dict[str, str]

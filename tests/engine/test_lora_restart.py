@@ -71,6 +71,7 @@ async def test_a_restarted_engine_has_them_again(tmp_path: Path) -> None:
             assert Video((await supervisor.result(accepted.id)).path).sha256 == golden[name]
         assert Video((await supervisor.result(new.id)).path).sha256 == golden["a"]
     async with engine(tmp_path) as supervisor:
+        assert names(supervisor) == {"a": "reading", "c": "reading"}
         await supervisor._loras.taken_back()
         assert names(supervisor) == {"a": "loaded", "c": "loaded"}
     assert await kept(tmp_path) == [("a", True), ("c", True)]
