@@ -238,6 +238,8 @@ class Supervisor:
             self._levels.start()
             undo.pop_all()
         wanted = [entry.job for entry in entries if entry.model == self.model.name]
+        if wanted:
+            log.info("taking up %d unfinished requests of the journal", len(wanted))
         self._loras.take_back(adapters, wanted, self._schedule_waiting)
         for entry in entries:
             if entry.model == self.model.name:
