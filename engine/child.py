@@ -41,6 +41,16 @@ def answer_of(module: str, asked: msgspec.Struct, answer: type[T], timeout: floa
     return msgspec.json.decode(ran.stdout, type=answer)
 
 
+def how_it_ended(status: int) -> str:
+    """SIGKILL, signal 35 or exit code 1, of a status as `subprocess` gives it: signals are negative."""
+    if status >= 0:
+        return f"exit code {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
 def python_path() -> str:
     """PYTHONPATH for child processes: they must import this very installation, wherever it was found."""
     root = str(Path(__file__).resolve().parent.parent)

@@ -509,6 +509,8 @@ class Crew:
         self._memory.reclaim([stage_of(seat) for seat in process.seats], process.epoch)
         if self._stopping:
             return
+        if not process.leaving and all(post.error is None for post in posts):
+            log.warning("process %d of %s died: %s", process.pid, ", ".join(process.seats), process.ended_by)
         unfit = not process.ready and self.placed.refuted(process.knows)
         if unfit:
             log.warning("%s could not use the weights of an earlier run and reads them", ", ".join(process.seats))
@@ -544,6 +546,8 @@ class Crew:
             else:
                 hung = process.silent_for(now) > self._params.start_deadline
             if hung:
+                names, silent = ", ".join(process.seats), process.silent_for(now)
+                log.error("process %d of %s has made no progress for %.0f s: killed", process.pid, names, silent)
                 process.kill()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from engine.child import AdoptedChild, Child, python_path
+from engine.child import AdoptedChild, Child, how_it_ended, python_path
 from engine.states import Descriptors, State
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
@@ -185,6 +185,8 @@ class StageProcess:
         self.leaving = False
         """It was asked to leave, for another to take its place."""
         self.outside = False
+        self.ended_by = ""
+        """A signal, an exit code: for people."""
         """Once it has ended: somebody else killed it, and not for lack of memory."""
         self._killed = False
         self.exited = asyncio.Event()
@@ -307,9 +309,11 @@ class StageProcess:
             if result is None:
                 return
             status = -result.si_status if result.si_code != os.CLD_EXITED else result.si_status
+            self.ended_by = how_it_ended(status)
         except ChildProcessError:
             # Reaped by someone else: SIGCHLD is ignored, or the host waits for any child. How it ended is not known.
             log.warning("process %d of %s was reaped by another part of this process", self.pid, self.seats)
+            self.ended_by = "nobody knows of what"
         self._readable_to_the_end()
         self._popen.returncode = status
         self.outside = (

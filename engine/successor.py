@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
+from engine.child import how_it_ended
 from engine.process import Body
 from ipc.channel import ChannelClosed, close_fds
 from ipc.errors import EngineError, ProtocolError, StageFailed, from_failure
@@ -43,7 +44,7 @@ async def successor(rehearsal: Rehearse, fds: Sequence[int], timeout: float) -> 
 
 
 async def _report(body: Body) -> AnyStageReport:
-    """The first thing that the process says. `StageFailed` if it dies, or cannot be understood."""
+    """The first thing that the process says. `StageFailed` with how it died, or if it cannot be understood."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(body.channel.fileno(), readable.set)
@@ -55,7 +56,15 @@ async def _report(body: Body) -> AnyStageReport:
             if received is not None:
                 close_fds(received.fds)
                 return received.message
-    except (ChannelClosed, ProtocolError) as error:
-        raise StageFailed("it ended before it was ready; the engine's log has its last words") from error
+    except ChannelClosed as error:
+        loop.remove_reader(body.channel.fileno())
+        loop.add_reader(body.pidfd, readable.set)
+        readable.clear()
+        await readable.wait()
+        how = how_it_ended(body.popen.wait())
+        raise StageFailed(f"it ended before it was ready ({how}); what it said is in the engine's log") from error
+    except ProtocolError as error:
+        raise StageFailed(f"what it said cannot be understood: {error}") from error
     finally:
         loop.remove_reader(body.channel.fileno())
+        loop.remove_reader(body.pidfd)

@@ -59,6 +59,7 @@ async def test_a_stage_that_dies_at_every_start_is_given_up(
             await asyncio.wait_for(decoded, 60)
             assert {stage(name).state for name in ("text", "vae", "writer")} == {"up"}
             assert not supervisor.check_integrity()
+    assert f"process {pid} of dit died: SIGKILL" in caplog.text
     assert len(caplog.records) < 100
 
 

@@ -63,7 +63,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     StageProcess: (
         "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
         "_pidfd pid _killed _oom_kills",
-        "_on_report _on_exit _loop _writing outside exited _seen",
+        "_on_report _on_exit _loop _writing outside ended_by exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
     Spare: ("_body", "_wanted _device"),

@@ -65,7 +65,7 @@ async def test_one_that_is_not_fit_does_not_take_over(
             broken.setenv("UNFIT", unfit)
             broken.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
             with pytest.raises(
-                StageFailed, match="the old one goes on.*" + ("ended" if unfit == "import" else "finite")
+                StageFailed, match="the old one goes on.*" + ("exit code 1" if unfit == "import" else "finite")
             ):
                 await supervisor.replace_stages(["dit"])
         assert pids(supervisor) == old
