@@ -87,6 +87,11 @@ LISTED_PROMPT = 200
 MAX_REASON = 2000
 """Characters of the message of a `Refused`, and of what the log says about a client."""
 
+CHANGES = (
+    Reload, ReplaceStages, UpdateWeights, Rollback, ChangeMemory, AddLora, RemoveLora, ReloadSupervisor, Shutdown,
+)  # fmt: skip
+"""What changes the engine: the log has who asked for it, and why it was refused."""
+
 log = logging.getLogger(__name__)
 
 
@@ -297,6 +302,8 @@ class Session:
         except ProtocolError:
             raise
         except EngineError as error:
+            if isinstance(message, CHANGES):
+                log.warning("refused %r of process %d: %s", _tag(message), self.pid, _shortened(str(error), MAX_REASON))
             reply = refusal(message.ref, error)
         except Exception:
             log.exception("answering %r of process %d failed", _tag(message), self.pid)
@@ -344,11 +351,13 @@ class Session:
                 replaced = await self._supervisor.replace_stages(
                     stages, attention_backend=None if attention is None else read_attention(attention), threads=threads
                 )
+                log.info("new processes serve: %s", ", ".join(f"{seat} {pid}" for seat, pid in replaced.pids.items()))
                 return msgspec.structs.replace(replaced, ref=ref)
             case UpdateWeights():
                 return await self._update_weights(message)
             case Rollback(ref=ref, when=when):
                 self._check_owner("change what it serves")
+                log.info("process %d asked for the weights before the last reload", self.pid)
                 return msgspec.structs.replace(await self._supervisor.rollback(when), ref=ref)
             case ListVersions(ref=ref):
                 return VersionList(ref=ref, versions=self._supervisor.versions())

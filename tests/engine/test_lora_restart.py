@@ -157,5 +157,5 @@ def test_the_supervisor_is_killed(short_dir: Path, tmp_path: Path) -> None:
     with EngineProcess(short_dir) as second:
         client = Client(second.socket)
         client.cancel(blocker.id)
-        wait_for(lambda: [i.name for i in client.loras()] == ["a"], "the adapter to be read again")
+        wait_for(lambda: [i.state for i in client.loras()] == ["loaded"], "the adapter to be read again")
         assert Video(client.result(queued.id).path).sha256 == golden

@@ -238,6 +238,15 @@ async def test_a_failing_answer_is_the_engines_fault_and_stays_small(
     assert "ZeroDivisionError" in caplog.text
 
 
+async def test_a_refused_change_is_in_the_log(short_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With who asked for what, and why not."""
+    async with serving(short_dir):
+        changed = frame(type="lora_remove", ref=2, name="gone")
+        refused = await in_thread(short_dir, lambda c: c.ask(changed))
+    assert refused["error"]["code"] == "not_found"
+    assert f"refused 'lora_remove' of process {os.getpid()}: {refused['error']['message']}" in caplog.text
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 async def test_another_user_is_refused_even_if_the_modes_let_it_in(short_dir: Path) -> None:
     """With the modes opened by hand, a process of uid 65534 gets `permission_denied`."""
