@@ -101,6 +101,8 @@ class Levels:
             device: DeviceLevel(device, mode, setting, Account(model, setting)) for device, setting in settings.items()
         }
         self._tasks: set[asyncio.Task[None]] = set()
+        self._by_hand = asyncio.Lock()
+        """What is asked for, one at a time: each that fails leaves the mode that it found."""
         self._rungs = rung(LEAST, model) + 2
         """That the scheduler counts: of the plans, and one for memory that others have given back."""
         self._budget = None if params.gpu_budget is None else bytes_of(params.gpu_budget)
@@ -134,7 +136,7 @@ class Levels:
 
     @property
     def is_changing(self) -> bool:
-        return any(level.turn.locked() for level in self._devices.values())
+        return self._by_hand.locked() or any(level.turn.locked() for level in self._devices.values())
 
     def state(self) -> LevelsState:
         return LevelsState(
@@ -177,25 +179,26 @@ class Levels:
     async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
         """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
         or `StageFailed`, `Busy` while weights are exchanged: what was before holds."""
-        if self._host.is_exchanging_weights:
-            raise Busy("weights are being exchanged; try again when that is done", RETRY)
-        for level in self._devices.values():
-            if wanted == "auto" and level.device != HOST:
-                level.mode = "auto"
-                self._let_choose(level)
-                self.copies.start()
-                self._announce(level)
-                continue
-            mode, policy = level.mode, level.policy
-            level.mode, level.policy = ("auto" if wanted == "auto" else "fixed"), None
-            plan = MemoryPlan(level=0 if wanted == "auto" else wanted, blocks=blocks)
-            try:
-                await self._change(level, exact_plan(plan, self._model), "it was asked for")
-            except EngineError:
-                level.mode, level.policy = mode, policy
-                raise
-            finally:
-                self._announce(level)
+        async with self._by_hand:
+            if self._host.is_exchanging_weights:
+                raise Busy("weights are being exchanged; try again when that is done", RETRY)
+            for level in self._devices.values():
+                if wanted == "auto" and level.device != HOST:
+                    level.mode = "auto"
+                    self._let_choose(level)
+                    self.copies.start()
+                    self._announce(level)
+                    continue
+                mode, policy = level.mode, level.policy
+                level.mode, level.policy = ("auto" if wanted == "auto" else "fixed"), None
+                plan = MemoryPlan(level=0 if wanted == "auto" else wanted, blocks=blocks)
+                try:
+                    await self._change(level, exact_plan(plan, self._model), "it was asked for")
+                except EngineError:
+                    level.mode, level.policy = mode, policy
+                    raise
+                finally:
+                    self._announce(level)
 
     # Because a reload has no room.
 

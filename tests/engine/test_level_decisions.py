@@ -183,6 +183,20 @@ async def test_a_change_that_was_asked_for_and_fails_changes_nothing(watched: Wa
     assert watched.plan.level >= 2
 
 
+async def test_of_two_that_are_asked_for_at_once_the_second_holds(watched: Watched) -> None:
+    """Also when the first fails after the second was asked for: the level does not follow what is seen then."""
+    (device,) = watched.levels._devices.values()
+    watched.crew.refusal = OutOfMemory("the slots do not fit")
+    async with device.turn:  # a change that is under way
+        both = [asyncio.create_task(watched.levels.change(level, None)) for level in (3, 2)]
+        await asyncio.sleep(0.01)
+    first, second = await asyncio.gather(*both, return_exceptions=True)
+    assert isinstance(first, OutOfMemory) and second is None
+    assert watched.levels.status()[0].mode == "fixed"
+    await watched.see(0, 5)
+    assert watched.plan == MemoryPlan(level=2)
+
+
 async def test_a_fixed_level_is_not_raised(wait_until: Wait) -> None:
     """An engine that was started with a level: no policy, and the scheduler knows from the start that it is the top."""
     made = Watched(memory_level=0)
