@@ -74,6 +74,26 @@ def open_components(
     return components
 
 
+def open_all_components(model: ModelParams, params: SystemParams, directory: Path) -> dict[str, Component]:
+    """`open_components` for all of the model; `BadCheckpoint` says which there are, if some are."""
+    try:
+        return open_components(model, params, directory, model.components)
+    except BadCheckpoint as error:
+        there = [name for name in model.components if _can_be_opened(model, params, directory, name)]
+        if not there or len(there) == len(model.components):
+            raise
+        only = " ".join(f"--component {name}" for name in there)
+        raise BadCheckpoint(f"{error}; to change only what is there: {only}") from error
+
+
+def _can_be_opened(model: ModelParams, params: SystemParams, directory: Path, name: str) -> bool:
+    try:
+        open_components(model, params, directory, [name])
+    except (BadCheckpoint, BadConfig):
+        return False
+    return True
+
+
 def given_component(model: ModelParams, params: SystemParams, name: str, fd: int) -> Component:
     """A component that a program gives in memory (`hotreload/given.py`), with Diffusers' names of its tensors; its file
     is this process's descriptor. Raises as `open_components`."""

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from engine.checkpoint import given_component, open_components
+from engine.checkpoint import given_component, open_all_components, open_components
 from engine.crew import Crew
 from engine.decode import decode_strictly
 from engine.judge import judge
@@ -114,8 +114,11 @@ class Reloader:
         """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `OutOfMemory`,
         `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
         directory = Path(asked.checkpoint)
-        names = asked.components or list(self._host.model.components)
-        components = await asyncio.to_thread(open_components, self._host.model, self._host.params, directory, names)
+        model, params = self._host.model, self._host.params
+        if asked.components:
+            components = await asyncio.to_thread(open_components, model, params, directory, asked.components)
+        else:
+            components = await asyncio.to_thread(open_all_components, model, params, directory)
         return await self.carry_out(
             Order(components, directory.name, asked.when, asked.canary, asked.manifest, asked.dry_run)
         )

@@ -27,7 +27,7 @@ from ipc.errors import (
     StageFailed,
     Superseded,
 )
-from ipc.messages import Canary, WeightChange
+from ipc.messages import Canary, Reload, WeightChange
 from tests.conftest import Video, until
 from tests.engine.reloading import FILES, FIRST, SECOND, ask, denoising, engine, order, placed, vary, video
 from tools.chaos import pid_of
@@ -197,6 +197,15 @@ async def test_bad_checkpoints_change_nothing(supervisor: Supervisor, golden: Go
         await supervisor.reload(order(tmp_path / "cut"))
     assert supervisor.memory() == before
     assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
+
+
+async def test_a_directory_with_some_components_only(supervisor: Supervisor, tmp_path: Path) -> None:
+    """The refusal says which there are; where there is nothing at all, it says nothing of that."""
+    with pytest.raises(BadCheckpoint, match=r"lacks text_encoder/.*only what is there: --component transformer$"):
+        await supervisor.reload(Reload(ref=0, checkpoint=str(SECOND)))
+    with pytest.raises(BadCheckpoint, match="a directory without weights") as refused:
+        await supervisor.reload(Reload(ref=0, checkpoint=str(tmp_path)))
+    assert "--component" not in str(refused.value)
 
 
 async def test_what_cannot_be_asked_for(supervisor: Supervisor, tmp_path: Path) -> None:
