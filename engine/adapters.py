@@ -67,6 +67,7 @@ class AdaptersState(State, frozen=True, kw_only=True):
 
     named: list[Adapter]
     nameless: list[Adapter]
+    absent: list[Adapter]
     parts: list[AdapterVersion]
     fds: list[int]
 
@@ -81,6 +82,8 @@ class Adapters:
         self._named: dict[str, Adapter] = {}
         self._nameless: list[Adapter] = []
         """Replaced or removed, and used."""
+        self._absent: dict[str, Adapter] = {}
+        """By name: what a restarted engine could not read. It cannot be asked for; the next start tries again."""
         self._parts: dict[Key, Part] = {}
         self._lent: collections.Counter[Key] = collections.Counter()
         """To requests that are being accepted."""
@@ -89,7 +92,8 @@ class Adapters:
         """What is there, for the program that takes the place of this one."""
         parts = list(self._parts.values())
         return AdaptersState(
-            named=list(self._named.values()), nameless=self._nameless, parts=[part.adapter for part in parts],
+            named=list(self._named.values()), nameless=self._nameless, absent=list(self._absent.values()),
+            parts=[part.adapter for part in parts],
             fds=fds.put_all(part.fd for part in parts),
         )  # fmt: skip
 
@@ -99,6 +103,7 @@ class Adapters:
         self._parts = {part.key: part for part in parts}
         self._named = {adapter.name: adapter for adapter in state.named}
         self._nameless = state.nameless
+        self._absent = {adapter.name: adapter for adapter in state.absent}
         if any(not adapter.keys <= self._parts.keys() for adapter in (*state.named, *state.nameless)):
             raise ValueError("an adapter is handed over without its memory")
 
@@ -118,6 +123,7 @@ class Adapters:
         if adapter.name in self._named:
             self._nameless.append(self._named[adapter.name])
         self._named[adapter.name] = adapter
+        self._absent.pop(adapter.name, None)
 
     def _hold(self, parts: Iterable[Part]) -> None:
         for part in parts:
@@ -129,11 +135,16 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Take the name away. `NotFound` if nothing has it."""
         self.check_known(name)
-        self._nameless.append(self._named.pop(name))
+        if self._absent.pop(name, None) is None:
+            self._nameless.append(self._named.pop(name))
+
+    def set_aside(self, adapter: Adapter) -> None:
+        """It could not be read now."""
+        self._absent[adapter.name] = adapter
 
     def check_known(self, name: str) -> None:
         """`NotFound` if nothing has this name."""
-        if name not in self._named:
+        if name not in self._named and name not in self._absent:
             raise NotFound(f"no LoRA has the name {name[:100]!r}; {self._choice()}")
 
     def resolve(self, texts: Sequence[str]) -> list[JobLora]:
@@ -163,7 +174,7 @@ class Adapters:
     def kept(self, without: str = "", added: Adapter | None = None) -> list[KeptAdapter]:
         """What a restarted engine needs of these: all that have a name, and those that requests may still use. As it
         will be once the name `without` is taken away, or `added` has its own."""
-        named = {**self._named} if added is None else {**self._named, added.name: added}
+        named = self._absent | self._named | ({} if added is None else {added.name: added})
         named.pop(without, None)
         nameless = [a for a in (*self._nameless, *self._named.values()) if a not in named.values()]
         return [KeptAdapter(adapter, True) for adapter in named.values()] + [KeptAdapter(a, False) for a in nameless]

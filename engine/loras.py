@@ -99,8 +99,12 @@ class Loras:
                     close_fds(part.fd for part in parts)
                     raise NotFound(f"it holds something else now, {_contents(found)}: the file was changed")
         except EngineError as error:
-            log.error("the LoRA %s cannot be loaded again, and is not offered any more: %s", adapter.name, error)
+            changed = isinstance(error, NotFound)
+            then = "is not offered any more" if changed else "is tried again at the next start"
+            log.error("the LoRA %s cannot be loaded again, and %s: %s", adapter.name, then, error)
             self._unfit[adapter.keys] = str(error)
+            if kept.named and not changed:
+                self.adapters.set_aside(adapter)
             return
         self.adapters.take_back(kept, parts)
         log.info("the LoRA %s is there again", adapter.name)

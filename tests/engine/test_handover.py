@@ -74,7 +74,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Levels: ("_devices", "_host _crew _model _tasks _by_hand _rungs _budget _host_sampler copies"),
     DeviceLevel: ("device mode last freed", "setting account turn raising looked policy sampler sample"),
     Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
-    Adapters: ("_named _nameless _parts", "_lent"),
+    Adapters: ("_named _nameless _absent _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_host _crew _turn _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),

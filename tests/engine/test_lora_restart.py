@@ -80,7 +80,8 @@ async def test_a_restarted_engine_has_them_again(tmp_path: Path) -> None:
 async def test_files_that_are_gone_or_changed(tmp_path: Path) -> None:
     """Of three adapters that queued requests want, one file is deleted, one replaced by another adapter, and one is as
     it was: the first two requests end with an error that says which, the third and one without any are carried out.
-    The two are not offered any more, now or after the next restart."""
+    The two are not offered; the changed one never again, the deleted one once its file is back, or its name is
+    removed."""
     files = write_files(tmp_path)
     async with engine(tmp_path) as supervisor:
         for name, file in files.items():
@@ -101,7 +102,30 @@ async def test_files_that_are_gone_or_changed(tmp_path: Path) -> None:
         assert names(supervisor) == {"c": "loaded"}
         with pytest.raises(BadRequest, match="no LoRA has the name 'a'; loaded are c"):
             await supervisor.submit(ask(tmp_path / "again.mp4", "a"))
+    assert sorted(await kept(tmp_path)) == [("a", True), ("c", True)]
+    async with engine(tmp_path) as supervisor:
+        await supervisor._loras.taken_back()
+        assert names(supervisor) == {"c": "loaded"}
+        await supervisor.remove_lora("a")
+        with pytest.raises(NotFound):
+            await supervisor.remove_lora("a")
     assert await kept(tmp_path) == [("c", True)]
+
+
+async def test_a_disk_that_comes_late(tmp_path: Path) -> None:
+    """An adapter whose file is not there at one start, and is at the next."""
+    file = write_adapter(tmp_path / "a.safetensors", 1, 4)
+    async with engine(tmp_path) as supervisor:
+        await supervisor.add_lora("a", str(file))
+    away = file.rename(tmp_path / "away")
+    async with engine(tmp_path) as supervisor:
+        await supervisor._loras.taken_back()
+        assert names(supervisor) == {}
+        await supervisor.add_lora("b", str(write_adapter(tmp_path / "b.safetensors", 2, 4)))
+    away.rename(file)
+    async with engine(tmp_path) as supervisor:
+        await supervisor._loras.taken_back()
+        assert names(supervisor) == {"a": "loaded", "b": "loaded"}
 
 
 async def test_a_request_that_waits_for_its_adapter_can_be_cancelled(tmp_path: Path) -> None:
