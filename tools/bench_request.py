@@ -1,7 +1,7 @@
 """A whole request against Diffusers' WanPipeline: text, all steps, decoding; ours with the file, too.
 
     python -m tools.bench_request wan2.1-t2v-1.3b                     # 832x480, 81 frames, 50 steps: about 3 minutes
-    python -m tools.bench_request wan-demo --device cpu --steps 10
+    OMP_NUM_THREADS=1 python -m tools.bench_request wan-demo --device cpu --steps 10    # more threads would spin
 
 Both have the same files of random weights (wan-demo: its own), bfloat16 on a GPU, and are warm: each has made a video
 of two steps. WanPipeline is as fast as it gets without compiling: cuDNN's attention, everything resident, its VAE in
