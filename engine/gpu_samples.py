@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import pynvml
 
 from engine.cuda import management_handle
@@ -13,16 +14,22 @@ from engine.cuda import management_handle
 T = TypeVar("T")
 
 
-class GpuSample(NamedTuple):
-    """Bytes and rates of one moment, as in `engine.monitor.Sample`; None: this driver does not say."""
+class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU at a moment. Bytes, unless it says otherwise; None: this driver does not say."""
 
     total: int | None = None
+    """Without what the driver keeps."""
     ours: int | None = None
+    """Used by this engine's processes, and by the memory that outlives them."""
     others: int | None = None
+    """Used by other processes."""
     free: int | None = None
     utilisation: float | None = None
+    """Share of the last sample period in which a kernel ran, 0 to 1."""
     pcie_rx: float | None = None
+    """Bytes per second to the device."""
     pcie_tx: float | None = None
+    """Bytes per second from the device."""
 
 
 class Gpu:

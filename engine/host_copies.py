@@ -17,7 +17,7 @@ from typing import NamedTuple
 from engine.checkpoint import file_bytes
 from engine.crew import Crew
 from engine.loader import Loader, read_of
-from engine.monitor import Limits, Sample, why_no_copies
+from engine.monitor import Sample, why_no_copies
 from engine.params import ModelParams
 from engine.plans import HOST
 from ipc.channel import close_fds
@@ -121,7 +121,7 @@ class HostCopies:
             return
         sizes = {p.version.component: p.version.bytes for p in self._crew.placed}
         wanted = sum(sizes.get(name, 0) for name in components)
-        if why := why_no_copies(self._sample(), wanted, Limits()):
+        if why := why_no_copies(self._sample(), wanted):
             plans.copies, self.problem = False, f"new weights are not copied: {why}"
             log.warning("%s; memory levels 2 and 3 cannot be had", self.problem)
             self._on_change()
@@ -147,7 +147,7 @@ class HostCopies:
     def _check_room(self) -> None:
         """Before anything is read, since some of the copies are of no use."""
         wanted = sum(v.bytes for v in self._missing())
-        if wanted and (why := why_no_copies(self._sample(), wanted, Limits())):
+        if wanted and (why := why_no_copies(self._sample(), wanted)):
             raise OutOfMemory(f"{why}; memory levels 2 and 3 cannot be had")
 
     async def _copy(self, version: Missing) -> None:

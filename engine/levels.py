@@ -22,12 +22,12 @@ from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
 from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
-from engine.plans import HOST, OFFLOADED
+from engine.plans import HOST
 from engine.posts import Changes
 from engine.starting import LEAST, exact_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
-from ipc.messages import DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+from ipc.messages import OFFLOADED, DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
 
 RETRY = 5.0
 """Seconds."""

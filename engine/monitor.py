@@ -52,24 +52,11 @@ REMEMBERED = 64
 """Failed allocations that are remembered."""
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One GPU and the host at a moment. Bytes, unless it says otherwise; None: the source is lacking."""
+class Sample(GpuSample, frozen=True, kw_only=True):
+    """One GPU and the host at a moment; None: the source is lacking."""
 
     at: float
     """Seconds of the monotonic clock."""
-    total: int | None = None
-    """Of the device, without what its driver keeps."""
-    ours: int | None = None
-    """Used by this engine's processes, and by the memory that outlives them."""
-    others: int | None = None
-    """Used by other processes."""
-    free: int | None = None
-    utilisation: float | None = None
-    """Share of the last sample period in which a kernel ran, 0 to 1."""
-    pcie_rx: float | None = None
-    """Bytes per second to the device."""
-    pcie_tx: float | None = None
-    """Bytes per second from the device."""
     host_total: int | None = None
     host_available: int | None = None
     memlock: int | None = None
@@ -86,18 +73,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     lowest: int = 0
     highest: int = 3
     """Memory levels; the same two: the plan never changes."""
-    locked: bool = False
-    """Host copies are locked by `mlock`, which RLIMIT_MEMLOCK bounds. What CUDA registers is not counted there."""
 
 
 Needs = Callable[[RequestSize | None, MemoryPlan], Need]
 """What a plan takes while a request of this size runs, or with None while none does (`footprint.Account.need`)."""
 
 
-def why_no_copies(sample: Sample, amount: int, limits: Limits) -> str:
+def why_no_copies(sample: Sample, amount: int) -> str:
     """Why `amount` bytes of weights cannot be brought into host memory now; empty if they can."""
-    if limits.locked and sample.memlock is not None and amount > sample.memlock:
-        return f"{amount:,} bytes would have to be locked in memory, and the limit (ulimit -l) is {sample.memlock:,}"
     if sample.host_available is not None and amount + HOST_RESERVE > sample.host_available:
         return (
             f"{amount:,} bytes of weights and {HOST_RESERVE:,} to spare do not fit into the {sample.host_available:,} "
@@ -135,8 +118,8 @@ class Sampler:
         if self._gpu is not None:
             gpu = self._gpu.sample(self._pids(), self._accounted(), now)
         return Sample(
-            at=now, **gpu._asdict(), host_total=host.total, host_available=host.available, memlock=host.memlock,
-            pressure=host.pressure,
+            at=now, **msgspec.structs.asdict(gpu), host_total=host.total, host_available=host.available,
+            memlock=host.memlock, pressure=host.pressure,
         )  # fmt: skip
 
     def close(self) -> None:

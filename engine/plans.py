@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from engine.states import State
-from ipc.messages import MemoryPlan, SetMemory, StageName
+from ipc.messages import OFFLOADED, MemoryPlan, SetMemory, StageName
 
 HOST = "cpu"
 """Where host memory is, as `WeightStore` calls it."""
-
-OFFLOADED = 2
-"""From this level on, weights are in host memory."""
 
 
 Limits = Callable[[str, MemoryPlan], dict[StageName, int]]

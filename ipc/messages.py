@@ -672,6 +672,10 @@ class Prepare(StageProcessMessage, frozen=True, tag="prepare", kw_only=True):
     device: str
 
 
+OFFLOADED = 2
+"""From this memory level on, weights are in host memory."""
+
+
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """How much of the weights a process keeps in its device's memory (docs/memory.md). No plan changes a result."""
 
@@ -969,7 +973,7 @@ class Adopted(StageReport, frozen=True, tag="adopted", kw_only=True):
 
 
 class MemorySet(StageReport, frozen=True, tag="memory_set", kw_only=True):
-    """The plan that holds from now on, or `error`, and then the one before holds. What the device has of the weights,
+    """The plan that holds from now on, which with an `error` is the one before. What the device has of the weights,
     in memory that outlives the process, was sent before (`Placed`); of what is named in `left`, component and content
     hash, nothing of this process is mapped there any more."""
 

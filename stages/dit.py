@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipc.errors import BadRequest, NumericalError, OutOfMemory
-from ipc.messages import Chosen, Copied, Job, MemoryPlan, Run, Start
+from ipc.errors import BadRequest, NumericalError
+from ipc.messages import OFFLOADED, Chosen, Copied, Job, MemoryPlan, Run, Start
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import kernels, solvers
 from stages.attention import choice
 from stages.attention.backends import IMPLEMENTATIONS, Case
 from stages.graphs import Graphs
-from stages.lanes import Mark, lane_of
+from stages.lanes import Mark
 from stages.models.blank import blank
 from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.offload import Pools
@@ -47,8 +47,8 @@ from stages.sampling import (
     timesteps_of,
 )
 from stages.solvers import Schedule
-from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import OFFLOADED, Bound, Network
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
+from stages.weights import Bound, Network, hold
 
 EXPERTS = ("transformer", "transformer_2")
 """Component of each, by `expert_index`."""
@@ -139,7 +139,7 @@ class DitStage:
             model.compute = compute
             experts.append(network)
         stage = cls(start, links, experts, compute)
-        stage.set_memory(start.memory)
+        stage.set_memory(start.memory, [])
         return stage
 
     @property
@@ -203,36 +203,18 @@ class DitStage:
             if not bool(torch.isfinite(predict(model, latents, 0, context, 1.0, image)).all()):
                 raise NumericalError("a rehearsed step gave values that are not finite; check the weights")
 
-    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+    def set_memory(self, plan: MemoryPlan, left: Left) -> None:
         """With two experts, the blocks of the one at work are on the device, in rooms that both use in turn."""
         self._graphs = Graphs()  # they hold, and read, what is about to move
-        if plan.level < OFFLOADED:
-            self._onload()
-            return []
-        for network in self._experts:
-            network.tables_on_host()  # all or none
+        pools, first = None, self._experts[0]
+        if plan.level >= OFFLOADED:
+            resident = None if plan.level == OFFLOADED else plan.blocks or 0
+            pools = Pools(first.device, first.lane, resident)
         if self._pools is not None:
             self._pools.release()
-        resident = None if plan.level == OFFLOADED else plan.blocks or 0
-        device = torch.device(self._device)
-        self._pools = Pools(device, lane_of(device), resident)
-        left: list[tuple[str, str]] = []
-        for network in self._experts:
-            left += network.offload(self._pools)
-        return left
-
-    def _onload(self) -> None:
-        if self._pools is None:
-            return
-        self._pools.release()
-        for number, network in enumerate(self._experts):
-            try:
-                network.onload(self._links, outliving=self._start.outliving)
-            except OutOfMemory:
-                for moved in self._experts[:number]:
-                    moved.offload(self._pools)
-                raise
-        self._pools = None
+        each = None if pools is None else [pools] * len(self._experts)
+        hold(self._experts, each, self._links, left, outliving=self._start.outliving)
+        self._pools = pools
 
     def copied(self) -> Copied | None:
         return self._experts[0].lane.copied()

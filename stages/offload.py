@@ -143,10 +143,6 @@ class Pool:
         self._following: Source | None = None
         self._walks_before = 0
 
-    @property
-    def nbytes(self) -> int:
-        return sum(room.data.nbytes for room in self._rooms)
-
     def follow(self, source: Source, walks: int) -> None:
         """In the last of the next `walks` walks, bring in the pieces of this source behind it."""
         self._following, self._walks_before = source, walks - 1
@@ -170,9 +166,8 @@ class Pool:
             finally:
                 room.free = self._lane.computed()
             after = self._after[number]
-            ends = after <= number
-            """The walk does not come back to this room."""
-            then = following if ends and following is not None else source
+            # If the piece that has the room next is not behind this one, the walk does not come back to it.
+            then = following if after <= number and following is not None else source
             if room.holds != (then.key, after):
                 self._bring(then, after)
 
@@ -220,10 +215,6 @@ class Pools:
         self._resident = resident
         self._pools: dict[str, Pool] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(pool.nbytes for pool in self._pools.values())
-
     def walk(self, name: str, walk: Walk, layout: Layout, source: Source) -> Iterator[nn.Module]:
         pool = self._pools.get(name)
         if pool is None:
@@ -251,7 +242,7 @@ class Offload:
     the rest as it is used."""
 
     def __init__(self, module: nn.Module, table: Table, aliases: Mapping[str, str], pools: Pools) -> None:
-        self._module, self._pools = module, pools
+        self._module, self.pools = module, pools
         walked = module if isinstance(module, WalkedModule) else None
         walks = {} if walked is None else walked.walks()
         on_host = frozenset() if walked is None else walked.on_host()
@@ -270,19 +261,14 @@ class Offload:
         if walked is not None:
             walked.walkers = {name: self._walker(name) for name in self._layouts}
 
-    @property
-    def nbytes(self) -> int:
-        """On the device, beside the pools."""
-        return 0 if self.source is None else sum(tensor_bytes(t.dtype, t.shape) for t in self._still)
-
     def bind(self, source: Source) -> None:
         """Compute with this version from now on."""
         if self.source is not None and self.source.key == source.key:
             return
         self.release()
-        lane, placed = self._pools.lane, source.placement.tensors
+        lane, placed = self.pools.lane, source.placement.tensors
         with torch.inference_mode(False), torch.no_grad():
-            bound = {t.name: torch.empty_like(placed[t.name], device=self._pools.device) for t in self._still}
+            bound = {t.name: torch.empty_like(placed[t.name], device=self.pools.device) for t in self._still}
             lane.wait(lane.copy([(bound[t.name], placed[t.name]) for t in self._still], lane.computed()))
             for name, tensor in bound.items():
                 if parts := source.additions.get(name, ()):
@@ -295,7 +281,7 @@ class Offload:
     def release(self) -> None:
         """Give back what is on the device beside the pools; `bind` brings it again."""
         if self.source is not None:
-            self._pools.lane.finish()
+            self.pools.lane.finish()
             unbind(self._module)
             self.source = None
 
@@ -310,7 +296,7 @@ class Offload:
 
         def pieces() -> Iterator[nn.Module]:
             assert self.source is not None, "a network is bound before it is used"
-            return self._pools.walk(name, walk, layout, self.source)
+            return self.pools.walk(name, walk, layout, self.source)
 
         return pieces
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -39,6 +39,10 @@ class Links(NamedTuple):
     """Hands the supervisor a component that was read to a device, with its descriptor, which stays the caller's."""
     choose: Callable[[Chosen | VaeChosen], None]
     """Tells the supervisor what the dit, or the vae, computes with."""
+
+
+Left: TypeAlias = list[tuple[str, str]]
+"""Component and content hash of versions."""
 
 
 class StageState(msgspec.Struct, frozen=True):
@@ -90,9 +94,10 @@ class Stage(Protocol):
     def rehearse(self) -> None:
         """Compute something small, without queues; raises what a quantum would."""
 
-    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
-        """Keep so much of the weights on the device from now on; component and content hash of what was mapped there
-        and is not any more. Raises `OutOfMemory`, and what `Network.offload` does; the plan before holds then."""
+    def set_memory(self, plan: MemoryPlan, left: Left) -> None:
+        """Keep so much of the weights on the device from now on. What was mapped there, and is not any more, is added
+        to `left`. Raises `OutOfMemory`, and what `Network.offload` does; the plan before holds then, and what is in
+        `left` is true as well."""
 
     def copied(self) -> Copied | None:
         """What was copied to the device beside its quanta and was not told of yet."""

@@ -11,14 +11,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Copied, Job, MemoryPlan, Run, Start
+from ipc.messages import OFFLOADED, Copied, Job, MemoryPlan, Run, Start
 from ipc.tensors import dtype_of, room_tensor
 from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, TextEncoder, build, encode
+from stages.offload import Pools
 from stages.prompt import check_vocabulary, load_tokenizer, prompt_ids
 from stages.sampling import guided
-from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import Network, held, version_of
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
+from stages.weights import Network, hold, version_of
 
 KEPT_PROMPTS = 64
 """Prompts whose embeddings are kept; the negative prompt is mostly the same. Only real rows are kept: 8 KiB a token."""
@@ -57,7 +58,7 @@ class TextStage:
             aliases=ALIASES,
         )
         stage = cls(start, links, tokenizer, network)
-        stage.set_memory(start.memory)
+        stage.set_memory(start.memory, [])
         return stage
 
     @property
@@ -105,8 +106,10 @@ class TextStage:
         with torch.inference_mode():
             self._encoded(self._encoder.use(self._encoder.content), [ids])
 
-    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
-        return held(self._encoder, plan, self._links, self._outliving)
+    def set_memory(self, plan: MemoryPlan, left: Left) -> None:
+        encoder = self._encoder
+        pools = [Pools(encoder.device, encoder.lane, 0)] if plan.level >= OFFLOADED else None
+        hold([encoder], pools, self._links, left, outliving=self._outliving)
 
     def copied(self) -> Copied | None:
         return self._encoder.lane.copied()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Copied, Job, KernelKind, MemoryPlan, Run, Start, VaeChosen
+from ipc.messages import OFFLOADED, Copied, Job, KernelKind, MemoryPlan, Run, Start, VaeChosen
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.media import fit, read_frames, read_image, upright
 from stages.models import vae_check
@@ -26,8 +26,9 @@ from stages.models.blank import blank
 from stages.models.image_encoder import ImageEncoder, image_tokens
 from stages.models.vae import WanVae
 from stages.models.vae_codec import ClipCoder, Codec, make_codec
-from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
-from stages.weights import OFFLOADED, Network, held
+from stages.offload import Pools
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
+from stages.weights import Network, hold
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class VaeStage:
         if image_encoder is not None:
             images = Network.load(image_encoder, start, links, "image_encoder", device=device, dtype=lambda key: dtype)
         stage = cls(start, links, kind, network, images)
-        stage.set_memory(start.memory)
+        stage.set_memory(start.memory, [])
         return stage
 
     @property
@@ -210,14 +211,13 @@ class VaeStage:
         latents = torch.zeros(1, codec.config.z_dim, 1, 4, 4, device=self._device)
         check_finite(codec.clip(4, 4).decode(latents), "a rehearsed chunk has", "the VAE")
 
-    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
+    def set_memory(self, plan: MemoryPlan, left: Left) -> None:
         """A decoding that has begun goes on with the weights that its codec has, in tiles or untiled as it began."""
         self._codec = None
-        left: list[tuple[str, str]] = []
-        for network in self._all.values():
-            left += held(network, plan, self._links, self._outliving)
+        networks = list(self._all.values())
+        pools = [Pools(each.device, each.lane, 0) for each in networks] if plan.level >= OFFLOADED else None
+        hold(networks, pools, self._links, left, outliving=self._outliving)
         self._plan = plan
-        return left
 
     def _rest(self) -> None:
         """Nothing is being decoded or encoded: if the weights come from the host, the device needs none of them."""

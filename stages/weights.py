@@ -3,8 +3,9 @@ it changes between versions of them, with and without LoRA adapters."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,17 +17,14 @@ from hotreload.overlay import make_overlay
 from hotreload.placement import Placement, Runs, Shapes, Table, bind, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory, StageFailed
-from ipc.messages import Component, Job, MemoryPlan, Start, WeightVersion
+from ipc.messages import OFFLOADED, Component, Job, Start, WeightVersion
 from stages.adapters import Lent, Wanted, wanted_by
 from stages.lanes import lane_of
 from stages.models.joined import JoinedModule
 from stages.offload import Offload, Pools, Source, source_of, unbind
-from stages.stage import Links, component
+from stages.stage import Left, Links, component
 
 M = TypeVar("M", bound=nn.Module)
-
-OFFLOADED = 2
-"""From this memory level on, weights are in host memory (`MemoryPlan`)."""
 
 
 class Bound(NamedTuple):
@@ -153,9 +151,14 @@ class Network(Generic[M]):
 
     def forget(self, content: str) -> None:
         """Unmap a version. If it is bound, another takes its place: its memory must not wait for the next task."""
-        others = [other for other in self._versions.keys() | self._on_host.keys() if other != content]
+        usable = self._versions if self._offload is None else self._on_host
+        others = [other for other in usable if other != content]
         if content == self.content and others:
-            self.use(others[-1])
+            self.release()
+            if self._offload is None:
+                self.use(others[-1])
+            else:
+                self.bound = Bound(others[-1])
         self._versions.pop(content, None)
         self._on_host.pop(content, None)
         self._source = None  # it may be of that version
@@ -206,14 +209,13 @@ class Network(Generic[M]):
             self.bound, self._overlaid = Bound(content, loras, next(self._overlays)), tuple(made)
         return self.module
 
-    def offload(self, pools: Pools) -> list[tuple[str, str]]:
-        """Compute from the versions in host memory from now on, with these pools. Returns component and content hash of
-        what was mapped on the device, and is not any more. Raises OSError or ValueError, and `StageFailed` if a version
-        is not in host memory; nothing has changed then.
+    def offload(self, pools: Pools, left: Left) -> None:
+        """Compute from the versions in host memory from now on, with these pools. What was mapped on the device, and is
+        not any more, is added to `left`. Raises OSError or ValueError, and `StageFailed` if a version is not in host
+        memory; nothing has changed then.
 
         Takes no memory of the device, of which there may be none: what is asked of it first is the next use."""
         tables = self.tables_on_host()
-        left = [] if self.device.type == "cpu" else [(self._name, content) for content in self._versions]
         content = self.content
         if self._offload is not None:
             self._offload.end()
@@ -221,10 +223,10 @@ class Network(Generic[M]):
         if isinstance(self.module, JoinedModule):
             self.module.fuse()  # lets go of the tensors that were fused
         if self.device.type != "cpu":
+            left += [(self._name, each) for each in self._versions]
             self._versions.clear()
         self._offload = Offload(self.module, tables[0], self._aliases, pools)
         self.bound, self._overlaid = Bound(content), ()
-        return left
 
     def tables_on_host(self) -> list[Table]:
         """Of the versions in host memory, once they are mapped. Raises what `offload` does."""
@@ -232,42 +234,56 @@ class Network(Generic[M]):
             raise StageFailed(f"{self._name}: version {min(missing)} is not in host memory yet; wait until it is there")
         return [host.placement().table for host in self._on_host.values()]
 
-    def onload(self, links: Links, *, outliving: bool) -> None:
+    def onload(self, links: Links, left: Left, *, outliving: bool) -> None:
         """Compute with weights on the device from now on: all versions are brought there, to memory that outlives this
-        process, which is handed over. Raises `OutOfMemory`, and is offloaded still."""
+        process, which is handed over, and are not in `left` any more. Raises `OutOfMemory`, and is offloaded still."""
         if self._offload is None:
             return
         self._offload.release()
-        brought = {content: self._brought(host.placement(), outliving) for content, host in self._on_host.items()}
-        for content, placement in brought.items():
-            if isinstance(placement, DevicePlacement):
-                version = placement.seal(self._name, content)
-                links.place(version, str(self.device), placement.fd)
-                placement.close()
-        self._versions = {content: placement.tensors for content, placement in brought.items()}
+        if self.device.type == "cpu":
+            self._versions = {content: host.placement().tensors for content, host in self._on_host.items()}
+        elif outliving:
+            self._versions = self._placed_on_device(links, left)
+        else:
+            self._versions = {content: self._copied(host.placement()) for content, host in self._on_host.items()}
         self._offload.end()
         self._offload, content = None, self.content
         self.bound = Bound("")
         self.use(content)
 
-    def _brought(self, host: Placement, outliving: bool) -> Placement | DevicePlacement | Tensors:
-        """A version in the memory that the module computes with."""
-        if self.device.type == "cpu":
-            return host
-        if outliving:
-            placement = create(self._name, str(self.device), self._shapes, runs_of(self.module))
-            placement.flat.copy_(host.flat[: len(placement.flat)])
-            return placement
+    def _placed_on_device(self, links: Links, left: Left) -> dict[str, dict[str, Tensor]]:
+        """All of them, or none."""
+        made: dict[str, DevicePlacement] = {}
+        with contextlib.ExitStack() as descriptors:
+            for content, host in self._on_host.items():
+                placement = create(self._name, str(self.device), self._shapes, runs_of(self.module))
+                assert isinstance(placement, DevicePlacement), f"{self._name} computes on a GPU"
+                descriptors.callback(placement.close)
+                placement.flat.copy_(host.placement().flat[: len(placement.flat)])
+                made[content] = placement
+            for content, placement in made.items():
+                links.place(placement.seal(self._name, content), str(self.device), placement.fd)
+                if (self._name, content) in left:
+                    left.remove((self._name, content))
+        return {content: placement.tensors for content, placement in made.items()}
+
+    def _copied(self, host: Placement) -> dict[str, Tensor]:
+        """A version in memory of this process."""
         allocate = own_memory(self._shapes, runs_of(self.module), str(self.device))
         made = {name: allocate(name, tensor.shape, tensor.dtype) for name, tensor in host.tensors.items()}
         for name, tensor in made.items():
             tensor.copy_(host.tensors[name])
-        return Tensors(made)
+        return made
 
     def release(self) -> None:
         """If offloaded, give back what is on the device beside the pools, until it is used again."""
         if self._offload is not None:
             self._offload.release()
+
+    @property
+    def pools(self) -> Pools | None:
+        """Of an offloaded network."""
+        return None if self._offload is None else self._offload.pools
 
     @property
     def bound_source(self) -> Source:
@@ -289,18 +305,26 @@ class Network(Generic[M]):
         return self.use(version_of(job, self._name, step) or self.content, wanted_by(job, self._name))
 
 
-def held(network: Network[Any], plan: MemoryPlan, links: Links, outliving: bool) -> list[tuple[str, str]]:
-    """Have a network by itself, which is not always in use, hold so much on its device; what `offload` returns."""
-    if plan.level < OFFLOADED:
-        network.onload(links, outliving=outliving)
-        return []
-    return network.offload(Pools(network.device, network.lane, resident=0))
-
-
-class Tensors(NamedTuple):
-    """Weights in memory of this process."""
-
-    tensors: dict[str, Tensor]
+def hold(
+    networks: Sequence[Network[Any]], pools: Sequence[Pools] | None, links: Links, left: Left, *, outliving: bool
+) -> None:
+    """Have all networks of a stage, or none, compute with what is in host memory, with these pools, one for each; or,
+    without pools, with what is on the device. Raises what `offload` and `onload` do."""
+    if pools is not None:
+        for network in networks:
+            network.tables_on_host()
+        for network, its in zip(networks, pools, strict=True):
+            network.offload(its, left)
+        return
+    before = [network.pools for network in networks]
+    for number, network in enumerate(networks):
+        try:
+            network.onload(links, left, outliving=outliving)
+        except Exception:
+            for moved, former in zip(networks[:number], before, strict=False):
+                if former is not None:
+                    moved.offload(former, left)
+            raise
 
 
 def version_of(job: Job, name: str, step: int) -> str | None:

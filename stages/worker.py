@@ -64,7 +64,7 @@ from ipc.messages import (
     VaeChosen,
     WeightVersion,
 )
-from stages.stage import AnyNetwork, Links, Stage, attach_links
+from stages.stage import AnyNetwork, Left, Links, Stage, attach_links
 
 EXIT_START_FAILED = 3
 EXIT_DEVICE_LOST = 4
@@ -209,22 +209,22 @@ class Worker:
 
     def _set_memory(self, plan: MemoryPlan) -> MemorySet:
         """All stages, or, if one cannot, none."""
-        left: list[tuple[str, str]] = []
+        left: Left = []
         done: list[Stage] = []
-        begin = time.monotonic()
+        begin, failure = time.monotonic(), None
         for name, stage in self._stages.items():
             self._counter.increment()
             try:
-                left += stage.set_memory(plan)
+                stage.set_memory(plan, left)
                 done.append(stage)
             except Exception as error:
                 failure = describe(error, name)
                 for changed in done:
-                    changed.set_memory(self._plan)
-                return MemorySet(plan=self._plan, seconds=time.monotonic() - begin, error=failure)
-        self._plan = plan
+                    changed.set_memory(self._plan, left)
+                break
+        self._plan = self._plan if failure is not None else plan
         self._rest()
-        return MemorySet(plan=plan, left=left, seconds=time.monotonic() - begin)
+        return MemorySet(plan=self._plan, left=left, seconds=time.monotonic() - begin, error=failure)
 
     def _adopt(self, version: WeightVersion, fd: int) -> Adopted:
         failure = None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ipc.errors import OutputError
 from ipc.messages import Job, MemoryPlan, Run, Start
 from stages.files import Directory
-from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Links, StageState
+from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
 
 CODEC: Final = "libx264"
 QUALITY = {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"}
@@ -113,8 +113,8 @@ class WriterStage:
     def copied(self) -> None:
         return None
 
-    def set_memory(self, plan: MemoryPlan) -> list[tuple[str, str]]:
-        return []
+    def set_memory(self, plan: MemoryPlan, left: Left) -> None:
+        pass
 
     def state(self) -> StageState:
         return StageState(frozenset(self._jobs), sum(video.spooled for video in self._videos.values()))

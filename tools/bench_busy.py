@@ -20,15 +20,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.trace import chrome_trace
 from ipc.messages import Span
-from tools.full_size_setup import PROMPT, Report, Workplace, machine
+from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of
 
 MUST = 0.98
 """Share of the time, for a GPU."""
@@ -41,9 +39,7 @@ async def queued(args: argparse.Namespace, place: Workplace, report: Report, fol
     params = SystemParams(
         model=args.model, checkpoint=None if checkpoint is None else str(checkpoint), device=args.device
     )
-    size: dict[str, Any] = {"steps": args.steps}
-    if args.size is not None:
-        size |= dict(zip(("width", "height", "num_frames"), map(int, args.size.split("x")), strict=True))
+    size = {"steps": args.steps} | size_of(args.size)
     async with Supervisor(params) as supervisor:
         await supervisor.ready()
 
@@ -96,10 +92,7 @@ def main() -> int:
     parser.add_argument("model", help="see `engine models`")
     parser.add_argument("--requests", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
-    parser.add_argument("--out", type=Path, help="the text and the trace go here")
+    add_options(parser)
     args = parser.parse_args()
     place = Workplace(args.work.absolute(), False, args.device)
     words = f"{args.model} --requests {args.requests} --steps {args.steps}" + (

@@ -30,7 +30,7 @@ import torch
 
 from engine import Supervisor, SystemParams, UserParams
 from ipc.messages import DeviceMemory, Done, MemoryChange, Span
-from tools.full_size_setup import PROMPT, Report, Workplace, machine
+from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of
 from tools.load import digest
 
 LOOK = 0.02
@@ -141,9 +141,7 @@ class Bench:
         return SystemParams(model=self.args.model, checkpoint=str(checkpoint), **fields)
 
     def ask(self, name: str, **fields: Any) -> UserParams:
-        size: dict[str, Any] = {"steps": self.args.steps, "seed": 5, "flow_shift": self.args.flow_shift}
-        if self.args.size is not None:
-            size |= dict(zip(("width", "height", "num_frames"), map(int, self.args.size.split("x")), strict=True))
+        size = {"steps": self.args.steps, "seed": 5, "flow_shift": self.args.flow_shift} | size_of(self.args.size)
         return UserParams(prompt=PROMPT, output=str(self.folder / f"{name}.mp4"), **{**size, **fields})
 
     async def leave(self, budget: int) -> int:
@@ -322,9 +320,7 @@ def main() -> int:
     parser.add_argument("--take", type=float, default=60, help="GiB that the neighbour takes")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--flow-shift", type=float, default=FAST_SHIFT)
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
-    parser.add_argument("--out", type=Path, help="a text file goes here")
+    add_options(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("this needs a GPU; tests/engine/test_levels_random.py has the same on a CPU", file=sys.stderr)

@@ -91,12 +91,12 @@ class Held:
         self.network.adopt(version, self._host.fd)
 
     def offloaded(self, pools: Pools) -> Any:
-        self.network.offload(pools)
+        self.network.offload(pools, [])
         self.placed = 0
         return self.network.use("base")
 
     def resident(self) -> Any:
-        self.network.onload(self._links(), outliving=self.setup.device.type == "cuda")
+        self.network.onload(self._links(), [], outliving=self.setup.device.type == "cuda")
         return self.network.use("base")
 
     def _links(self) -> Links:

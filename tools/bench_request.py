@@ -30,7 +30,7 @@ from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
 from ipc.architecture import TransformerConfig
 from tools.bench_dit import diffusers_model
-from tools.full_size_setup import PROMPT, Report, Workplace, machine
+from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of
 
 MUST = 1.37
 """Times as fast as WanPipeline, on a GPU."""
@@ -83,8 +83,7 @@ async def compare(args: argparse.Namespace, place: Workplace, report: Report, fo
     checkpoint = made if made is not None else CONFIGS / str(model.checkpoint)
     defaults = model.defaults
     size: dict[str, int] = {"width": defaults.width, "height": defaults.height, "num_frames": defaults.num_frames}
-    if args.size is not None:
-        size = dict(zip(size, map(int, args.size.split("x")), strict=True))
+    size |= size_of(args.size)
     params = SystemParams(model=args.model, checkpoint=None if made is None else str(made), device=args.device)
     async with Supervisor(params) as supervisor:
         await supervisor.ready()
@@ -136,10 +135,7 @@ def main() -> int:
     parser.add_argument("model", help="see `engine models`")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
-    parser.add_argument("--out", type=Path, help="a text file goes here")
+    add_options(parser)
     args = parser.parse_args()
     path = None if args.out is None else args.out / f"request-{args.model}.txt"
     title = f"{args.model} --steps {args.steps} --rounds {args.rounds}" + (f" --size {args.size}" if args.size else "")

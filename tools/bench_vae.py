@@ -110,10 +110,7 @@ def compare(setup: Setup, part: str, size: str) -> None:
     variants = {name: make(vae, data) for name, make in MAKERS[part].items()}
     if expected is not None:
         judge_error(setup, f"{part} {size}", variants, expected)
-    runs = {name: lambda v=variant: v.run(False) for name, variant in variants.items()}  # type: ignore[misc]
-    timed = in_turns(setup.card, runs, setup.rounds, "cuda", warm=2.0)
-    for name, timing in timed.items():
-        setup.say(f"{part} {size} {name}: {seconds(timing)}")
+    timed = told_in_turns(setup, f"{part} {size}", variants)
     ratio = timed["Diffusers"].median / timed["ours"].median
     what = f"{part} {size}, {FRAMES} frames: {ratio:.2f}x as fast as Diffusers, peak {peaks['ours']:.2f} GiB alone, "
     what += f"Diffusers' {peaks['Diffusers']:.2f}"
@@ -122,6 +119,15 @@ def compare(setup: Setup, part: str, size: str) -> None:
         setup.check(ratio >= MUST_RATIO and peaks["ours"] <= MUST_PEAK[size], f"{what}; {must}")
     else:
         setup.say(what)
+
+
+def told_in_turns(setup: Setup, label: str, variants: Mapping[str, Variant]) -> dict[str, Timing]:
+    """Each variant's time."""
+    runs = {name: lambda v=variant: v.run(False) for name, variant in variants.items()}  # type: ignore[misc]
+    timed = in_turns(setup.card, runs, setup.rounds, "cuda", warm=2.0)
+    for name, timing in timed.items():
+        setup.say(f"{label} {name}: {seconds(timing)}")
+    return timed
 
 
 def compare_tiled(setup: Setup, size: str) -> None:
@@ -140,10 +146,7 @@ def compare_tiled(setup: Setup, size: str) -> None:
     what += f"floats {'equal' if torch.equal(*frames) else 'not equal'} bit for bit"
     setup.check(share >= MUST_BE_EQUAL and most <= 1, what)
     del frames, apart
-    runs = {name: lambda v=variant: v.run(False) for name, variant in variants.items()}  # type: ignore[misc]
-    timed = in_turns(setup.card, runs, setup.rounds, "cuda", warm=2.0)
-    for name, timing in timed.items():
-        setup.say(f"tiled {size} {name}: {seconds(timing)}")
+    timed = told_in_turns(setup, f"tiled {size}", variants)
     ratio = timed["Diffusers"].median / timed["tiled"].median
     what = f"tiled {size}, {FRAMES} frames: {ratio:.2f}x as fast as Diffusers, {peaks['tiled']:.2f} GiB alone"
     what += f" ({timed['untiled'].median / timed['tiled'].median:.2f}x untiled, {peaks['untiled']:.2f} GiB)"

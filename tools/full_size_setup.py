@@ -1,8 +1,9 @@
-"""What tools/full_size.py and tools/survive.py share: checkpoints on the disk, an engine in processes of its own, a
-report."""
+"""What the tools with models of the full size share: options, checkpoints on the disk, an engine in processes of its
+own, a report."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +39,20 @@ GENERATE_TIMEOUT = 480.0
 STOP_TIMEOUT = 60.0
 SPARE = 2_000_000_000
 """Bytes to leave free beside the checkpoints."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--size, --device, --work and --out."""
+    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
+    parser.add_argument("--out", type=Path, help="what is found goes there, as text")
+
+
+def size_of(text: str | None) -> dict[str, Any]:
+    """What --size says of a request; empty: nothing."""
+    names = ("width", "height", "num_frames")
+    return {} if text is None else dict(zip(names, map(int, text.split("x")), strict=True))
 
 
 class Report:

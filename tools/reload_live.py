@@ -30,7 +30,7 @@ import torch
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
 from ipc.messages import Done, Reload
-from tools.full_size_setup import PROMPT, Report, Workplace, gpu_memory_used, machine
+from tools.full_size_setup import PROMPT, Report, Workplace, add_options, gpu_memory_used, machine, size_of
 from tools.load import digest
 from tools.make_checkpoint import make_checkpoint
 from tools.survive import out_of_reach
@@ -90,9 +90,7 @@ class Runs:
         """Seconds, undisturbed."""
 
     def ask(self, name: str) -> UserParams:
-        size: dict[str, Any] = {}
-        if self.args.size is not None:
-            size = dict(zip(("width", "height", "num_frames"), map(int, self.args.size.split("x")), strict=True))
+        size = size_of(self.args.size)
         return UserParams(
             prompt=PROMPT, seed=11, steps=self.args.steps, output=str(self.folder / f"{name}.mp4"), **size
         )
@@ -228,11 +226,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="see `engine models`")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
+    add_options(parser)
     parser.add_argument("--second", type=Path, help="the second version, on a file system with room for it [--work]")
-    parser.add_argument("--out", type=Path, help="a text file goes here")
     args = parser.parse_args()
     args.second = args.second or args.work.absolute()
     place = Workplace(args.work.absolute(), False, args.device)

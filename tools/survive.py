@@ -30,11 +30,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from engine import Supervisor, SystemParams, UserParams
 from ipc.messages import StageStatus
-from tools.full_size_setup import PROMPT, Report, Workplace, gpu_memory_used, machine
+from tools.full_size_setup import PROMPT, Report, Workplace, add_options, gpu_memory_used, machine, size_of
 from tools.load import digest
 
 PATIENCE = 300.0
@@ -67,9 +65,7 @@ class Run:
         self.folder = folder
 
     def ask(self, name: str) -> UserParams:
-        size: dict[str, Any] = {}
-        if self.args.size is not None:
-            size = dict(zip(("width", "height", "num_frames"), map(int, self.args.size.split("x")), strict=True))
+        size = size_of(self.args.size)
         return UserParams(prompt=PROMPT, seed=11, steps=self.args.steps, output=str(self.folder / name), **size)
 
     @property
@@ -210,12 +206,9 @@ def main() -> int:
     parser.add_argument("model", help="see `engine models`")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--size", help="WIDTHxHEIGHTxFRAMES [the model's]")
+    add_options(parser)
     parser.add_argument("--spare", action="store_true", help="with a warm spare process")
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="checkpoints")
-    parser.add_argument("--out", type=Path, help="a text file goes here")
     args = parser.parse_args()
     args.seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     place = Workplace(args.work.absolute(), False, args.device)

@@ -80,7 +80,9 @@ def test_a_level_changes_between_any_two_steps(rig: Rig) -> None:
         stage.begin(job)
         for index in range(job.steps):
             if index in changes:
-                assert stage.set_memory(changes[index]) == []  # on a CPU, device memory is host memory
+                left: list[tuple[str, str]] = []
+                stage.set_memory(changes[index], left)
+                assert left == []  # on a CPU, device memory is host memory
             step(stage, job, index)
         stage.drop(job.id)
         assert torch.equal(take_latents(rig, job), expected), f"seed {seed}: {changes}"
@@ -133,7 +135,7 @@ def test_what_was_copied_is_told_once(rig: Rig) -> None:
     assert began < told.begin < told.end < time.monotonic() and 0 < told.seconds <= told.end - told.begin
     (block,) = {room.data.nbytes for room in stage._pools._pools["blocks"]._rooms}
     assert 2 * (LAYERS - 2) * (block - 64 * 32) <= told.bytes, "two forwards; tensors are aligned in a room"
-    stage.set_memory(RESIDENT)
+    stage.set_memory(RESIDENT, [])
     step(stage, job, 3)
     assert stage.copied() is None
     stage.drop(job.id)
@@ -222,7 +224,7 @@ class HastyLane(JitteryLane):
 
 
 def denoised_with(rig: Rig, lane: Lane, job: Job, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    monkeypatch.setattr("stages.dit.lane_of", lambda device: lane)
+    monkeypatch.setattr("stages.weights.lane_of", lambda device: lane)
     return denoise(rig, job, rig.load("dit", memory=MemoryPlan(level=3, blocks=1)))
 
 
@@ -298,7 +300,7 @@ def run(stages: dict[str, Stage], job: Job, plans: dict[int, MemoryPlan] | None 
     for number, quantum in enumerate(quanta(job)):
         for stage in stages.values():
             if plans and number in plans:
-                stage.set_memory(plans[number])
+                stage.set_memory(plans[number], [])
         stages[phases[quantum.phase]].step(quantum)
     for stage in stages.values():
         stage.drop(job.id)
@@ -346,24 +348,47 @@ def test_without_room_on_the_device_it_goes_on_from_the_host(rig: Rig, monkeypat
     stage = rig.load("dit", memory=MemoryPlan(level=3, blocks=2))
     assert isinstance(stage, DitStage)
     asked: list[str] = []
-    brought = weights.Network._brought
+    onload = weights.Network.onload
 
-    def lacking(self: weights.Network[WanTransformer], *given: object) -> object:
+    def lacking(self: weights.Network[WanTransformer], *given: object, **named: object) -> None:
         asked.append(self._name)
         if len(asked) == 2:
             raise OutOfMemory("there is no room")
-        return brought(self, *given)  # type: ignore[arg-type]
+        onload(self, *given, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(weights.Network, "_brought", lacking)
+    monkeypatch.setattr(weights.Network, "onload", lacking)
     put_prompts(rig, job)
     stage.begin(job)
     for index in range(job.steps):
         if index == 2:
             with pytest.raises(OutOfMemory):
-                stage.set_memory(RESIDENT)
+                stage.set_memory(RESIDENT, [])
             assert asked == ["transformer", "transformer_2"]
         if index == 3:
-            stage.set_memory(RESIDENT)
+            stage.set_memory(RESIDENT, [])
         step(stage, job, index)
     stage.drop(job.id)
     assert torch.equal(take_latents(rig, job), expected)
+
+
+def test_a_version_that_is_let_go_of_while_it_is_bound_leaves_the_device() -> None:
+    """Another takes its place, the newest of those that are left, and is brought when it is next used."""
+    module = WanTransformer(MODEL.transformer)
+    shapes = shapes_of(module, lambda name: torch.float32, {})
+    network: weights.Network[WanTransformer] = weights.Network(module, "a", shapes, {}, "", torch.device("cpu"))
+    for content in ("first", "second", "third"):
+        placement = weights.Placement.create(content, shapes, runs_of(module))
+        network.adopt(placement.seal("a", content), placement.fd)
+        placement.close()
+    network.use("third")
+    pools = Pools(network.device, network.lane, 0)
+    network.offload(pools, [])
+    network.use("third")
+    assert network.bound_source.key == ("a", "third", ())
+    network.forget("third")
+    assert network.content == "second" and module.patch_embedding.weight.is_meta
+    assert network.use("second") is module and not module.patch_embedding.weight.is_meta
+    network.forget("first")
+    assert network.content == "second"
+    with pytest.raises(KeyError):
+        network.use("third")

@@ -87,7 +87,7 @@ def test_a_clip_in_tiles(rig: Rig) -> None:
     assert isinstance(stage, VaeStage)
     stage.begin(job)
     decode(stage, job, 0)
-    stage.set_memory(MemoryPlan(level=1))
+    stage.set_memory(MemoryPlan(level=1), [])
     decode(stage, job, 1)
     expected = torch.cat([take(rig, "frames", job, i) for i in range(2)])
     rig.reclaim("vae")
