@@ -89,7 +89,7 @@ class FastDecoder(Walker):
 
     def clip(self, height: int, width: int) -> Clip:
         """A clip of height x width latents that has not begun."""
-        return self.clip_of(whole(height, width, len(self.levels)), self._capacity)
+        return self.clip_of(whole(height, width, len(self.levels)), self.capacity)
 
     def clip_of(self, window: Window, capacity: dict[tuple[int, int], int]) -> Clip:
         return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, capacity)
@@ -211,7 +211,7 @@ class FastDecoder(Walker):
         if len(groups) != len(self.levels) or not all(1 <= group <= 4 for group in groups):
             raise ValueError(f"groups must be {len(self.levels)} numbers from 1 to 4, got {groups}")
         self.groups = groups
-        self._capacity = self.count_slots(self._decode_some)
+        self.capacity = self.count_slots(self._decode_some)
 
     def _decode_some(self, clip: Clip) -> None:
         """A clip's first chunks, which take as many slots as any."""

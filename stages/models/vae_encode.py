@@ -57,7 +57,7 @@ class FastEncoder(Walker):
         self.stages = _make_stages(list(encoder.down_blocks), dtype)
         self.norm_out = make_gamma(encoder.norm_out)
         self.conv_out = make_causal("conv_out", encoder.conv_out, dtype)
-        self._capacity = self.count_slots(self._encode)
+        self.capacity = self.count_slots(self._encode)
 
     @property
     def config(self) -> VaeConfig:
@@ -65,7 +65,7 @@ class FastEncoder(Walker):
 
     def clip(self, height: int, width: int) -> Clip:
         """A clip of height x width latents that has not begun."""
-        return self.clip_of(whole(height, width, len(self.stages)), self._capacity)
+        return self.clip_of(whole(height, width, len(self.stages)), self.capacity)
 
     def clip_of(self, window: Window, capacity: dict[tuple[int, int], int]) -> Clip:
         return Clip(self._operations, window, self._dtype, self.conv_in.weight.device, capacity)

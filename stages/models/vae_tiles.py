@@ -6,7 +6,7 @@ around it, the halo, and what is wrong in the halo, because convolutions see zer
 no seams. Where the halo meets an edge of the frame, the zeros are what the whole frame has there.
 
 The tile is the outer loop and time the inner one, because what causal convolutions remember of the clip takes more than
-all else: 4.1 GiB for a frame of 1280x720 in bfloat16. It is kept for one tile only. So a tiled clip is known as a whole
+all else. It is kept for one tile only. So a tiled clip is known as a whole
 before its first frame is.
 
 Level l is the grid of latents times 2^l. All tiles of a clip have windows of the same size at each level, so that they
