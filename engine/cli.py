@@ -318,7 +318,7 @@ def cancel(
     identity: Annotated[str, typer.Argument(metavar="ID", help="Of the request; its first characters are enough.")],
     socket: Socket = None,
 ) -> None:
-    """Stop a request at its next step."""
+    """Stop a request at its next step; no file is left of it. Too late while the end of its video is written."""
     from engine.client import Client
 
     client = Client(socket)
@@ -330,8 +330,10 @@ def cancel(
         raise NotFound(f"request {matching[0].id[:8]} is not running any more: it is {matching[0].state}")
     if len(unfinished) > 1:
         raise BadRequest(f"{len(unfinished)} requests start with {identity!r}: give more of the id")
-    client.cancel(unfinished[0].id)
-    print(f"cancelled {unfinished[0].id}")
+    client.cancel(chosen := unfinished[0].id)
+    if any(task.id == chosen and task.state != "cancelled" for task in client.tasks()):
+        raise NotFound(f"too late to cancel {chosen[:8]}: the end of its video is being written")
+    print(f"cancelled {chosen}")
 
 
 @app.command()

@@ -138,7 +138,8 @@ class Client:
             raise
 
     def cancel(self, identity: str) -> None:
-        """Stop a task at its next step. `NotFound` if there is none."""
+        """Stop a task at its next step; without effect once the end of its video is being written. `NotFound` if there
+        is no such task."""
         with Connection(self.socket, self._deadlines) as connection:
             connection.ask(Cancel(ref=0, id=identity), Ok, self._deadlines.cancel)
 
@@ -312,7 +313,8 @@ class AsyncClient:
             raise
 
     async def cancel(self, identity: str) -> None:
-        """Stop a task at its next step. `NotFound` if there is none."""
+        """Stop a task at its next step; without effect once the end of its video is being written. `NotFound` if there
+        is no such task."""
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             await connection.ask(Cancel(ref=0, id=identity), Ok, self._deadlines.cancel)
 

@@ -90,6 +90,9 @@ class TaskRecord:
     """The writer's file is lost: when no decode is outstanding, decoding starts over."""
     short: dict[Phase, Shortage] = field(default_factory=dict)
     """Phases whose next quantum has failed so. Until it is done, it is granted alone, and only at a higher level."""
+    placing: bool = False
+    """The last chunk was granted to the writer, which may put the file in place at any moment from then on: too late
+    for a cancel or a deadline, whose task leaves no file."""
     ended: bool = False
     """`Finish` or `Fail` is out; what is left is to be forgotten by the stages."""
     seconds: float = 0.0

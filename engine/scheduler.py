@@ -150,9 +150,9 @@ class Scheduler:
         self._report(task)
 
     def handle_cancel_asked(self, event: CancelAsked) -> None:
-        """The task fails now; a task that has ended or is unknown stays as it is."""
+        """The task fails now; one that has ended, is unknown or may be in its place already stays as it is."""
         task = self._tasks.get(event.id)
-        if task is not None and not task.ended:
+        if task is not None and not task.ended and not task.placing:
             self._fail(task, event.error)
 
     def handle_quantum_ended(self, event: QuantumEnded) -> None:
@@ -283,9 +283,12 @@ class Scheduler:
         """The task is over for its client; the stages are told as soon as they can be."""
         task.ended = True
         self._line.leave(task)
-        if task.spec.deadline is not None:
-            del self._deadlines[bisect.bisect_left(self._deadlines, (task.spec.deadline, task.arrival))]
+        self._watch_no_deadline(task)
         self._let_go(task)
+
+    def _watch_no_deadline(self, task: TaskRecord) -> None:
+        if task.spec.deadline is not None and not task.placing:
+            del self._deadlines[bisect.bisect_left(self._deadlines, (task.spec.deadline, task.arrival))]
 
     def _let_go(self, task: TaskRecord) -> None:
         """Drop an ended task wherever nothing more can arrive for it."""
@@ -449,6 +452,9 @@ class Scheduler:
             self._ledger.take(task, "latents")
         if phase == "decode" and index == task.frames_until:
             self._ledger.take(task, "frames")
+        if phase == "write" and index == task.total["write"] - 1:
+            self._watch_no_deadline(task)
+            task.placing = True
         if stage.name not in task.told:
             task.told[stage.name] = "begun"
             self._actions.append(BeginTask(stage.name, task.id))
@@ -567,7 +573,7 @@ class Scheduler:
         for task in self._tasks.values():
             for slots, count in task.holds.items():
                 self._ledger.held[slots] += count
-            if task.spec.deadline is not None and not task.ended:
+            if task.spec.deadline is not None and not task.ended and not task.placing:
                 bisect.insort(self._deadlines, (task.spec.deadline, task.arrival, task))
 
     def _by_device(self, capacity: Capacity) -> list[list[StageRecord]]:

@@ -37,6 +37,7 @@ class TaskState(State, frozen=True, kw_only=True):
     admitted: bool
     rewinding: bool
     short: dict[Phase, Shortage]
+    placing: bool
     ended: bool
     seconds: float
     key: Key
@@ -75,8 +76,8 @@ def state_of_task(task: TaskRecord) -> TaskState:
         spec=task.spec, arrival=task.arrival, total=dict(task.total), granted=dict(task.granted), done=dict(task.done),
         holds=dict(task.holds), told=dict(task.told), left=sorted(task.left), phase=task.phase,
         overtaken=task.overtaken, crashes=task.crashes, kills=task.kills, killed_at=task.killed_at,
-        admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), ended=task.ended,
-        seconds=task.seconds, key=task.key,
+        admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), placing=task.placing,
+        ended=task.ended, seconds=task.seconds, key=task.key,
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def task_of_state(state: TaskState) -> TaskRecord:
         done=dict(state.done), holds=collections.Counter(state.holds), told=dict(state.told), left=set(state.left),
         phase=state.phase, overtaken=state.overtaken, crashes=state.crashes, kills=state.kills,
         killed_at=state.killed_at, admitted=state.admitted, rewinding=state.rewinding, short=dict(state.short),
-        ended=state.ended, seconds=state.seconds, key=state.key,
+        placing=state.placing, ended=state.ended, seconds=state.seconds, key=state.key,
     )  # fmt: skip
 
 

@@ -487,7 +487,8 @@ class Supervisor:
             raise
 
     async def cancel(self, identity: str) -> None:
-        """Stop a task at its next step; its listeners get `Failed(cancelled)` at once. `NotFound` if there is none."""
+        """Stop a task at its next step; its listeners get `Failed(cancelled)` at once, and no file is left. Too late,
+        and without effect, once the writer has the last chunk. `NotFound` if there is no such task."""
         if (task := self._pool.get(identity)).ended is None:
             failure = to_failure(Cancelled("the request was cancelled"))
             if identity in self._scheduler:

@@ -136,6 +136,8 @@ class Soak:
         except Cancelled:
             if "cancelling" not in said:
                 raise Broken(f"{path.name} was cancelled, and nobody asked for it") from None
+            if path.exists():
+                raise Broken(f"{path.name} is there, though its task was cancelled") from None
             self.ends["cancelled"] += 1
             return
         self.ends["done"] += 1
@@ -172,8 +174,9 @@ async def soak(tally: Tally, folder: Path, seconds: float, *options: str) -> Non
         await run.run(began + seconds / WARM_UP)
         warm, first = await footprint(engine), tally.requests
         await run.run(began + seconds)
+        end = await footprint(engine)
         await run.settle_silent()
-        check_flat(warm, end := await footprint(engine), tally.requests - first)
+        check_flat(warm, end, tally.requests - first)
         check_ends(await engine.status(), run.ends, len(KINDS))
     if rest := [path.name for path in videos.iterdir() if not path.name.startswith("calm-")]:
         raise Broken(f"left in the output directory: {rest}")

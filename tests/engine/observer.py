@@ -70,6 +70,8 @@ class Seen:
     """The writer died over its file; decoding starts over when nothing of it is outstanding."""
     ended: Action | None = None
     cancelled: bool = False
+    placing: bool = False
+    """The writer has been given the last chunk, once at least: its file may be in place."""
     errors: list[str] = field(default_factory=list)
     crashes: int = 0
     kills: list[tuple[Phase, int]] = field(default_factory=list)
@@ -282,6 +284,7 @@ class Observer:
         if not seen.begun:
             self._judge_turn(seen)
         seen.begun = True
+        seen.placing = seen.placing or (phase == "write" and grant.index == seen.total["write"] - 1)
         seen.granted[phase] += 1
         queue.append(grant)
         self._hold(seen, grant)
@@ -332,8 +335,8 @@ class Observer:
             return
         deadline = seen.spec.deadline
         legitimate = {
-            "cancelled": seen.cancelled,
-            "deadline_exceeded": deadline is not None and deadline <= now,
+            "cancelled": seen.cancelled and not seen.placing,
+            "deadline_exceeded": deadline is not None and deadline <= now and not seen.placing,
             "stage_failed": any(seen.needs(stage) for stage in self.hopeless),
             "poisoned_request": seen.poisoned,
         }
@@ -359,7 +362,8 @@ class Observer:
         hopeless = self.hopeless
         for id, seen in self.live.items():
             deadline = seen.spec.deadline
-            overdue = seen.cancelled or seen.errors or seen.poisoned or (deadline is not None and deadline <= now)
+            stopped = seen.cancelled or (deadline is not None and deadline <= now)
+            overdue = seen.errors or seen.poisoned or (stopped and not seen.placing)
             demand(not overdue, f"{id} should have failed")
             demand(not any(seen.needs(stage) for stage in hopeless), f"{id} waits for a failed stage")
             waits = seen.granted["decode"] > seen.done["decode"]

@@ -242,6 +242,7 @@ class World:
         self.tell(Submitted(spec))
 
     def cancel(self, id: str) -> None:
+        self.counts["late cancels"] += id in self.observer.live and self.observer.tasks[id].placing
         self.tell(CancelAsked(id, Failure("cancelled", "the client went away")))
 
     def begin_quantum(self, process: Process, grant: Grant) -> None:

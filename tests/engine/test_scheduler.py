@@ -116,6 +116,23 @@ def test_cancel_twice_or_too_late_does_nothing() -> None:
     assert s.tell(CancelAsked("never", CANCELLED)) == []
 
 
+def test_too_late_for_a_cancel_or_a_deadline_when_the_writer_has_the_last_chunk() -> None:
+    """The file may be in its place from then on, also if the writer dies and writes it again: the task ends well."""
+    s = Stages()
+    s.submit(task(denoise=1, chunks=1, deadline=5.0))
+    for phase in ("text", "denoise"):
+        s.ended("a", phase)
+    assert Grant("writer", "a", "write", 0) in s.ended("a", "decode")
+    assert s.tell(CancelAsked("a", CANCELLED)) == []
+    assert s.scheduler.next_wakeup(1.0) is None
+    assert s.tell(Tick(), 6.0) == []
+    s.lost("writer")
+    assert s.tell(CancelAsked("a", CANCELLED)) == []
+    s.up("writer", 9)
+    s.ended("a", "decode")
+    assert Finish("a") in s.ended("a", "write")
+
+
 def test_a_deadline_ends_the_task() -> None:
     """The scheduler wants to be woken at the deadline, and then the task fails with a sentence that says what to do."""
     s = Stages(up=())

@@ -35,7 +35,7 @@ HISTORIES = 10_000
 MUST_HAPPEN = (
     "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
-    "failed: out_of_memory", "shortages", "raises", "refused raises",
+    "failed: out_of_memory", "shortages", "raises", "refused raises", "late cancels",
 )  # fmt: skip
 
 
@@ -257,6 +257,15 @@ class CountsKillsForEver(Scheduler):
 class IgnoresCancels(Scheduler):
     def handle_cancel_asked(self, event: CancelAsked) -> None:
         pass
+
+
+class CancelsWhatIsInPlace(Scheduler):
+    """Calls a task cancelled whose file may be there already."""
+
+    def handle_cancel_asked(self, event: CancelAsked) -> None:
+        task = self._tasks.get(event.id)
+        if task is not None and not task.ended:
+            self._fail(task, event.error)
 
 
 class IgnoresDeadlines(Scheduler):

@@ -132,6 +132,31 @@ async def test_a_stage_that_hangs(tmp_path: Path, read_video: Any, wait_until: W
     assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
 
 
+@pytest.mark.parametrize("sent", [signal.SIGCONT, signal.SIGKILL])
+async def test_cancelled_while_the_end_of_the_file_is_written(
+    tmp_path: Path, read_video: Any, wait_until: Wait, sent: signal.Signals
+) -> None:
+    """The writer has all frames, and is as slow as can be: a cancel comes too late, as the file may be in its place
+    already. The request ends well, also when that writer dies."""
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.generate(ask(tmp_path / "calm.mp4", num_frames=5))
+        pid = pid_of(supervisor, "writer")
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        accepted = await supervisor.submit(ask(tmp_path / "v.mp4", num_frames=5))
+
+        def decoded() -> bool:
+            (task,) = [task for task in supervisor.tasks() if task.id == accepted.id]
+            return task.phase == "decode" and task.step == task.steps
+
+        await wait_until(decoded, "the last frame to be decoded")
+        await supervisor.cancel(accepted.id)
+        os.kill(pid, sent)
+        await asyncio.wait_for(supervisor.result(accepted.id), 60)
+        assert clean(supervisor)
+    assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+
+
 async def test_a_cancelled_submit_leaves_nothing(tmp_path: Path) -> None:
     """Submissions cancelled after 0 to 3 ms: those that were not accepted are not in the journal afterwards."""
     params = SystemParams(state_dir=str(tmp_path / "state"))
