@@ -136,7 +136,7 @@ class Soak:
         except Cancelled:
             if "cancelling" not in said:
                 raise Broken(f"{path.name} was cancelled, and nobody asked for it") from None
-            if path.exists():
+            if await asyncio.to_thread(path.exists):
                 raise Broken(f"{path.name} is there, though its task was cancelled") from None
             self.ends["cancelled"] += 1
             return
