@@ -11,26 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from typing import Literal, Protocol
-
-import msgspec
+from typing import Protocol
 
 from engine.checkpoint import file_bytes
-from engine.devices import compute_dtype, compute_threads, compute_tokens, devices_of_seats
-from engine.memory import DECODE_LATENTS, EngineMemory
+from engine.devices import compute_tokens, devices_of_seats
+from engine.memory import EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
 from engine.plans import Plans, PlansState
 from engine.posts import Changes, Post, Posts, PostState
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
-from engine.settings import Settings, changed, computed_with
+from engine.settings import Settings, computed_with
 from engine.spare import Spare
+from engine.start_messages import StartMessages
 from engine.states import Descriptors, State
-from engine.successor import successor
+from engine.takeover import Takeover
 from engine.upkeep import Upkeep
+from engine.vault import Origin
 from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -43,29 +41,23 @@ from ipc.messages import (
     AnyStageReport,
     AttentionChoice,
     Chosen,
-    Component,
     Dropped,
     Loading,
     LoadProgress,
-    MemoryPlan,
     MemorySet,
     Placed,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
     Ready,
-    Rehearse,
     Replaced,
     Run,
     Seat,
     StageName,
     StageStatus,
-    Start,
     StartFailed,
     Stop,
     VaeChosen,
-    WeightVersion,
-    number_of,
     stage_of,
 )  # fmt: skip
 
@@ -134,9 +126,6 @@ class Crew:
         devices = devices_of_seats(device, dit_devices)
         self.tokens = compute_tokens(params, devices)
         """The compute token each seat needs, for the scheduler."""
-        self._settings = Settings(
-            attention=params.attention_backend, threads=compute_threads(params, len(dit_devices))
-        )  # fmt: skip
         self._posts = Posts(devices, fused=params.placement == "fused")
         self.groups = self._posts.groups
         self.placed = WeightStore()
@@ -144,19 +133,18 @@ class Crew:
         self.weights = Versions()
         self._source = checkpoint_directory(model, params.checkpoint).name
         self.versions: dict[str, str] = {}
-        self._chosen: Chosen | None = None
-        """What the dits compute with, once the first of them has said so; kept for the life of the engine."""
-        self._vae_chosen: VaeChosen | None = None
-        """As `_chosen`, of the vae."""
+        self._starts = StartMessages(
+            params, model, checkpoint, device, memory, self._posts, self.placed, self.weights, plans
+        )
+        self.dtype, self.outliving = self._starts.dtype, self._starts.outliving
         self._loading = {
-            c.name: LoadProgress(component=c.name, done=0, total=file_bytes(c)) for c in self._components()
+            name: LoadProgress(component=name, done=0, total=file_bytes(component))
+            for name, component in checkpoint.components.items()
         }
         self._epoch = 0
         self._spare = Spare(params.warm_spare, device)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
-        self._successors: dict[tuple[Seat, ...], Body] = {}
-        """Processes that have proved themselves, and take over when their predecessor has left."""
-        self._replacing = asyncio.Lock()
+        self._takeover = Takeover(params, self._posts, self._starts, lambda: self.ready(lambda loading: None))
         self._held_back: list[tuple[Seat, ...]] = []
         """To be started when what they would read is placed."""
         self._left_to_start: list[tuple[tuple[Seat, ...], float]] = []
@@ -165,13 +153,6 @@ class Crew:
         self._changes = Changes()
         self.upkeep = Upkeep(self._posts, self.placed, plans, self._changes, params.stage_deadline)
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
-
-    @property
-    def outliving(self) -> Literal["host", "gpu", "no"]:
-        """Where there is memory that outlives the stages."""
-        if not self.on_gpu:
-            return "host"
-        return "gpu" if self._memory.on_device else "no"
 
     # Life.
 
@@ -183,17 +164,17 @@ class Crew:
             return
         for post in self._posts.of(seats):
             post.state, post.error = "starting", None
-        if self._is_being_placed(seats) or self._is_being_chosen(seats):
+        if self._starts.must_wait(seats):
             self._held_back.append(seats)
         else:
             self._spawn(seats)
 
     def _spawn(self, seats: tuple[Seat, ...]) -> None:
         self._epoch += 1
-        fds = self._fds(seats)
-        start = encode_start(self._start_message(seats), fds)
+        fds = self._starts.fds(seats)
+        start = encode_start(self._starts.message(seats, self._epoch), fds)
         try:
-            body = self._successor_of(seats) or self._spare.take() or Body()
+            body = self._takeover.successor_of(seats) or self._spare.take() or Body()
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
@@ -203,22 +184,10 @@ class Crew:
         device = self._posts.device_of(seats)
         if device in self.plans.held:
             home, process.memory = self.plans.home(device), self.plans.at_start(device)
-            process.knows = {(version.component, version.content, home) for version, _ in self._placed_for(seats)}
+            process.knows = {(version.component, version.content, home) for version, _ in self._starts.placed(seats)}
         for post in self._posts.of(seats):
             post.process = process
             post.restarts += 1
-
-    def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
-        """A sibling on the same device is reading the weights of these seats."""
-        placed = {version.component for version, _ in self._placed_for(seats)}
-        return not placed.issuperset(self._components_of(seats)) and self._posts.is_loading_for(seats, self.plans.home)
-
-    def _is_being_chosen(self, seats: tuple[Seat, ...]) -> bool:
-        """A sibling, on whatever device, is finding out what all dits are to compute with: two that measure could find
-        different things, and then a result would depend on which of them it came from."""
-        dits = self._posts.siblings("dit")
-        undecided = self._chosen is None and any(post.name in seats for post in dits)
-        return undecided and any(post.process is not None and not post.process.ready for post in dits)
 
     def _start_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []
@@ -261,8 +230,7 @@ class Crew:
         self._stopping = self.upkeep.ended = True
         self._watcher.cancel()
         self._spare.end()
-        while self._successors:
-            self._successors.popitem()[1].end()
+        self._takeover.end()
         for handle in self._pending.values():
             handle.cancel()
         processes = self._posts.processes()
@@ -280,7 +248,7 @@ class Crew:
 
     def kill(self) -> None:
         """End every process now, whatever it is doing; `stop` then has only to reap."""
-        self._stopping = self.upkeep.ended = True
+        self._stopping = self.upkeep.ended = self._takeover.ended = True
         for process in self._posts.processes():
             process.kill()
         self._spare.kill()
@@ -290,7 +258,7 @@ class Crew:
     @property
     def is_replacing(self) -> bool:
         """A process is taking the place of another."""
-        return self._replacing.locked() or bool(self._successors)
+        return self._takeover.is_busy
 
     def state(self, fds: Descriptors) -> CrewState:
         """All processes and what is known of them."""
@@ -300,8 +268,8 @@ class Crew:
             placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
             loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
-            held_back=self._held_back, chosen=self._chosen, vae_chosen=self._vae_chosen, plans=self.plans.state(),
-            settings=self._settings,
+            held_back=self._held_back, chosen=self._starts.chosen, vae_chosen=self._starts.vae_chosen,
+            plans=self.plans.state(), settings=self._starts.settings,
         )  # fmt: skip
 
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
@@ -324,8 +292,8 @@ class Crew:
         self._epoch = state.epoch
         self._spare.put_back(state.spare, fds)
         self._held_back = list(state.held_back)
-        self._chosen, self._vae_chosen = state.chosen, state.vae_chosen
-        self._settings = state.settings
+        self._starts.chosen, self._starts.vae_chosen = state.chosen, state.vae_chosen
+        self._starts.settings = state.settings
         self._left_to_start = list(state.pending)
 
     def resume(self) -> None:
@@ -345,6 +313,14 @@ class Crew:
         """Of all its processes."""
         spare = [] if self._spare.pid is None else [self._spare.pid]
         return [process.pid for process in self._posts.processes()] + spare
+
+    def origins(self) -> list[Origin]:
+        """Of the weights that its processes begin with: what is to be read, for which device."""
+        return [
+            Origin(self._model.name, device, self.dtype, component)
+            for component in self._checkpoint.components.values()
+            for device in self.upkeep.places_of(component.name)
+        ]
 
     def device_of(self, seat: Seat) -> str | None:
         """Where the seat computes; None: nowhere."""
@@ -373,76 +349,17 @@ class Crew:
             process.send(message, fds)
 
     def run(self, seat: Seat, run: Run) -> None:
-        post = self._posts[seat]
-        if post.process is not None:
-            post.process.send_run(run)
+        if (process := self._posts[seat].process) is not None:
+            process.send_run(run)
 
     async def replace(
         self, stages: Sequence[StageName], attention: AttentionChoice | None = None, threads: int | None = None
     ) -> Replaced:
-        """New processes in the places of these stages' (none: of all), one after the other. Each first proves itself
-        beside its predecessor, which then leaves after the quantum in hand. Raises `StageFailed` for the first that is
-        not fit; its predecessor goes on, and so do the replaced ones.
-
-        With other settings (`engine/settings.py`), all of them prove themselves before the first takes over, so that
-        either all have them, or none. Raises `BadConfig` for settings that cannot be."""
-        pids: dict[str, int] = {}
-        seconds: dict[str, float] = {}
-        default = compute_threads(msgspec.structs.replace(self._params, threads=0), len(self._posts.siblings("dit")))
-        async with self._replacing, AsyncExitStack() as undo:
-            groups = [g for g in self.groups if not stages or {stage_of(seat) for seat in g} & set(stages)]
-            wanted = changed(self._settings, stages, attention, threads, default)
-            proven: dict[tuple[Seat, ...], Body] = {}
-            undo.callback(_end_all, proven)
-            if wanted != self._settings:
-                for seats in groups:
-                    proven[seats] = await self._prove(seats, wanted)
-                if wanted.attention != self._settings.attention:
-                    self._chosen = None  # the first dit says what it is
-                self._settings = wanted
-            for seats in groups:
-                body = proven.pop(seats) if seats in proven else await self._prove(seats)
-                taken = await self._replace(seats, body)
-                for post in self._posts.of(seats):
-                    assert post.process is not None, f"{post.name} is up"
-                    pids[post.name], seconds[post.name] = post.process.pid, taken
-            self._spare.end()
-            self._keep_spare()
-        return Replaced(pids=pids, seconds=seconds)
-
-    async def _prove(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Body:
-        """A process that could take these seats, with the settings that there are, or the `wanted` ones."""
-        fds = [fd for _, fd in self._placed_for(seats)]
-        start = msgspec.structs.replace(self._start_message(seats, wanted), queues=[], state=None)
-        if not start.outliving and wanted is not None:
-            raise StageFailed(
-                "this GPU's driver has no memory that outlives a process, so the weights do not fit beside the old one "
-                "to try this; start the engine with these options"
-            )
-        if not start.outliving:
-            start = msgspec.structs.replace(start, stages=[])  # the weights do not fit twice: only its code is tried
-        return await successor(Rehearse(start=start), fds, self._params.start_deadline)
-
-    async def _replace(self, seats: tuple[Seat, ...], body: Body) -> float:
-        """Seconds from the end of the old process until the new one was ready."""
-        if self._stopping:
-            body.end()
-            raise StageFailed("the engine is stopping")
-        self._successors[seats] = body
-        for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
-            process.leaving = True
-            process.send(Stop())
-            await process.exited.wait()
-        left = self._loop.time()
-        await self.ready(lambda loading: None)
-        return self._loop.time() - left
-
-    def _successor_of(self, seats: tuple[Seat, ...]) -> Body | None:
-        body = self._successors.pop(seats, None)
-        if body is None or body.lives():
-            return body
-        body.end()
-        return None
+        """New processes in the places of these stages' (none: of all), as `Takeover.replace`; and a new spare."""
+        replaced = await self._takeover.replace(stages, attention, threads)
+        self._spare.end()
+        self._keep_spare()
+        return replaced
 
     def computes(self, seat: Seat) -> dict[str, str]:
         """What the results of the process at a seat depend on."""
@@ -462,14 +379,10 @@ class Crew:
             case Adopted():
                 self.upkeep.handle_adopted(process, report)
             case Chosen():
-                if self._chosen is None:
-                    log.info("dit computes with attention %s and kernels %s", report.attention, report.kernels)
-                self._chosen = self._chosen or report
+                self._starts.handle_chosen(report)
                 self._start_held_back()
             case VaeChosen():
-                if self._vae_chosen is None:
-                    log.info("vae computes with kernels %s", report.kernels)
-                self._vae_chosen = self._vae_chosen or report
+                self._starts.handle_vae_chosen(report)
             case Loading(component=component, done=done, total=total):
                 progress = LoadProgress(component=component, done=done, total=total)
                 seat = process.seat(STAGE_OF_COMPONENT[component])
@@ -532,7 +445,7 @@ class Crew:
         """It did not come up for lack of memory, and was up before: others have taken it, and may give it back. It is
         tried again as often as a stage that dies."""
         lacking = any(post.error is not None and post.error.code == OutOfMemory.code for post in posts)
-        if not lacking or not self._placed_for(seats):
+        if not lacking or not self._starts.placed(seats):
             return False
         log.warning("%s could not start for lack of memory; it is tried again", ", ".join(seats))
         return True
@@ -550,54 +463,6 @@ class Crew:
                 log.error("process %d of %s has made no progress for %.0f s: killed", process.pid, names, silent)
                 process.kill()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
-
-    def _fds(self, seats: tuple[Seat, ...]) -> list[int]:
-        """What goes with `_start_message`, in its order."""
-        return self._memory.fds([stage_of(seat) for seat in seats]) + [fd for _, fd in self._placed_for(seats)]
-
-    def _placed_for(self, seats: tuple[Seat, ...]) -> list[tuple[WeightVersion, int]]:
-        components = self._components_of(seats)
-        return self.placed.of(self.plans.home(self._posts.device_of(seats)), components) if components else []
-
-    def _components_of(self, seats: tuple[Seat, ...]) -> list[str]:
-        stages = [stage_of(seat) for seat in seats]
-        return [name for name in self._checkpoint.components if STAGE_OF_COMPONENT[name] in stages]
-
-    @property
-    def dtype(self) -> str:
-        """That the engine computes in."""
-        return compute_dtype(self._params, self.device)
-
-    def _start_message(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Start:
-        settings = self._settings if wanted is None else wanted
-        chosen = self._chosen if settings.attention == self._settings.attention else None
-        stages = [stage_of(seat) for seat in seats]
-        device = self._posts.device_of(seats)
-        plan = self.plans.at_start(device) if device in self.plans.held else MemoryPlan()
-        return Start(
-            stages=stages, number=max(map(number_of, seats)), epoch=self._epoch, supervisor_pid=os.getpid(),
-            model=self._model.name,
-            transformer=self._model.transformer, vae=self._model.vae, text_encoder=self._model.text_encoder,
-            image_encoder=self._model.image_encoder, conditioning=self._model.conditioning,
-            boundary=self._model.boundary, components=self._components(), tokenizer=str(self._checkpoint.tokenizer),
-            devices={stage_of(p.name): p.device for p in self._posts.of(seats) if p.device is not None},
-            threads={stage: settings.threads[stage] for stage in stages}, dtype=self.dtype,
-            decode_latents=DECODE_LATENTS, queues=self._memory.specs(stages), state=self._memory.state_spec(stages),
-            placed=[version for version, _ in self._placed_for(seats)], serving=self.weights.serving,
-            outliving=self.outliving != "no",
-            attention=settings.attention if chosen is None else chosen.attention,
-            kernels="auto" if chosen is None else chosen.kernels,
-            vae_kernels="auto" if self._vae_chosen is None else self._vae_chosen.kernels,
-            memory=plan, limits=self.plans.limits(device, plan),
-        )  # fmt: skip
-
-    def _components(self) -> list[Component]:
-        return list(self._checkpoint.components.values())
-
-
-def _end_all(bodies: dict[tuple[Seat, ...], Body]) -> None:
-    while bodies:
-        bodies.popitem()[1].end()
 
 
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:

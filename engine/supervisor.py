@@ -67,7 +67,7 @@ from engine.states import Descriptors, State
 from engine.systemd import Notify
 from engine.tasks import PoolState, Task, TaskPool, computed_metadata, task_spec
 from engine.trace import Trace
-from engine.vault import Origin, Vault, VaultState
+from engine.vault import Vault, VaultState
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
 from hotreload.given import GivenTensor, pack
@@ -231,7 +231,7 @@ class Supervisor:
             self._scheduler = Scheduler(capacity(self._crew.tokens), self.params.policy)
             undo.callback(self._give_up)
             if self._vault is not None:
-                await self._vault.open(self._crew.placed, self._origins())
+                await self._vault.open(self._crew.placed, self._crew.origins())
             self._phase = "open"
             for seats in self._crew.groups:
                 self._crew.start(seats)
@@ -259,19 +259,10 @@ class Supervisor:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _origins(self) -> list[Origin]:
-        """What is to be read, for which device."""
-        crew = self._crew
-        return [
-            Origin(self.model.name, device, crew.dtype, component)
-            for component in self.checkpoint.components.values()
-            for device in crew.upkeep.places_of(component.name)
-        ]
-
     async def settle(self) -> None:
         """All stages are up: what they have read is worth keeping for the next start."""
         if self._vault is not None:
-            await self._vault.settle(self._crew.placed, self._origins())
+            await self._vault.settle(self._crew.placed, self._crew.origins())
 
     async def ready(self, on_loading: OnLoading = lambda loading: None) -> None:
         """Wait until every stage is loaded; `on_loading` hears how far that is. Raises the error of a stage that cannot

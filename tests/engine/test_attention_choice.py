@@ -11,6 +11,7 @@ import pytest
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.crew import Crew
+from engine.start_messages import StartMessages
 from ipc.errors import BadConfig
 from ipc.messages import Seat
 from tests.conftest import Video
@@ -27,12 +28,12 @@ async def test_a_dit_that_is_started_again_is_told(tmp_path: Path, wait_until: W
     metadata names it."""
     async with Supervisor(SystemParams(device="cpu", threads=1)) as supervisor:
         crew = supervisor._crew
-        assert crew._start_message(("dit",)).attention == "auto"
+        assert crew._starts.message(("dit",), 1).attention == "auto"
         done = await supervisor.generate(ask(tmp_path / "first.mp4"))
         versions = done.metadata["versions"]
         assert versions["attention"].startswith("sdpa (torch ") and versions["kernels"] == "torch"
         assert versions["vae"] == "plain torch, float32"
-        told = crew._start_message(("dit",))
+        told = crew._starts.message(("dit",), 1)
         assert (told.attention, told.kernels) == ("sdpa", "torch")
         stage = next(stage for stage in supervisor.status().stages if stage.name == "dit")
         assert stage.pid is not None
@@ -46,9 +47,9 @@ async def test_a_vae_that_is_started_again_is_told(tmp_path: Path, wait_until: W
     """As the dit: the first is told to find out, the next to take what the first took; the video is the same bytes."""
     async with Supervisor(SystemParams(device="cpu", threads=1)) as supervisor:
         crew = supervisor._crew
-        assert crew._start_message(("vae",)).vae_kernels == "auto"
+        assert crew._starts.message(("vae",), 1).vae_kernels == "auto"
         await supervisor.generate(ask(tmp_path / "first.mp4"))
-        assert crew._start_message(("vae",)).vae_kernels == "torch"
+        assert crew._starts.message(("vae",), 1).vae_kernels == "torch"
         stage = next(stage for stage in supervisor.status().stages if stage.name == "vae")
         assert stage.pid is not None
         os.kill(stage.pid, signal.SIGKILL)
@@ -64,11 +65,11 @@ async def test_two_dits_do_not_find_out_at_the_same_time(monkeypatch: pytest.Mon
     spawn = Crew._spawn
 
     def recorded(self: Crew, seats: tuple[Seat, ...]) -> None:
-        told.append((seats[0], self._start_message(seats).attention))
+        told.append((seats[0], self._starts.message(seats, 1).attention))
         spawn(self, seats)
 
     monkeypatch.setattr(Crew, "_spawn", recorded)
-    monkeypatch.setattr(Crew, "_is_being_placed", lambda self, seats: False)
+    monkeypatch.setattr(StartMessages, "_is_being_placed", lambda self, seats: False)
     async with Supervisor(SystemParams(dit_devices=("cpu", "cpu"), threads=1)) as supervisor:
         assert ("dit:1", "auto") not in told
         await supervisor.ready()

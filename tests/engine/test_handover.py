@@ -34,9 +34,11 @@ from engine.serve import Service
 from engine.server import Server
 from engine.session import Session
 from engine.spare import Spare
+from engine.start_messages import StartMessages
 from engine.states import Descriptors
 from engine.supervisor import Supervisor
 from engine.systemd import Notify
+from engine.takeover import Takeover
 from engine.tasks import Task, TaskPool
 from engine.trace import Trace
 from engine.vault import Vault
@@ -54,12 +56,14 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     ),
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back _chosen _vae_chosen plans "
-        "_settings",
-        "_params _model _checkpoint _memory _owner _loop device on_gpu tokens groups _stopping upkeep "
-        "_successors _replacing "
-        "_changes _watcher _left_to_start",
+        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back plans _starts",
+        "_params _model _checkpoint _memory _owner _loop device on_gpu dtype outliving tokens groups _stopping upkeep "
+        "_takeover _changes _watcher _left_to_start",
     ),
+    StartMessages: (
+        "chosen vae_chosen settings _memory _posts _placed _weights _plans", "_model _checkpoint dtype outliving",
+    ),
+    Takeover: ("", "_params _posts _starts _all_up _turn _successors ended"),
     StageProcess: (
         "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
         "_pidfd pid _killed _oom_kills",
@@ -136,7 +140,7 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
         supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
         supervisor._loras.adapters, supervisor._vault, crew.plans, supervisor._levels,
-        supervisor._levels._devices["cpu"],
+        supervisor._levels._devices["cpu"], crew._starts, crew._takeover,
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:

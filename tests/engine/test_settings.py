@@ -97,7 +97,7 @@ async def test_all_dits_change_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         await supervisor.ready()
         before = pids(supervisor), computes(supervisor)
         with monkeypatch.context() as patched:
-            patched.setattr("engine.crew.successor", second_fails)
+            patched.setattr("engine.takeover.successor", second_fails)
             with pytest.raises(StageFailed, match="it is not fit"):
                 await supervisor.replace_stages(["dit"], attention_backend="math")
         assert not tried[0].lives()

@@ -1,0 +1,121 @@
+"""New processes in the places of those that serve, with the code that is on disk now, or with other settings.
+
+Each first proves itself beside its predecessor (`engine/successor.py`), which then leaves after the quantum in hand;
+the crew starts the new one in its place as it does after a death. Whatever fails before that leaves the old one to go
+on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from engine.devices import compute_threads
+from engine.params import SystemParams
+from engine.posts import Posts
+from engine.process import Body
+from engine.settings import Settings, changed
+from engine.start_messages import StartMessages
+from engine.successor import successor
+from ipc.errors import StageFailed
+from ipc.messages import AttentionChoice, Rehearse, Replaced, Seat, StageName, Stop, stage_of
+
+
+class Takeover:
+    """Replaces processes of a crew, one after the other.
+
+    Resource handling: owns the processes that have proved themselves, until the crew takes them or `end`.
+    """
+
+    def __init__(
+        self, params: SystemParams, posts: Posts, starts: StartMessages, all_up: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`all_up` returns when every stage is up; raises what keeps one from being."""
+        self._params, self._posts, self._starts, self._all_up = params, posts, starts, all_up
+        self._turn = asyncio.Lock()
+        self._successors: dict[tuple[Seat, ...], Body] = {}
+        """Processes that have proved themselves, and take over when their predecessor has left."""
+        self.ended = False
+        """The crew stops: nobody takes over any more."""
+
+    @property
+    def is_busy(self) -> bool:
+        """A process is taking the place of another."""
+        return self._turn.locked() or bool(self._successors)
+
+    async def replace(
+        self, stages: Sequence[StageName], attention: AttentionChoice | None, threads: int | None
+    ) -> Replaced:
+        """New processes in the places of these stages' (none: of all). Raises `StageFailed` for the first that is not
+        fit; its predecessor goes on, and so do the replaced ones.
+
+        With other settings (`engine/settings.py`), all of them prove themselves before the first takes over, so that
+        either all have them, or none. Raises `BadConfig` for settings that cannot be."""
+        pids: dict[str, int] = {}
+        seconds: dict[str, float] = {}
+        default = compute_threads(msgspec.structs.replace(self._params, threads=0), len(self._posts.siblings("dit")))
+        async with self._turn, AsyncExitStack() as undo:
+            groups = [g for g in self._posts.groups if not stages or {stage_of(seat) for seat in g} & set(stages)]
+            wanted = changed(self._starts.settings, stages, attention, threads, default)
+            proven: dict[tuple[Seat, ...], Body] = {}
+            undo.callback(_end_all, proven)
+            if wanted != self._starts.settings:
+                for seats in groups:
+                    proven[seats] = await self._prove(seats, wanted)
+                self._starts.change(wanted)
+            for seats in groups:
+                body = proven.pop(seats) if seats in proven else await self._prove(seats)
+                taken = await self._replace(seats, body)
+                for post in self._posts.of(seats):
+                    assert post.process is not None, f"{post.name} is up"
+                    pids[post.name], seconds[post.name] = post.process.pid, taken
+        return Replaced(pids=pids, seconds=seconds)
+
+    async def _prove(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Body:
+        """A process that could take these seats, with the settings that there are, or the `wanted` ones."""
+        fds = [fd for _, fd in self._starts.placed(seats)]
+        start = msgspec.structs.replace(self._starts.message(seats, 0, wanted), queues=[], state=None)
+        if not start.outliving and wanted is not None:
+            raise StageFailed(
+                "this GPU's driver has no memory that outlives a process, so the weights do not fit beside the old one "
+                "to try this; start the engine with these options"
+            )
+        if not start.outliving:
+            start = msgspec.structs.replace(start, stages=[])  # the weights do not fit twice: only its code is tried
+        return await successor(Rehearse(start=start), fds, self._params.start_deadline)
+
+    async def _replace(self, seats: tuple[Seat, ...], body: Body) -> float:
+        """Seconds from the end of the old process until the new one was ready."""
+        if self.ended:
+            body.end()
+            raise StageFailed("the engine is stopping")
+        self._successors[seats] = body
+        for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
+            process.leaving = True
+            process.send(Stop())
+            await process.exited.wait()
+        loop = asyncio.get_running_loop()
+        left = loop.time()
+        await self._all_up()
+        return loop.time() - left
+
+    def successor_of(self, seats: tuple[Seat, ...]) -> Body | None:
+        """The process that is to have these seats now, if one has proved itself and lives; the caller's from now on."""
+        body = self._successors.pop(seats, None)
+        if body is None or body.lives():
+            return body
+        body.end()
+        return None
+
+    def end(self) -> None:
+        """Nobody takes over any more. Kills and reaps; waits for milliseconds."""
+        self.ended = True
+        _end_all(self._successors)
+
+
+def _end_all(bodies: dict[tuple[Seat, ...], Body]) -> None:
+    while bodies:
+        bodies.popitem()[1].end()
