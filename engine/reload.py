@@ -11,11 +11,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,8 +23,10 @@ from engine.checkpoint import given_component, open_all_components, open_compone
 from engine.crew import Crew
 from engine.decode import decode_strictly
 from engine.judge import judge
+from engine.levels import Levels
 from engine.loader import Loader, read_of
 from engine.params import ModelParams, SystemParams, UserParams
+from engine.running import RunningTasks
 from engine.weights import Placed, Source, Versions
 from ipc.channel import close_fds
 from ipc.errors import (
@@ -48,30 +50,6 @@ GIVEN = "given in memory"
 """Where weights are from that a program has given."""
 
 
-class Host(Protocol):
-    """What a reload needs of the supervisor."""
-
-    @property
-    def model(self) -> ModelParams: ...
-    @property
-    def params(self) -> SystemParams: ...
-    def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
-        """Of each unfinished task: (component, content hash)."""
-
-    def places_for(self, components: Sequence[str]) -> dict[str, list[str]]:
-        """Where new versions of these are to be placed."""
-
-    async def make_room(self) -> bool:
-        """Have the weights leave the GPUs for host memory, where new versions are placed then; False if they may
-        not."""
-
-    def change_running(self, weights: dict[str, str]) -> None:
-        """Have running tasks change to these versions, between two steps."""
-
-    async def try_weights(self, user: UserParams, weights: dict[str, str]) -> str:
-        """Make a video with these versions; its path. Raises what a request raises."""
-
-
 class Order(NamedTuple):
     """What is to be read, and what then."""
 
@@ -90,8 +68,19 @@ class Reloader:
     """Carries out reloads, one at a time: the last to come wins, and one before it that has not flipped is told so. A
     dry run, which changes nothing, waits for those before it."""
 
-    def __init__(self, host: Host, crew: Crew) -> None:
-        self._host, self._crew = host, crew
+    def __init__(
+        self,
+        model: ModelParams,
+        params: SystemParams,
+        crew: Crew,
+        levels: Levels,
+        tasks: RunningTasks,
+        try_weights: Callable[[UserParams, dict[str, str]], Awaitable[str]],
+    ) -> None:
+        """`try_weights` makes a video with other versions than those that are served, and returns its path. It raises
+        what a request raises."""
+        self._model, self._params = model, params
+        self._crew, self._levels, self._tasks, self._try_weights = crew, levels, tasks, try_weights
         self._turn = asyncio.Lock()
         self._turns: set[asyncio.Event] = set()
         """Of the reloads under way, set when another one overtakes them."""
@@ -114,7 +103,7 @@ class Reloader:
         """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `OutOfMemory`,
         `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
         directory = Path(asked.checkpoint)
-        model, params = self._host.model, self._host.params
+        model, params = self._model, self._params
         if asked.components:
             components = await asyncio.to_thread(open_components, model, params, directory, asked.components)
         else:
@@ -126,7 +115,7 @@ class Reloader:
     async def take(self, component: str, fd: int, when: When) -> Reloaded:
         """Serve the weights that a program gives in memory (`hotreload/given.py`); `fd` stays the caller's. Raises as
         `reload`."""
-        found = await asyncio.to_thread(given_component, self._host.model, self._host.params, component, fd)
+        found = await asyncio.to_thread(given_component, self._model, self._params, component, fd)
         return await self.carry_out(Order({component: found}, GIVEN, when, in_memory={component: fd}))
 
     async def rollback(self, when: When) -> Reloaded:
@@ -198,7 +187,7 @@ class Reloader:
 
     def let_go(self) -> None:
         """Free the versions that nobody needs. To be called whenever a task has ended."""
-        in_use = {key for versions in self._host.weights_in_use() for key in versions} | self._candidates
+        in_use = {key for versions in self._tasks.weights_in_use() for key in versions} | self._candidates
         for component, content in self._versions.surplus(self._crew.placed, in_use):
             log.info("%s %s is let go", component, content[:12])
             self._crew.upkeep.forget(component, content)
@@ -206,7 +195,7 @@ class Reloader:
 
     def versions(self) -> list[VersionInfo]:
         """What is served, was before, or is still used, of each component."""
-        running = self._host.weights_in_use()
+        running = self._tasks.weights_in_use()
         return [
             self._info(name, content, source.label, running)
             for (name, content), source in self._versions.sources.items()
@@ -271,11 +260,11 @@ class Reloader:
 
     async def _placed(self, order: Order) -> list[Placed]:
         """Have it placed. Where there is no room, what was pinned goes first, and then all that is on the GPUs."""
-        ways = [self._unpin, self._host.make_room]
+        ways = [self._unpin, self._levels.make_room]
         while True:
             asked = read_of(
-                self._host.model, self._crew.dtype, list(order.components.values()),
-                self._host.places_for(list(order.components)), list(order.in_memory), order.manifest,
+                self._model, self._crew.dtype, list(order.components.values()), self._places_for(order.components),
+                list(order.in_memory), order.manifest,
             )  # fmt: skip
             try:
                 return await self._load(asked, list(order.in_memory.values()))
@@ -285,6 +274,12 @@ class Reloader:
                         break
                 else:
                     raise
+
+    def _places_for(self, components: Collection[str]) -> dict[str, list[str]]:
+        """Where new versions of these are to be placed: where they are computed with, and, if there is room, where the
+        level may need them."""
+        self._levels.copies.make_way(components)
+        return {name: self._crew.upkeep.places_of(name) for name in components}
 
     async def _unpin(self) -> bool:
         """Let go of what was pinned; False if nothing was."""
@@ -342,15 +337,13 @@ class Reloader:
         """New tasks get these from now on."""
         self._versions.flip(new, pin=when == "pin")
         if when == "now":
-            self._host.change_running(new)
-        running = sum(any(name in new and new[name] != content for name, content in used) for used in self._in_use())
+            self._tasks.change_weights(new)
+        in_use = self._tasks.weights_in_use()
+        running = sum(any(name in new and new[name] != content for name, content in used) for used in in_use)
         for name, content in new.items():
             log.info("%s is now %s of %s", name, content[:12], self._versions.sources[name, content].label)
         size = sum(p.version.bytes for p in placed)
         return Reloaded(weights=new, bytes=size, seconds=seconds, running=running)
-
-    def _in_use(self) -> list[frozenset[tuple[str, str]]]:
-        return self._host.weights_in_use()
 
     async def _try(self, canary: Canary, new: dict[str, str]) -> None:
         """Raises `CanaryFailed` unless its video is what the operator expects."""
@@ -360,7 +353,7 @@ class Reloader:
             raise BadRequest(f"the params of the canary are not MessagePack: {error}") from error
         user = decode_strictly(UserParams, given, BadRequest, "the canary")
         try:
-            path = await self._host.try_weights(user, new)
+            path = await self._try_weights(user, new)
         except (BadRequest, asyncio.CancelledError):
             raise
         except EngineError as error:

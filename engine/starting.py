@@ -1,19 +1,23 @@
-"""The memory of the queues and states, and the memory plan that each device begins with: from what the operator asks
-for and what there is."""
+"""The model and its files, the memory of the queues and states, and the memory plan that each device begins with: from
+what the operator asks for and what there is."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
+from engine.checkpoint import open_model
 from engine.device_memory import make_device_memory
-from engine.devices import compute_dtype, devices_of_seats
+from engine.devices import compute_dtype, devices_of_seats, resolve_devices
 from engine.footprint import Bounds, Setting, allocation_limits, need, plan_for, refusal, usual_size
 from engine.memory import EngineMemory, device_sizes
+from engine.models import load_model
 from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST, Limits
+from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig
 from ipc.messages import MemoryPlan, StageName, stage_of
@@ -23,6 +27,23 @@ log = logging.getLogger(__name__)
 
 LEAST = MemoryPlan(level=3, blocks=0)
 """What takes the least of a GPU."""
+
+
+class Opened(NamedTuple):
+    """What is found before anything is started."""
+
+    model: ModelParams
+    device: str
+    dit_devices: tuple[str, ...]
+    checkpoint: Checkpoint
+
+
+def look_up(params: SystemParams) -> Opened:
+    """The model, its devices and its files. Raises `BadConfig` and `BadCheckpoint`."""
+    model = load_model(params.model)
+    device, dit_devices = resolve_devices(params)
+    check_level(params, device)
+    return Opened(model, device, dit_devices, open_model(model, params))
 
 
 def check_level(params: SystemParams, device: str) -> None:

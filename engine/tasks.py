@@ -13,7 +13,7 @@ from engine.footprint import RequestSize
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
-from ipc.errors import Failure, NotFound
+from ipc.errors import Failure, NotFound, from_failure
 from ipc.messages import (
     STAGE_OF_PHASE,
     Computed,
@@ -99,6 +99,15 @@ class Task:
                 return
             if self.progress is seen:
                 await changed.wait()
+
+    async def result(self) -> Done:
+        """Wait for the end; raises its error if it did not end well."""
+        async for event in self.events():
+            if isinstance(event, Done):
+                return event
+            if isinstance(event, Failed):
+                raise from_failure(event.error)
+        raise AssertionError("a task's events end with Done or Failed")
 
     def info(self) -> TaskInfo:
         error: Failure | None = self.ended.error if isinstance(self.ended, Failed) else None

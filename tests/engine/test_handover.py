@@ -28,6 +28,8 @@ from engine.posts import Post, Posts, PostState
 from engine.process import Body, StageProcess
 from engine.records import StageRecord, TaskRecord
 from engine.reload import Reloader
+from engine.requests import Requests
+from engine.running import RunningTasks
 from engine.scheduler import Scheduler
 from engine.scheduler_state import StageRecordState, TaskState
 from engine.serve import Service
@@ -50,10 +52,15 @@ from tests.engine.wire import RawClient, frame
 
 HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
-        "params model device dit_devices checkpoint _pool _outputs _phase _idle _started_at _journal _memory _crew "
-        "_scheduler _trace _loras _levels _vault",
-        "_admitting _background _no_admissions _closed _timer _loop _reloader",
+        "params model device dit_devices checkpoint _pool _phase _started_at _journal _memory _crew _scheduler _trace "
+        "_loras _levels _vault",
+        "_closed _timer _loop _running _requests _reloader",
     ),
+    Requests: (
+        "_pool _outputs idle _scheduler _journal _loras",
+        "_host _params _model _on_gpu _loop _admitting _no_admissions _background",
+    ),
+    RunningTasks: ("_pool _scheduler _crew _adapters", "_model _checkpoint"),
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
         "_posts placed weights _source versions _loading _epoch _spare _pending _held_back plans _starts",
@@ -80,7 +87,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
     Adapters: ("_named _nameless _absent _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
-    Reloader: ("", "_host _crew _turn _turns _loader _candidates loading"),
+    Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turn _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
     TaskPool: ("_tasks _ended finished failed", ""),
@@ -140,7 +147,7 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
         supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
         supervisor._loras.adapters, supervisor._vault, crew.plans, supervisor._levels,
-        supervisor._levels._devices["cpu"], crew._starts, crew._takeover,
+        supervisor._levels._devices["cpu"], supervisor._requests, supervisor._running, crew._starts, crew._takeover,
     ]  # fmt: skip
     assert {type(thing) for thing in things} == set(HANDED_OVER)
     for thing in things:

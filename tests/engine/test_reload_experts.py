@@ -16,7 +16,7 @@ from engine import Supervisor, SystemParams
 from engine.arrays import given_tensors
 from engine.checkpoint import open_components, open_model
 from engine.models import load_model
-from engine.supervisor import Opened
+from engine.starting import Opened
 from ipc.errors import BadConfig
 from tests.engine.adapters import write_adapter
 from tests.engine.reloading import FILES, FIRST, SECOND, order, vary, video
