@@ -272,9 +272,6 @@ class Supervisor:
         if self._phase in ("open", "draining", "closing"):
             self._crew.kill()
 
-    async def wait_closed(self) -> None:
-        await self._closed.wait()
-
     # From one program to the next.
 
     @property
