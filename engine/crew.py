@@ -16,6 +16,7 @@ from typing import Protocol
 
 from engine.checkpoint import file_bytes
 from engine.devices import compute_tokens, devices_of_seats
+from engine.forks import Forks
 from engine.memory import EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
@@ -93,6 +94,7 @@ class CrewState(State, frozen=True, kw_only=True):
     versions: dict[str, str]
     loading: list[LoadProgress]
     epoch: int
+    forks: BodyState | None
     spare: BodyState | None
     pending: list[tuple[tuple[Seat, ...], float]]
     held_back: list[tuple[Seat, ...]]
@@ -142,7 +144,9 @@ class Crew:
             for name, component in checkpoint.components.items()
         }
         self._epoch = 0
-        self._spare = Spare(params.warm_spare, device)
+        # On a GPU every process is a fresh interpreter: that is what was tried there.
+        self._forks = Forks(not self.on_gpu, params.start_deadline, self._start_held_back)
+        self._spare = Spare(params.warm_spare, device, self._forks.fork)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._takeover = Takeover(params, self._posts, self._starts, lambda: self.ready(lambda loading: None))
         self._held_back: list[tuple[Seat, ...]] = []
@@ -157,24 +161,29 @@ class Crew:
     # Life.
 
     def start(self, seats: tuple[Seat, ...]) -> None:
-        """Spawn the process of these seats, now or when a sibling has placed their weights; a report or `handle_lost`
-        follows."""
+        """Spawn the process of these seats, now or when there is one to fork it from and a sibling has placed their
+        weights; a report or `handle_lost` follows. ValueError, at once, for more than a process can be told."""
         self._pending.pop(seats, None)
         if self._stopping:
             return
         for post in self._posts.of(seats):
             post.state, post.error = "starting", None
-        if self._starts.must_wait(seats):
+        if self._forks.is_loading() or self._starts.must_wait(seats):
+            self._order(seats)
             self._held_back.append(seats)
         else:
             self._spawn(seats)
 
+    def _order(self, seats: tuple[Seat, ...]) -> tuple[bytes, list[int]]:
+        """What the process of these seats is to be told now, and the descriptors that go with it."""
+        fds = self._starts.fds(seats)
+        return encode_start(self._starts.message(seats, self._epoch), fds), fds
+
     def _spawn(self, seats: tuple[Seat, ...]) -> None:
         self._epoch += 1
-        fds = self._starts.fds(seats)
-        start = encode_start(self._starts.message(seats, self._epoch), fds)
+        start, fds = self._order(seats)
         try:
-            body = self._takeover.successor_of(seats) or self._spare.take() or Body()
+            body = self._takeover.successor_of(seats) or self._spare.take() or Body(self._forks.fork)
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
@@ -230,6 +239,7 @@ class Crew:
         self._stopping = self.upkeep.ended = True
         self._watcher.cancel()
         self._spare.end()
+        self._forks.end()
         self._takeover.end()
         for handle in self._pending.values():
             handle.cancel()
@@ -252,6 +262,7 @@ class Crew:
         for process in self._posts.processes():
             process.kill()
         self._spare.kill()
+        self._forks.kill()
 
     # From one program to the next.
 
@@ -266,7 +277,8 @@ class Crew:
         return CrewState(
             posts=self._posts.state(), processes=[process.state(fds) for process in self._posts.processes()],
             placed=self.placed.state(fds), weights=self.weights.state(), source=self._source, versions=self.versions,
-            loading=list(self._loading.values()), epoch=self._epoch, spare=self._spare.state(fds),
+            loading=list(self._loading.values()), epoch=self._epoch, forks=self._forks.state(fds),
+            spare=self._spare.state(fds),
             pending=[(seats, handle.when() - now) for seats, handle in self._pending.items()],
             held_back=self._held_back, chosen=self._starts.chosen, vae_chosen=self._starts.vae_chosen,
             plans=self.plans.state(), settings=self._starts.settings,
@@ -290,6 +302,7 @@ class Crew:
         self.versions.update(state.versions)
         self._loading.update({progress.component: progress for progress in state.loading})
         self._epoch = state.epoch
+        self._forks.put_back(state.forks, fds)
         self._spare.put_back(state.spare, fds)
         self._held_back = list(state.held_back)
         self._starts.chosen, self._starts.vae_chosen = state.chosen, state.vae_chosen
@@ -303,15 +316,20 @@ class Crew:
         for seats, delay in self._left_to_start:
             self._pending[seats] = self._loop.call_later(max(0.0, delay), self.start, seats)
         self._left_to_start = []
+        self._start_held_back()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     @property
     def spare_pid(self) -> int | None:
         return self._spare.pid
 
+    @property
+    def forks_pid(self) -> int | None:
+        return self._forks.pid
+
     def pids(self) -> list[int]:
-        """Of all its processes."""
-        spare = [] if self._spare.pid is None else [self._spare.pid]
+        """Of all its processes that may use a device."""
+        spare = [] if self.spare_pid is None else [self.spare_pid]
         return [process.pid for process in self._posts.processes()] + spare
 
     def origins(self) -> list[Origin]:
@@ -355,8 +373,12 @@ class Crew:
     async def replace(
         self, stages: Sequence[StageName], attention: AttentionChoice | None = None, threads: int | None = None
     ) -> Replaced:
-        """New processes in the places of these stages' (none: of all), as `Takeover.replace`; and a new spare."""
-        replaced = await self._takeover.replace(stages, attention, threads)
+        """New processes in the places of these stages' (none: of all), as `Takeover.replace`; and a new spare. Later
+        ones, too, have the code that is on disk now, whether or not all were replaced."""
+        try:
+            replaced = await self._takeover.replace(stages, attention, threads)
+        finally:
+            self._forks.renew()
         self._spare.end()
         self._keep_spare()
         return replaced

@@ -414,7 +414,8 @@ def print_status(status: EngineStatus) -> None:
         f"engine {status.engine} with {status.model}, pid {status.pid}, up {up}, {accepting}\n"
         f"{status.running} running, {status.waiting} waiting, {status.finished} done, {status.failed} failed; "
         f"supervisor {size(status.resident_bytes)}\n"
-        f"{OUTLIVING[status.outliving]}{f', spare process {status.spare_pid}' if status.spare_pid else ''}\n"
+        f"{OUTLIVING[status.outliving]}{f', spare process {status.spare_pid}' if status.spare_pid else ''}"
+        f"{f', stages are forked from process {status.forks_pid}' if status.forks_pid else ''}\n"
     )
     stages = [
         (

@@ -1,7 +1,8 @@
 """A stage process as the supervisor sees it: spawn it, talk to it, notice its end, reap it.
 
-The child is a fresh interpreter (`python -m stages.worker FD`); nothing is inherited but its end of the control
-channel. Death is seen by its pidfd, which cannot name a recycled pid; a hang by its progress counter.
+The child is forked from one that has torch loaded (`engine/forks.py`), or a fresh interpreter (`python -m
+stages.worker FD`); it has nothing of ours but its end of the control channel. Death is seen by its pidfd, which cannot
+name a recycled pid; a hang by its progress counter.
 
 Resource handling: a `Body` has every descriptor that its process will need, a pidfd, a channel, the counter's memfd and
 /proc/vmstat, so that nothing is lacking when it becomes a stage, or dies; a `StageProcess` lets go of them at its end.
@@ -81,14 +82,15 @@ class Body:
     Raises OSError, and leaves nothing behind, when the system has no process or descriptor to spare.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spawned: Callable[[socket.socket], Child] | None = None) -> None:
+        """`spawned`: makes the process that holds this end of the channel. None: a fresh interpreter."""
         with contextlib.ExitStack() as undo:
             self.counter = ProgressCounter.create()
             undo.callback(self.counter.close)
             ours, theirs = Channel.pair()
             undo.callback(ours.close)
             with theirs:
-                self.popen: Child = spawn(WORKER, theirs)
+                self.popen = (spawned or fresh_worker)(theirs)
             undo.callback(self._reap)
             # Now, not when it becomes a stage or dies: there may be no descriptor to spare by then.
             self.pidfd = os.pidfd_open(self.popen.pid)
@@ -340,6 +342,11 @@ def encode_start(start: Start, fds: Sequence[int]) -> bytes:
     """The packet of `start`, with room for the progress counter's descriptor before `fds`. ValueError if it cannot be
     sent: found out before there is a process."""
     return Channel.encode(start, 1 + len(fds))
+
+
+def fresh_worker(channel_end: socket.socket) -> Child:
+    """A stage process, with the code that is on disk now. OSError as `spawn`."""
+    return spawn(WORKER, channel_end)
 
 
 def spawn(module: str, channel_end: socket.socket) -> subprocess.Popen[bytes]:

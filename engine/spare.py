@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
+from collections.abc import Callable
 
+from engine.child import Child
 from engine.process import Body, BodyState
 from engine.states import Descriptors
 
@@ -16,8 +19,9 @@ class Spare:
     Resource handling: owns the process until it is taken or `end`.
     """
 
-    def __init__(self, wanted: bool, device: str) -> None:
-        """`device`: where it makes its context, if that is a GPU."""
+    def __init__(self, wanted: bool, device: str, spawned: Callable[[socket.socket], Child]) -> None:
+        """`device`: where it makes its context, if that is a GPU. `spawned`: makes the process, as `Body` says."""
+        self._spawned = spawned
         self._wanted = wanted
         self._device = device
         self._body: Body | None = None
@@ -31,7 +35,7 @@ class Spare:
         if self._body is not None or not self._wanted:
             return
         try:
-            self._body = Body()
+            self._body = Body(self._spawned)
         except OSError as error:
             log.warning("no spare process: %s", error)
             return

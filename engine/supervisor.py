@@ -418,7 +418,7 @@ class Supervisor:
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
             finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
-            spare_pid=self._crew.spare_pid, weights=dict(self._crew.weights.serving),
+            spare_pid=self._crew.spare_pid, forks_pid=self._crew.forks_pid, weights=dict(self._crew.weights.serving),
             loras=merged_loras(self.checkpoint), memory=self._levels.status(),
         )  # fmt: skip
 

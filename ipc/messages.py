@@ -582,6 +582,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     outliving: Literal["host", "gpu", "no"]
     """Where weights and states are that outlive the stages; "no": on a GPU whose driver has no such memory."""
     spare_pid: int | None
+    forks_pid: int | None = None
+    """Of the process that stages are forked from."""
     """The process that is ready to take the place of a stage that dies, if there is one."""
     weights: dict[str, str] = {}
     """Component -> content hash, of what is loaded."""
@@ -670,6 +672,16 @@ class Prepare(StageProcessMessage, frozen=True, tag="prepare", kw_only=True):
 
     supervisor_pid: int
     device: str
+
+
+class ServeForks(StageProcessMessage, frozen=True, tag="serve_forks", kw_only=True):
+    """The first message to a process that others are forked from: load the libraries, say `ForksReady`, and touch no
+    device."""
+
+
+class Fork(StageProcessMessage, frozen=True, tag="fork", kw_only=True):
+    """To that process: fork one that takes its first message from the channel whose end comes along. `Forked`
+    answers."""
 
 
 OFFLOADED = 2
@@ -868,7 +880,9 @@ class SetMemory(StageProcessMessage, frozen=True, tag="set_memory", kw_only=True
     """As in `Start`."""
 
 
-AnyStageProcessMessage = Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | SetMemory | Stop
+AnyStageProcessMessage = (
+    ServeForks | Fork | Prepare | Rehearse | Start | Begin | Run | Drop | Adopt | Forget | SetMemory | Stop
+)
 
 
 # Stage process -> supervisor.
@@ -989,8 +1003,20 @@ class Rehearsed(StageReport, frozen=True, tag="rehearsed", kw_only=True):
     error: Failure | None = None
 
 
+class ForksReady(StageReport, frozen=True, tag="forks_ready", kw_only=True):
+    """Others can be forked from this process."""
+
+
+class Forked(StageReport, frozen=True, tag="forked", kw_only=True):
+    """There is a new process, whose parent has ended."""
+
+    pid: int
+
+
 AnyStageReport = (
-    Loading
+    ForksReady
+    | Forked
+    | Loading
     | Placed
     | Chosen
     | VaeChosen

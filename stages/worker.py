@@ -1,9 +1,10 @@
 """A stage process: `python -m stages.worker FD`, FD being its end of the control channel.
 
-`Start` makes it one stage (`split`) or all of them (`fused`); a spare process gets `Prepare` before. Then, until it is
-told to stop: all messages that are here, then one quantum, then its answer. Answers come in the order of the grants; a
-dropped task's quanta are answered in their turn without being run. torch is imported by the stages that need it, never
-by the writer's process, unless that was a spare.
+`Start` makes it one stage (`split`) or all of them (`fused`); a spare process gets `Prepare` before. One that gets
+`ServeForks` instead is what others are forked from (`stages/forks.py`). Then, until it is told to stop: all messages
+that are here, then one quantum, then its answer. Answers come in the order of the grants; a dropped task's quanta are
+answered in their turn without being run. A fresh interpreter imports torch when a stage needs it: the writer's never
+does.
 
 Error handling: an `EngineError` fails the quantum's request; so does any other exception, with a traceback on stderr;
 the process goes on. After an error that leaves the CUDA context dead it exits. It exits at once when the supervisor
@@ -44,6 +45,7 @@ from ipc.messages import (
     Drop,
     Dropped,
     Forget,
+    Fork,
     Loading,
     MemoryPlan,
     MemorySet,
@@ -56,6 +58,7 @@ from ipc.messages import (
     Rehearse,
     Rehearsed,
     Run,
+    ServeForks,
     SetMemory,
     StageName,
     Start,
@@ -64,6 +67,7 @@ from ipc.messages import (
     VaeChosen,
     WeightVersion,
 )
+from stages.forks import serve_forks
 from stages.stage import AnyNetwork, Left, Links, Stage, attach_links
 
 EXIT_START_FAILED = 3
@@ -186,7 +190,7 @@ class Worker:
                 self._network(component).forget(content)
             case Stop():
                 self._stopping = True
-            case Prepare() | Rehearse() | Start():
+            case ServeForks() | Fork() | Prepare() | Rehearse() | Start():
                 raise AssertionError("a process is started once")
         close_fds(received.fds)
 
@@ -407,15 +411,19 @@ def load_torch() -> None:
     torch.set_num_interop_threads(1)
 
 
-def prepare(device: str) -> None:
-    """Load what takes its time in any stage: the libraries, and on a GPU the context and the first matrix product."""
+def load_libraries() -> None:
+    """Import what any stage needs."""
     load_torch()
-    import torch
-
     import stages.dit
     import stages.text
     import stages.vae
     import stages.writer  # noqa: F401
+
+
+def prepare(device: str) -> None:
+    """Load what takes its time in any stage: the libraries, and on a GPU the context and the first matrix product."""
+    load_libraries()
+    import torch
 
     if device.startswith("cuda"):
         square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
@@ -476,6 +484,10 @@ def _exit_with(pidfd: int) -> None:
 def run(channel: Channel[AnyStageProcessMessage]) -> int:
     """The life of the process; returns its exit code."""
     start, fds = channel.receive(START_TIMEOUT)
+    if isinstance(start, ServeForks):
+        load_libraries()
+        channel = serve_forks(channel, SEND_TIMEOUT)
+        start, fds = channel.receive(START_TIMEOUT)
     assert isinstance(start, Prepare | Rehearse | Start), f"got {type(start).__name__} as the first message"
     if isinstance(start, Rehearse):
         watch_supervisor(start.start.supervisor_pid)

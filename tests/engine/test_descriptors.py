@@ -137,12 +137,12 @@ async def main():
         request = asyncio.create_task(engine.generate(UserParams(prompt='a circle', steps=30, output=sys.argv[1])))
         await until(lambda: any(task.step >= 2 for task in engine.tasks() if task.phase == 'denoise'))
         dit = next(stage for stage in engine.status().stages if stage.name == 'dit')
-        taken = leave(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, HARD))  # not even those that the dead process gives back
         os.kill(dit.pid, signal.SIGKILL)
         states = lambda: {stage.name: stage.state for stage in engine.status().stages}
         await until(lambda: states()['dit'] == 'restarting' and len(engine._scheduler._stages['dit'].deaths) > 0)
-        running = children(os.getpid())
-        give_back(taken)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT, HARD))
+        running = set(children(os.getpid())) - {engine.status().forks_pid}
         await request
         print(len(running), states()['dit'])
 asyncio.run(main())

@@ -16,6 +16,7 @@ import pytest
 from engine import handover
 from engine.adapters import Adapters, AdaptersState
 from engine.crew import Crew
+from engine.forks import Forks
 from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
 from engine.journal import Journal
 from engine.levels import DeviceLevel, Levels
@@ -47,6 +48,7 @@ from engine.vault import Vault
 from engine.weights import Versions, WeightStore
 from ipc.frames import FrameReader
 from ipc.messages import AnyServerMessage, Status
+from tests.conftest import until
 from tests.engine.adapters import ask, write_adapter
 from tests.engine.wire import RawClient, frame
 
@@ -63,7 +65,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     RunningTasks: ("_pool _scheduler _crew _adapters", "_model _checkpoint"),
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
-        "_posts placed weights _source versions _loading _epoch _spare _pending _held_back plans _starts",
+        "_posts placed weights _source versions _loading _epoch _forks _spare _pending _held_back plans _starts",
         "_params _model _checkpoint _memory _owner _loop device on_gpu dtype outliving tokens groups _stopping upkeep "
         "_takeover _changes _watcher _left_to_start",
     ),
@@ -77,7 +79,8 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
         "_on_report _on_exit _loop _writing outside ended_by exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
-    Spare: ("_body", "_wanted _device"),
+    Forks: ("_body", "_wanted _deadline _on_settled _loop _ready _unfit _giving_up"),
+    Spare: ("_body", "_wanted _device _spawned"),
     Posts: ("_posts", "groups"),
     WeightStore: ("_placed", "_doubted on_change"),
     Vault: ("_names _stored", "_notify _given _identities"),
@@ -116,12 +119,13 @@ def attributes(thing: Any) -> set[str]:
 
 @pytest.fixture
 async def service(short_dir: Path) -> AsyncIterator[Service]:
-    """A whole engine in this process, with a client and a task."""
+    """A whole engine in this process, whose stages have just been started."""
     params = SystemParams(placement="fused", device="cpu", threads=1, state_dir=str(short_dir / "state"))
     with SocketClaim(short_dir / "engine.sock") as claim:
         service = Service(Supervisor(params, vault=Vault(Notify(None))), claim)
         await service.start()
         try:
+            await until(lambda: bool(service.supervisor._crew._posts.processes()), "the first process")
             yield service
         finally:
             await service.supervisor.stop()
@@ -144,6 +148,7 @@ async def test_nothing_is_forgotten(service: Service, short_dir: Path) -> None:
     task = next(iter(supervisor._pool))
     things: list[Any] = [
         service, supervisor, server, next(iter(server.sessions.values())), crew, process, process._body, crew._spare,
+        crew._forks,
         crew._posts, crew.placed, crew.weights, supervisor._reloader, supervisor._memory, supervisor._journal,
         supervisor._pool, task, supervisor._scheduler, supervisor._trace, service._claim, supervisor._loras,
         supervisor._loras.adapters, supervisor._vault, crew.plans, supervisor._levels,

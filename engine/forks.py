@@ -1,0 +1,170 @@
+"""The process that stage processes are forked from: torch is loaded once, there, and each of them is there in
+milliseconds and shares that memory.
+
+It is a worker (`stages/worker.py`) that was told to be this, and computes nothing itself. What is forked becomes a
+child of this process at once, so that it is watched, reaped and orphaned like any other. There is one from the first
+start on; one that ends is replaced when it is next needed. Without it a stage process is a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+from engine.child import AdoptedChild, Child, how_it_ended
+from engine.process import Body, BodyState, fresh_worker
+from engine.states import Descriptors
+from ipc.channel import ChannelClosed
+from ipc.errors import ProtocolError
+from ipc.messages import Fork, Forked, ForksReady, ServeForks
+
+log = logging.getLogger(__name__)
+
+PR_SET_CHILD_SUBREAPER = 36
+"""Of <linux/prctl.h>."""
+FORK_TIMEOUT = 2.0
+"""Seconds for a fork, which takes some ten milliseconds, unless somebody has stopped the process. Nothing else is done
+meanwhile."""
+
+
+class Forks:
+    """One such process at most; none unless it is wanted.
+
+    Resource handling: owns the process until `end`. Error handling: whatever keeps it from forking, the stage process
+    is a fresh interpreter then; OSError when the system has none of these to spare.
+    """
+
+    def __init__(self, wanted: bool, deadline: float, on_settled: Callable[[], None]) -> None:
+        """`on_settled` is called when one that was loading is ready, or has ended, at the latest after `deadline`
+        seconds."""
+        self._wanted = wanted
+        self._deadline = deadline
+        self._on_settled = on_settled
+        self._loop = asyncio.get_running_loop()
+        self._body: Body | None = None
+        self._ready = False
+        self._unfit = False
+        """The last one ended before it was ready, and the code is still the same."""
+        self._giving_up: asyncio.TimerHandle | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._body is None else self._body.popen.pid
+
+    def is_loading(self) -> bool:
+        """It will be ready soon, and is worth waiting for. Starts it if there is none."""
+        if self._body is None and self._wanted and not self._unfit:
+            self._start()
+        return self._body is not None and not self._ready
+
+    def fork(self, channel_end: socket.socket) -> Child:
+        """A stage process that holds this end of its channel: forked, or a fresh interpreter."""
+        if self._body is not None and self._ready:
+            try:
+                return self._forked(self._body, channel_end)
+            except (OSError, ProtocolError) as error:
+                log.warning("process %s could not fork (%s): a fresh interpreter is started instead", self.pid, error)
+                self.end()
+        return fresh_worker(channel_end)
+
+    def renew(self) -> None:
+        """The code on the disk is to be loaded by whoever is started from now on."""
+        self.end()
+        self._unfit = False
+
+    def end(self) -> None:
+        """Kill and reap it. Waits for milliseconds."""
+        if self._body is None:
+            return
+        self._stop_listening(self._body)
+        self._body.end()
+        self._body, self._ready = None, False
+
+    def kill(self) -> None:
+        """SIGKILL; `end` has then only to reap."""
+        if self._body is not None:
+            self._body.popen.kill()
+
+    def state(self, fds: Descriptors) -> BodyState | None:
+        return None if self._body is None else self._body.state(fds)
+
+    def put_back(self, state: BodyState | None, fds: Descriptors) -> None:
+        """End the one of the program before this one: it has that program's code."""
+        if state is not None:
+            Body.restored(state, fds).end()
+
+    def _start(self) -> None:
+        try:
+            self._body = Body()
+        except OSError as error:
+            log.warning("no process to fork from: %s", error)
+            return
+        with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
+            self._body.channel.try_send(ServeForks())
+        self._giving_up = self._loop.call_later(self._deadline, self._body.popen.kill)
+        self._loop.add_reader(self._body.channel.fileno(), self._readable)
+        self._loop.add_reader(self._body.pidfd, self._died)
+
+    def _readable(self) -> None:
+        """It says that it is ready. What else it says, or that it hangs up, means that it is of no use."""
+        assert self._body is not None
+        try:
+            received = self._body.channel.try_receive()
+        except (OSError, ProtocolError):
+            self._body.popen.kill()
+            self._loop.remove_reader(self._body.channel.fileno())
+            return
+        if received is not None and isinstance(received.message, ForksReady):
+            self._stop_listening(self._body)
+            self._loop.add_reader(self._body.pidfd, self._died)
+            self._ready = True
+            self._on_settled()
+
+    def _died(self) -> None:
+        assert self._body is not None
+        body, was_ready = self._body, self._ready
+        how = how_it_ended(body.popen.wait())
+        self.end()
+        if was_ready:
+            log.warning("process %d, which stages are forked from, ended: %s", body.popen.pid, how)
+        else:
+            log.warning("process %d ended (%s) before stages could be forked from it: they are fresh interpreters, "
+                        "which take longer to start", body.popen.pid, how)  # fmt: skip
+            self._unfit = True
+        self._on_settled()
+
+    def _stop_listening(self, body: Body) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        self._loop.remove_reader(body.channel.fileno())
+        self._loop.remove_reader(body.pidfd)
+
+    def _forked(self, body: Body, channel_end: socket.socket) -> Child:
+        with taking_orphans():
+            body.channel.send(Fork(), [channel_end.fileno()], timeout=FORK_TIMEOUT)
+            answer = body.channel.receive(FORK_TIMEOUT).message
+        if not isinstance(answer, Forked):
+            raise ProtocolError(f"got {type(answer).__name__}, expected Forked")
+        return AdoptedChild(answer.pid)
+
+
+@contextlib.contextmanager
+def taking_orphans() -> Iterator[None]:
+    """Processes among the descendants of this one whose parent ends now become children of this one, not of init."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _prctl(libc, 1)
+    try:
+        yield
+    finally:
+        _prctl(libc, 0)
+
+
+def _prctl(libc: ctypes.CDLL, on: int) -> None:
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, on, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")

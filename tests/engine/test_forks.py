@@ -1,0 +1,118 @@
+"""Stage processes are forked from one that has torch loaded; without it they are fresh interpreters."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import Supervisor, SystemParams, UserParams, forks, process
+from ipc.messages import Seat
+from tools.load import children
+
+Wait = Callable[..., Awaitable[None]]
+PR_GET_CHILD_SUBREAPER = 37
+
+
+def ask(path: Path) -> UserParams:
+    return UserParams(prompt="a red circle moves left", seed=3, steps=12, output=str(path))
+
+
+def pids(supervisor: Supervisor) -> dict[Seat, int | None]:
+    return {stage.name: stage.pid for stage in supervisor.status().stages}
+
+
+def takes_orphans() -> bool:
+    on = ctypes.c_int(-1)
+    assert ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(on), 0, 0, 0) == 0
+    return bool(on.value)
+
+
+def interpreter_of(pid: int) -> int:
+    """The first address of the stack, which a fork inherits and a fresh interpreter draws at random."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[25])
+
+
+async def killed_in_the_middle(supervisor: Supervisor, wait_until: Wait, path: Path, *signals: tuple[int, int]) -> None:
+    """A request, during whose denoising these signals are sent to these processes; it is done all the same."""
+    task = asyncio.create_task(supervisor.generate(ask(path)))
+    await wait_until(lambda: any(t.step >= 2 for t in supervisor.tasks() if t.state == "running"), "denoising")
+    for pid, number in signals:
+        os.kill(pid, number)
+    await asyncio.wait_for(task, 120)
+
+
+async def test_stages_are_forked_and_are_children_of_the_supervisor(
+    tmp_path: Path, read_video: Any, wait_until: Wait
+) -> None:
+    """All four are forks of one process and children of this one, which takes no other orphans. The dit that is killed
+    in the middle of a request comes back as a fork, with the same frames; nobody is left."""
+    before = set(children(os.getpid()))
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.ready()
+        source = supervisor.status().forks_pid
+        assert source is not None
+        stages = pids(supervisor)
+        assert set(children(os.getpid())) - before == {source, *stages.values()}
+        assert not takes_orphans()
+        await supervisor.generate(ask(tmp_path / "calm.mp4"))
+        await killed_in_the_middle(supervisor, wait_until, tmp_path / "v.mp4", (stages["dit"] or 0, signal.SIGKILL))
+        again = pids(supervisor)
+        assert again["dit"] != stages["dit"]
+        assert {interpreter_of(pid or 0) for pid in again.values()} == {interpreter_of(source)}
+        assert supervisor.status().forks_pid == source
+    assert set(children(os.getpid())) == before
+    assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_source_that_is_killed_or_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait, sent: signal.Signals
+) -> None:
+    """The process that stages are forked from is killed, or stopped, together with the dit: the dit comes back, in a
+    fork of another one or as a fresh interpreter, and nobody is left."""
+    monkeypatch.setattr(forks, "FORK_TIMEOUT", 0.5)
+    before = set(children(os.getpid()))
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.ready()
+        source, dit = supervisor.status().forks_pid, pids(supervisor)["dit"]
+        assert source is not None and dit is not None
+        await killed_in_the_middle(supervisor, wait_until, tmp_path / "v.mp4", (source, sent), (dit, signal.SIGKILL))
+        assert supervisor.status().forks_pid != source
+    assert set(children(os.getpid())) == before
+
+
+async def test_stages_that_cannot_be_forked_are_fresh_interpreters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process to fork from ends before it is ready: the log says so, once, and the engine serves without it."""
+    monkeypatch.setattr(process, "WORKER", "tests.engine.unforkable_worker")
+    with caplog.at_level(logging.WARNING):
+        async with Supervisor(SystemParams()) as supervisor:
+            await supervisor.generate(ask(tmp_path / "v.mp4"))
+            assert supervisor.status().forks_pid is None
+            assert len({interpreter_of(pid or 0) for pid in pids(supervisor).values()}) == 4
+    assert [record.message for record in caplog.records if "exit code 7" in record.message] != []
+    assert (tmp_path / "v.mp4").is_file()
+
+
+async def test_replaced_stages_come_from_the_code_on_the_disk(wait_until: Wait) -> None:
+    """`reload --stage`: the new process is a fresh interpreter, and so is what later ones are forked from."""
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.ready()
+        source = supervisor.status().forks_pid
+        await supervisor.replace_stages(["dit"])
+        (replaced,) = set(pids(supervisor).values())
+        assert replaced is not None and source is not None
+        assert supervisor.status().forks_pid is None
+        os.kill(replaced, signal.SIGKILL)
+        await wait_until(lambda: replaced not in pids(supervisor).values(), "the death to be heard of")
+        await supervisor.ready()
+        assert supervisor.status().forks_pid not in (None, source)
