@@ -11,7 +11,8 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -28,6 +29,9 @@ from engine.starting import LEAST, exact_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
 from ipc.messages import OFFLOADED, DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+
+MAPPING_PATIENCE = 60.0
+"""Seconds that a change which was asked for waits for processes to map new weights: a quantum or two."""
 
 RETRY = 5.0
 """Seconds."""
@@ -103,6 +107,8 @@ class Levels:
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_hand = asyncio.Lock()
         """What is asked for, one at a time: each that fails leaves the mode that it found."""
+        self._mapping = asyncio.Lock()
+        """Of processes that map new weights where the levels need them, and of a change that is asked for."""
         self._rungs = rung(LEAST, model) + 2
         """That the scheduler counts: of the plans, and one for memory that others have given back."""
         self._budget = None if params.gpu_budget is None else bytes_of(params.gpu_budget)
@@ -178,10 +184,9 @@ class Levels:
 
     async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
         """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
-        or `StageFailed`, `Busy` while weights are exchanged: what was before holds."""
-        async with self._by_hand:
-            if self._host.is_exchanging_weights:
-                raise Busy("weights are being exchanged; try again when that is done", RETRY)
+        or `StageFailed`, `Busy` if processes map new weights for longer than `MAPPING_PATIENCE`: what was before holds.
+        """
+        async with self._by_hand, self._nothing_mapped():
             for level in self._devices.values():
                 if wanted == "auto" and level.device != HOST:
                     level.mode = "auto"
@@ -200,7 +205,35 @@ class Levels:
                 finally:
                     self._announce(level)
 
-    # Because a reload has no room.
+    @asynccontextmanager
+    async def _nothing_mapped(self) -> AsyncIterator[None]:
+        """Processes do not begin to map new weights, and have ended to."""
+        if self._mapping.locked():
+            log.info("a memory level was asked for: it waits until new weights are mapped")
+        try:
+            async with asyncio.timeout(MAPPING_PATIENCE):
+                await self._mapping.acquire()
+        except TimeoutError as error:
+            raise Busy(
+                f"new weights have been mapped for {MAPPING_PATIENCE:g} s, and a process is not done with it: it is "
+                "busy with a long quantum or does not come up; try again",
+                RETRY,
+            ) from error
+        try:
+            yield
+        finally:
+            self._mapping.release()
+
+    # Because of a reload.
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """No level is changed by hand within: processes map new weights where the levels that hold need them. Copies
+        that became wanted while those were read are made afterwards."""
+        async with self._mapping:
+            yield
+        if self._crew.plans.copies and not self.copies.complete:
+            self.copies.start()
 
     async def make_room(self) -> bool:
         """Have the weights leave the GPUs whose level may change, so that there is room for another version, which is

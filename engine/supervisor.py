@@ -525,7 +525,8 @@ class Supervisor:
 
     async def change_memory(self, level: MemoryLevel, blocks: int | None = None) -> list[DeviceMemory]:
         """Keep so much of the weights on the devices from now on (`MemoryPlan`), or, with auto, as much as fits.
-        Requests go on, with the same results. Raises `OutOfMemory`, `BadCheckpoint` or `StageFailed`: what was before
+        Requests go on, with the same results. Raises `BadRequest` for blocks that there are not, `OutOfMemory`,
+        `BadCheckpoint`, `StageFailed`, or `Busy` while processes are long in mapping new weights: what was before
         holds."""
         self._check_open()
         await self.ready()
@@ -544,6 +545,10 @@ class Supervisor:
     def is_exchanging_weights(self) -> bool:
         """New weights are on their way to where they are needed."""
         return self._reloader.is_busy
+
+    def levels_kept(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """No memory level is changed by hand within."""
+        return self._levels.kept()
 
     def handle_level(self, seat: Seat, level: int, top: int) -> None:
         """Tell the scheduler how much a seat leaves on its device, and how much it could."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from engine import levels
 from engine.footprint import Account, RequestSize, Setting
 from engine.levels import Levels, rung
 from engine.models import load_model
@@ -158,15 +159,23 @@ async def test_what_others_have_is_waited_for(watched: Watched, wait_until: Wait
 
 
 async def test_while_weights_are_exchanged(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read to where the level needs them: it is not lowered so that they would be needed elsewhere, and not
-    changed by hand."""
+    """They are read to where the level needs them: it is not lowered so that they would be needed elsewhere, unless
+    that is asked for; and then not while processes map them."""
     await watched.see(0, 5)
     await watched.see(60 << 30, 1)
     raised = watched.plan
     monkeypatch.setattr(watched.host, "is_exchanging_weights", True)
-    with pytest.raises(Busy, match="weights are being exchanged"):
-        await watched.levels.change(0, None)
     await watched.see(0, 5)
+    assert watched.plan == raised
+    monkeypatch.setattr(levels, "MAPPING_PATIENCE", 0.05)
+    async with watched.levels.kept():
+        with pytest.raises(Busy, match="new weights have been mapped for 0.05 s"):
+            await watched.levels.change(0, None)
+    assert watched.plan == raised and watched.levels.status()[0].mode == "auto"
+    await watched.levels.change(0, None)
+    assert watched.plan == MemoryPlan()
+    await watched.levels.change("auto", None)
+    await watched.see(60 << 30, 1)
     assert watched.plan == raised
     monkeypatch.setattr(watched.host, "is_exchanging_weights", False)
     await watched.see(0, 12)
