@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from engine.admission import Room
+from engine.amounts import said_blocks, size
 from engine.crew import Crew
 from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
@@ -25,7 +26,7 @@ from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST
 from engine.posts import Changes
-from engine.starting import LEAST, exact_plan
+from engine.starting import LEAST, asked_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
 from ipc.messages import OFFLOADED, DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
@@ -183,9 +184,10 @@ class Levels:
     # By hand.
 
     async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
-        """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
-        or `StageFailed`, `Busy` if processes map new weights for longer than `MAPPING_PATIENCE`: what was before holds.
-        """
+        """Keep so much on every device from now on; with auto, as much as fits. Raises `BadRequest` for blocks that the
+        model does not have, `OutOfMemory`, `BadCheckpoint` or `StageFailed`, `Busy` if processes map new weights for
+        longer than `MAPPING_PATIENCE`: what was before holds."""
+        plan = asked_plan(wanted, blocks, self._model)
         async with self._by_hand, self._nothing_mapped():
             for level in self._devices.values():
                 if wanted == "auto" and level.device != HOST:
@@ -196,9 +198,8 @@ class Levels:
                     continue
                 mode, policy = level.mode, level.policy
                 level.mode, level.policy = ("auto" if wanted == "auto" else "fixed"), None
-                plan = MemoryPlan(level=0 if wanted == "auto" else wanted, blocks=blocks)
                 try:
-                    await self._change(level, exact_plan(plan, self._model), "it was asked for")
+                    await self._change(level, plan, "it was asked for")
                 except EngineError:
                     level.mode, level.policy = mode, policy
                     raise
@@ -443,7 +444,7 @@ def rung(plan: MemoryPlan, model: ModelParams) -> int:
 
 def named(plan: MemoryPlan) -> str:
     """2, or 3 (12 blocks)."""
-    return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({plan.blocks or 0} blocks)"
+    return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({said_blocks(plan.blocks or 0)})"
 
 
 def reason(sample: Sample | None, budget: int | None) -> str:
@@ -451,7 +452,7 @@ def reason(sample: Sample | None, budget: int | None) -> str:
     if sample is None:
         return "nothing is known of the GPU"
     known = [
-        f"{amount / 1e9:.1f} GB {what}"
+        f"{size(amount)} {what}"
         for amount, what in ((sample.others, "of the GPU are others'"), (sample.free, "free"), (budget, "the budget"))
         if amount is not None
     ]

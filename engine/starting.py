@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
+from engine.amounts import said_blocks
 from engine.device_memory import make_device_memory
 from engine.devices import compute_dtype, devices_of_seats
 from engine.footprint import Bounds, Setting, allocation_limits, need, plan_for, refusal, usual_size
@@ -15,8 +16,8 @@ from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST, Limits
 from ipc.channel import close_fds
-from ipc.errors import BadConfig
-from ipc.messages import MemoryPlan, StageName, stage_of
+from ipc.errors import BadConfig, BadRequest
+from ipc.messages import MemoryLevel, MemoryPlan, StageName, stage_of
 from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
@@ -139,3 +140,16 @@ def exact_plan(plan: MemoryPlan, model: ModelParams) -> MemoryPlan:
     """The same plan, always written the same way: with a number of blocks that the model has, at level 3 only."""
     blocks = min(plan.blocks or 0, model.transformer.num_layers) if plan.level == 3 else None
     return MemoryPlan(level=plan.level, blocks=blocks)
+
+
+def asked_plan(level: MemoryLevel, blocks: int | None, model: ModelParams) -> MemoryPlan:
+    """What an operator asks for; of auto, what it begins with. `BadRequest` for blocks that this model does not have,
+    or at a level that has no use for them."""
+    if blocks is not None and level != 3:
+        raise BadRequest(f"blocks is {blocks} and the level {level}; blocks are of level 3, so leave them out")
+    there = model.transformer.num_layers
+    if blocks is not None and not 0 <= blocks <= there:
+        raise BadRequest(
+            f"blocks is {blocks}, but the DiT of {model.name} has {said_blocks(there)}; it must be from 0 to {there}"
+        )
+    return exact_plan(MemoryPlan(level=0 if level == "auto" else level, blocks=blocks), model)

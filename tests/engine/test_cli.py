@@ -342,14 +342,22 @@ def test_status_list_and_cancel(engine_process: EngineProcess, tmp_path: Path) -
 
 
 def test_the_memory_level_by_hand(engine_process: EngineProcess) -> None:
-    """It is shown, changed, in the status and in the trace's file, and auto is level 0 again on a CPU."""
+    """It is shown, and what the ready levels are; changed, in the status and in the trace's file; blocks that the model
+    does not have are refused, and nothing has changed; auto is level 0 again on a CPU."""
     where = ("--socket", engine_process.socket)
     engine_process.wait_ready()
     shown = run_engine("memory", *where)
     assert shown.returncode == 0 and "cpu" in shown.stdout and "auto" in shown.stdout, shown.stderr
     changed = run_engine("memory", "3", "--blocks", "1", *where)
-    assert "3, 1 blocks stay" in changed.stdout and "0 to 3" in changed.stdout, changed.stderr
-    assert "3, 1 blocks stay" in run_engine("status", *where).stdout
+    assert "3, 1 block stays" in changed.stdout and "0 to 3" in changed.stdout, changed.stderr
+    table, below = changed.stdout.split("\n\n")
+    assert "ready levels" in table and below.startswith(
+        "ready levels: a change to one of these holds from the next step"
+    )
+    refused = run_engine("memory", "3", "--blocks", "99", *where)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "blocks is 99, but the DiT of wan-demo has 6 blocks; it must be from 0 to 6" in refused.stderr
+    assert "3, 1 block stays" in run_engine("status", *where).stdout
     (device,) = json.loads(run_engine("memory", "auto", "--json", *where).stdout)
     assert (device["plan"]["level"], device["mode"], device["copies"]["state"]) == (0, "auto", "complete")
 
