@@ -190,7 +190,7 @@ class Crew:
 
     def _spawn(self, seats: tuple[Seat, ...]) -> None:
         self._epoch += 1
-        fds = self._fds(seats)
+        fds, asked = self._fds(seats), seats in self._successors
         start = encode_start(self._start_message(seats), fds)
         try:
             body = self._successor_of(seats) or self._spare.take() or Body()
@@ -206,7 +206,7 @@ class Crew:
             process.knows = {(version.component, version.content, home) for version, _ in self._placed_for(seats)}
         for post in self._posts.of(seats):
             post.process = process
-            post.restarts += 1
+            post.restarts += not asked
 
     def _is_being_placed(self, seats: tuple[Seat, ...]) -> bool:
         """A sibling on the same device is reading the weights of these seats."""

@@ -474,7 +474,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: starting, up, restarting, failed, stopped. `loading`: while it starts, what it reads just now."""
+    """`state`: starting, up, restarting, failed, stopped. `restarts`: that nobody asked for; `engine reload --stage` is
+    none. `loading`: while it starts, what it reads just now."""
 
     name: Seat
     state: Literal["starting", "up", "restarting", "failed", "stopped"]
