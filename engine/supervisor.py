@@ -65,7 +65,7 @@ from engine.scheduler_state import SchedulerState
 from engine.starting import check_level, limits_of, make_memory, plans_at_start, queues_on_device, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
-from engine.tasks import PoolState, Task, TaskPool, computed_metadata, task_spec
+from engine.tasks import PoolState, Task, TaskPool, computed_metadata, log_level, task_spec
 from engine.trace import Trace
 from engine.vault import Origin, Vault, VaultState
 from engine.version import VERSION
@@ -877,7 +877,7 @@ class Supervisor:
     def _end(self, task: Task, event: Done | Failed) -> None:
         self._pool.end(task, event)
         why = f": {event.error.message}" if isinstance(event, Failed) else ""
-        log.info("%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
+        log.log(log_level(event), "%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
         self._outputs.discard(task.job.output)
         if isinstance(event, Failed):
             _unlink(task.job)
