@@ -25,7 +25,7 @@ from engine.adapters import AdaptersState, KeptAdapter, adapter_metadata
 from engine.admission import admit, check_prompt_tokens, resolved_params
 from engine.checkpoint import EXPERTS, lora_metadata, merged_loras, open_model
 from engine.crew import Crew, CrewState, OnLoading
-from engine.devices import resolve_devices
+from engine.devices import resolve_devices, warn_of_threads
 from engine.events import (
     Action,
     BeginTask,
@@ -144,6 +144,7 @@ def look_up(params: SystemParams) -> Opened:
     model = load_model(params.model)
     device, dit_devices = resolve_devices(params)
     check_level(params, device)
+    warn_of_threads(params.threads)
     return Opened(model, device, dit_devices, open_model(model, params))
 
 

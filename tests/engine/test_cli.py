@@ -362,6 +362,41 @@ def test_the_memory_level_by_hand(engine_process: EngineProcess) -> None:
     assert (device["plan"]["level"], device["mode"], device["copies"]["state"]) == (0, "auto", "complete")
 
 
+def test_too_late_to_cancel(short_dir: Path) -> None:
+    """The writer has the last frames, and is stopped: `cancel` says so, with exit code 2, and the video is made."""
+    with EngineProcess(short_dir, placement="split") as engine:
+        engine.wait_ready()
+        client = Client(engine.socket)
+        writer = next(stage.pid for stage in client.status().stages if stage.name == "writer")
+        assert writer is not None
+        os.kill(writer, signal.SIGSTOP)
+        wanted = {"prompt": PROMPT, "height": 32, "width": 32, "num_frames": 5, "steps": 2}
+        identity = client.submit(**wanted, output=str(short_dir / "v.mp4")).id
+
+        def decoded() -> bool:
+            (task,) = [task for task in client.tasks() if task.id == identity]
+            return task.phase == "decode" and task.step == task.steps
+
+        try:
+            wait_for(decoded, "the last frame to be decoded")
+            ran = run_engine("cancel", identity[:8], "--socket", engine.socket)
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert f"too late to cancel {identity[:8]}: the end of its video is being written" in ran.stderr
+        assert client.result(identity).path == str(short_dir / "v.mp4")
+        assert (short_dir / "v.mp4").stat().st_size > 0
+
+
+def test_more_threads_than_cores_are_told(nowhere: Path) -> None:
+    """On stderr, before anything is started; here nothing is, as there are no weights."""
+    ran = run_engine("serve", "--threads", "500", "--checkpoint", CONFIGS / "models", "--socket", nowhere)
+    warning, error = ran.stderr.splitlines()
+    cores = len(os.sched_getaffinity(0))
+    assert f" WARNING threads is 500, but the engine may use {cores} core" in warning
+    assert ran.returncode == 2 and "a directory without weights" in error
+
+
 def test_a_start_that_several_ids_have_is_refused(engine_process: EngineProcess, tmp_path: Path) -> None:
     """`cancel` with a prefix of two unfinished requests cancels neither; with an empty one, nothing."""
     client = Client(engine_process.socket)
