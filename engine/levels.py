@@ -18,14 +18,13 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from engine.admission import Room
-from engine.amounts import said_blocks, size
 from engine.crew import Crew
+from engine.device_level import DeviceLevel, named, reason, rung
 from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
 from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST
-from engine.posts import Changes
 from engine.starting import LEAST, asked_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
@@ -66,26 +65,6 @@ class LevelsState(State, frozen=True, kw_only=True):
     mode: dict[str, Literal["auto", "fixed"]]
     last: dict[str, MemoryChange]
     freed: dict[str, int]
-
-
-class DeviceLevel:
-    """One device's level."""
-
-    def __init__(self, device: str, mode: Literal["auto", "fixed"], setting: Setting, account: Account) -> None:
-        self.device, self.mode, self.setting, self.account = device, mode, setting, account
-        self.turn = asyncio.Lock()
-        """Of changes."""
-        self.raising = False
-        """A failed allocation is being answered."""
-        self.looked = Changes()
-        """Told of each sample."""
-        self.freed = 0
-        """How often memory was waited for that others had."""
-        self.policy: Policy | None = None
-        """Only where it may choose."""
-        self.sampler: Sampler | None = None
-        self.sample: Sample | None = None
-        self.last: MemoryChange | None = None
 
 
 class Levels:
@@ -435,25 +414,3 @@ class Levels:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s ended: %s", task.get_name(), error, exc_info=error)
-
-
-def rung(plan: MemoryPlan, model: ModelParams) -> int:
-    """A number that is the higher, the less a plan leaves on the device: for the scheduler."""
-    return plan.level if plan.level < 3 else 3 + model.transformer.num_layers - (plan.blocks or 0)
-
-
-def named(plan: MemoryPlan) -> str:
-    """2, or 3 (12 blocks)."""
-    return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({said_blocks(plan.blocks or 0)})"
-
-
-def reason(sample: Sample | None, budget: int | None) -> str:
-    """What was seen, for people."""
-    if sample is None:
-        return "nothing is known of the GPU"
-    known = [
-        f"{size(amount)} {what}"
-        for amount, what in ((sample.others, "of the GPU are others'"), (sample.free, "free"), (budget, "the budget"))
-        if amount is not None
-    ]
-    return ", ".join(known)

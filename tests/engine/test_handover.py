@@ -16,9 +16,10 @@ import pytest
 from engine import handover
 from engine.adapters import Adapters, AdaptersState
 from engine.crew import Crew
+from engine.device_level import DeviceLevel
 from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
 from engine.journal import Journal
-from engine.levels import DeviceLevel, Levels
+from engine.levels import Levels
 from engine.loras import Loras
 from engine.memory import EngineMemory
 from engine.params import SystemParams, UserParams

@@ -10,8 +10,9 @@ import pytest
 import pytest_asyncio
 
 from engine import levels
+from engine.device_level import rung
 from engine.footprint import Account, RequestSize, Setting
-from engine.levels import Levels, rung
+from engine.levels import Levels
 from engine.models import load_model
 from engine.monitor import Sample
 from engine.params import SystemParams
