@@ -153,6 +153,21 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} did not come on stderr")
 
 
+def test_what_went_wrong_is_said_once(nowhere: Path, tmp_path: Path) -> None:
+    """The output directory goes while the request is computed: one sentence, and not a line of a server's log."""
+    (tmp_path / "gone").mkdir()
+    options = (*SMALL[:-4], "--steps", "40", "--socket", nowhere)
+    process = subprocess.Popen(
+        command("generate", PROMPT, "--out", tmp_path / "gone" / "v.mp4", *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    read_until(process, "denoising")
+    (tmp_path / "gone").rmdir()
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert rest.count("could not be written") == 1 and rest.splitlines()[-1].startswith("engine: v.mp4 could not"), rest
+
+
 @pytest.mark.parametrize(("when", "placement"), [("loading", "split"), ("denoising", "fused")])
 def test_ctrl_c_cancels_and_leaves_nothing(nowhere: Path, tmp_path: Path, when: str, placement: str) -> None:
     """SIGINT to the whole group, as from a terminal, while loading or computing: exit code 130, a sentence, no
