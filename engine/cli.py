@@ -428,14 +428,14 @@ def memory(
 ) -> None:
     """How much of the weights is in GPU memory, and why; or change it. Requests go on, with the same results."""
     from engine.client import Client
-    from engine.display import print_plans
+    from engine.display import print_memory_levels
     from engine.operator import read_level
 
     client = Client(socket)
     if blocks is not None and level != "3":
         raise BadRequest("--blocks is of level 3: engine memory 3 --blocks N")
     found = client.memory_levels() if level is None else client.change_memory(read_level(level), blocks)
-    _print_json(found) if as_json else print_plans(found)
+    _print_json(found) if as_json else print_memory_levels(found)
 
 
 @app.command()

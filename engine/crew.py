@@ -183,7 +183,8 @@ class Crew:
         self._epoch += 1
         start, fds = self._order(seats)
         try:
-            body = self._takeover.successor_of(seats) or self._spare.take() or Body(self._forks.fork)
+            successor = self._takeover.successor_of(seats)
+            body = successor or self._spare.take() or Body(self._forks.fork)
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)
@@ -196,7 +197,7 @@ class Crew:
             process.knows = {(version.component, version.content, home) for version, _ in self._starts.placed(seats)}
         for post in self._posts.of(seats):
             post.process = process
-            post.restarts += 1
+            post.restarts += successor is None
 
     def _start_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 
@@ -9,6 +10,8 @@ from engine.cuda import VARIABLES, visible_devices
 from engine.params import SystemParams
 from ipc.errors import BadConfig
 from ipc.messages import Seat, StageName, stage_of
+
+log = logging.getLogger(__name__)
 
 
 def compute_dtype(params: SystemParams, device: str) -> str:
@@ -83,6 +86,20 @@ def compute_threads(params: SystemParams, dits: int) -> dict[StageName, int]:
     """Compute threads of each process; the same for every dit, as they are part of the result's identity."""
     given, half = params.threads, _cores() // 2
     return {"text": 1, "dit": given or max(1, half // dits), "vae": given or max(1, half), "writer": 1}
+
+
+def warn_of_threads(threads: int) -> None:
+    """Say so if a process is to compute with more threads than there are cores, which makes nothing faster.
+
+    Refused is none up to the 1,024 of `SystemParams`, whatever the machine: the number is part of a result's identity,
+    so a result of a larger machine can be made again on this one only with as many.
+    """
+    if threads > (cores := _cores()):
+        log.warning(
+            "threads is %d, but the engine may use %d core%s: results are those of %d threads, and come no sooner "
+            "than with %d",
+            threads, cores, "" if cores == 1 else "s", threads, cores,
+        )  # fmt: skip
 
 
 def _cores() -> int:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress as Bar, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from engine.amounts import said_blocks, size
 from engine.catalogue import ModelCard
 from engine.check import CheckReport
 from engine.footprint import Coefficient, Need, measured
@@ -116,7 +117,7 @@ class LoadMeter:
 
     @property
     def rate(self) -> str:
-        return f"{self.done / self.seconds / 1e9:.2f} GB/s" if self.seconds else ""
+        return f"{size(self.done / self.seconds)}/s" if self.seconds else ""
 
 
 class PlainView(SilentView):
@@ -218,15 +219,6 @@ def seconds(value: float) -> str:
         return f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(value: float) -> str:
-    """Bytes, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if value < 999.5:
-            return f"{value:.{0 if unit == 'B' or value >= 10 else 1}f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"
 
 
 def count(value: float) -> str:
@@ -448,18 +440,33 @@ def print_status(status: EngineStatus) -> None:
         print_table(("weights", "content hash", "LoRAs"), weights)
 
 
+READY = (
+    "ready levels: a change to one of these holds from the next step on. The others compute from copies of the weights "
+    "in host memory, which are read first when such a level is asked for, unless the column of the copies says why not."
+)
+
+
+def print_memory_levels(devices: Sequence[DeviceMemory]) -> None:
+    """`engine memory`: a row for each device, and below them what its levels are."""
+    print_plans(devices)
+    print(f"\n{textwrap.fill(READY, 100)}")
+
+
 def print_plans(devices: Sequence[DeviceMemory]) -> None:
-    """`engine memory`."""
+    """A row for each device."""
     rows = [
         (d.device, level(d), d.mode, ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))
         for d in devices
     ]
-    print_table(("device", "memory level", "mode", "at once", "copies on the host", "GPU memory", "last change"), rows)
+    columns = ("device", "memory level", "mode", "ready levels", "copies on the host", "GPU memory", "last change")
+    print_table(columns, rows)
 
 
 def level(device: DeviceMemory) -> str:
     plan = device.plan
-    return str(plan.level) + ("" if plan.blocks is None else f", {plan.blocks} blocks stay")
+    return str(plan.level) + (
+        "" if plan.blocks is None else f", {said_blocks(plan.blocks)} stay{'s' if plan.blocks == 1 else ''}"
+    )
 
 
 def copies(device: DeviceMemory) -> str:

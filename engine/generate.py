@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -250,6 +251,7 @@ async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: In
     interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
+    logging.getLogger(Supervisor.__module__).setLevel(logging.ERROR)  # how the request ends, the command says itself
     async with supervisor:
         await _load(supervisor, view, interrupts)
         wait.loaded()

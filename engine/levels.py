@@ -11,23 +11,27 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Literal, Protocol
 
 import msgspec
 
 from engine.admission import Room
 from engine.crew import Crew
+from engine.device_level import DeviceLevel, named, reason, rung
 from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
 from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST
-from engine.posts import Changes
-from engine.starting import LEAST, exact_plan
+from engine.starting import LEAST, asked_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
 from ipc.messages import OFFLOADED, DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+
+MAPPING_PATIENCE = 60.0
+"""Seconds that a change which was asked for waits for processes to map new weights: a quantum or two."""
 
 RETRY = 5.0
 """Seconds."""
@@ -63,26 +67,6 @@ class LevelsState(State, frozen=True, kw_only=True):
     freed: dict[str, int]
 
 
-class DeviceLevel:
-    """One device's level."""
-
-    def __init__(self, device: str, mode: Literal["auto", "fixed"], setting: Setting, account: Account) -> None:
-        self.device, self.mode, self.setting, self.account = device, mode, setting, account
-        self.turn = asyncio.Lock()
-        """Of changes."""
-        self.raising = False
-        """A failed allocation is being answered."""
-        self.looked = Changes()
-        """Told of each sample."""
-        self.freed = 0
-        """How often memory was waited for that others had."""
-        self.policy: Policy | None = None
-        """Only where it may choose."""
-        self.sampler: Sampler | None = None
-        self.sample: Sample | None = None
-        self.last: MemoryChange | None = None
-
-
 class Levels:
     """The levels of all devices of one engine.
 
@@ -103,6 +87,8 @@ class Levels:
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_hand = asyncio.Lock()
         """What is asked for, one at a time: each that fails leaves the mode that it found."""
+        self._mapping = asyncio.Lock()
+        """Of processes that map new weights where the levels need them, and of a change that is asked for."""
         self._rungs = rung(LEAST, model) + 2
         """That the scheduler counts: of the plans, and one for memory that others have given back."""
         self._budget = None if params.gpu_budget is None else bytes_of(params.gpu_budget)
@@ -177,11 +163,11 @@ class Levels:
     # By hand.
 
     async def change(self, wanted: MemoryLevel, blocks: int | None) -> None:
-        """Keep so much on every device from now on; with auto, as much as fits. Raises `OutOfMemory`, `BadCheckpoint`
-        or `StageFailed`, `Busy` while weights are exchanged: what was before holds."""
-        async with self._by_hand:
-            if self._host.is_exchanging_weights:
-                raise Busy("weights are being exchanged; try again when that is done", RETRY)
+        """Keep so much on every device from now on; with auto, as much as fits. Raises `BadRequest` for blocks that the
+        model does not have, `OutOfMemory`, `BadCheckpoint` or `StageFailed`, `Busy` if processes map new weights for
+        longer than `MAPPING_PATIENCE`: what was before holds."""
+        plan = asked_plan(wanted, blocks, self._model)
+        async with self._by_hand, self._nothing_mapped():
             for level in self._devices.values():
                 if wanted == "auto" and level.device != HOST:
                     level.mode = "auto"
@@ -191,16 +177,43 @@ class Levels:
                     continue
                 mode, policy = level.mode, level.policy
                 level.mode, level.policy = ("auto" if wanted == "auto" else "fixed"), None
-                plan = MemoryPlan(level=0 if wanted == "auto" else wanted, blocks=blocks)
                 try:
-                    await self._change(level, exact_plan(plan, self._model), "it was asked for")
+                    await self._change(level, plan, "it was asked for")
                 except EngineError:
                     level.mode, level.policy = mode, policy
                     raise
                 finally:
                     self._announce(level)
 
-    # Because a reload has no room.
+    @asynccontextmanager
+    async def _nothing_mapped(self) -> AsyncIterator[None]:
+        """Processes do not begin to map new weights, and have ended to."""
+        if self._mapping.locked():
+            log.info("a memory level was asked for: it waits until new weights are mapped")
+        try:
+            async with asyncio.timeout(MAPPING_PATIENCE):
+                await self._mapping.acquire()
+        except TimeoutError as error:
+            raise Busy(
+                f"new weights have been mapped for {MAPPING_PATIENCE:g} s, and a process is not done with it: it is "
+                "busy with a long quantum or does not come up; try again",
+                RETRY,
+            ) from error
+        try:
+            yield
+        finally:
+            self._mapping.release()
+
+    # Because of a reload.
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """No level is changed by hand within: processes map new weights where the levels that hold need them. Copies
+        that became wanted while those were read are made afterwards."""
+        async with self._mapping:
+            yield
+        if self._crew.plans.copies and not self.copies.complete:
+            self.copies.start()
 
     async def make_room(self) -> bool:
         """Have the weights leave the GPUs whose level may change, so that there is room for another version, which is
@@ -401,25 +414,3 @@ class Levels:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s ended: %s", task.get_name(), error, exc_info=error)
-
-
-def rung(plan: MemoryPlan, model: ModelParams) -> int:
-    """A number that is the higher, the less a plan leaves on the device: for the scheduler."""
-    return plan.level if plan.level < 3 else 3 + model.transformer.num_layers - (plan.blocks or 0)
-
-
-def named(plan: MemoryPlan) -> str:
-    """2, or 3 (12 blocks)."""
-    return f"{plan.level}" if plan.level < 3 else f"{plan.level} ({plan.blocks or 0} blocks)"
-
-
-def reason(sample: Sample | None, budget: int | None) -> str:
-    """What was seen, for people."""
-    if sample is None:
-        return "nothing is known of the GPU"
-    known = [
-        f"{amount / 1e9:.1f} GB {what}"
-        for amount, what in ((sample.others, "of the GPU are others'"), (sample.free, "free"), (budget, "the budget"))
-        if amount is not None
-    ]
-    return ", ".join(known)

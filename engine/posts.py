@@ -40,6 +40,7 @@ class Post(msgspec.Struct, eq=False):
     state: StageState = "stopped"
     process: StageProcess | None = None
     restarts: int = -1
+    """Processes that were started, but for the first and those that took over because that was asked for."""
     quanta: int = 0
     busy_seconds: float = 0.0
     error: Failure | None = None

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -139,8 +139,8 @@ class Reloader:
                             f"the files of the {changed[0]} before have changed since; reload what they are now"
                         )
                     await self._adopt(placed)
-                    self._check_not_overtaken()
-                    return self._flip(before, when, placed, seconds)
+                self._check_not_overtaken()
+                return self._flip(before, when, placed, seconds)
 
     def _once_more(self, versions: Mapping[str, str], when: When) -> Order:
         """To read what was read before."""
@@ -161,24 +161,26 @@ class Reloader:
             )
         async with self._my_turn(overtakes=not order.dry_run):
             began = time.monotonic()
-            async with self._read(order) as placed:
-                seconds = time.monotonic() - began
-                found = {p.version.component: p.version.content for p in placed}
-                same = {name: content for name, content in found.items() if self._versions.serving.get(name) == content}
-                new = {name: content for name, content in found.items() if name not in same}
-                fresh = [p for p in placed if p.version.component in new]
-                if order.dry_run or not new:
-                    return Reloaded(weights=new, unchanged=same, seconds=seconds, dry_run=order.dry_run)
-                for name, content in new.items():
-                    read = None if name in order.in_memory else order.components[name]
-                    self._versions.sources[name, content] = Source(order.label, read)
-                with self._kept(new):
+            with ExitStack() as keeping:
+                async with self._read(order) as placed:
+                    seconds = time.monotonic() - began
+                    found = {p.version.component: p.version.content for p in placed}
+                    serving = self._versions.serving
+                    same = {name: content for name, content in found.items() if serving.get(name) == content}
+                    new = {name: content for name, content in found.items() if name not in same}
+                    fresh = [p for p in placed if p.version.component in new]
+                    if order.dry_run or not new:
+                        return Reloaded(weights=new, unchanged=same, seconds=seconds, dry_run=order.dry_run)
+                    for name, content in new.items():
+                        read = None if name in order.in_memory else order.components[name]
+                        self._versions.sources[name, content] = Source(order.label, read)
+                    keeping.enter_context(self._kept(new))
                     await self._adopt(fresh)
-                    if order.canary is not None:
-                        await self._try(order.canary, new)
-                    self._check_not_overtaken()
-                    report = self._flip(new, order.when, fresh, seconds)
-                return msgspec.structs.replace(report, unchanged=same)
+                if order.canary is not None:
+                    await self._try(order.canary, new)
+                self._check_not_overtaken()
+                report = self._flip(new, order.when, fresh, seconds)
+            return msgspec.structs.replace(report, unchanged=same)
 
     async def end(self) -> None:
         """End the process that reads, whatever it is doing."""
@@ -247,16 +249,33 @@ class Reloader:
 
     @asynccontextmanager
     async def _read(self, order: Order) -> AsyncIterator[list[Placed]]:
-        """What the loader has placed; its descriptors are closed at the end, but for those that were kept."""
+        """What the loader has placed, where it is needed; until the end that stays so, as no memory level is changed by
+        hand. If one was while it was read, it is read once more. The descriptors are closed at the end, but for those
+        that were kept."""
+        while True:
+            placed = await self._read_once(order)
+            try:
+                async with self._levels.kept():
+                    if order.dry_run or self._is_where_needed(placed):
+                        yield placed
+                        return
+            finally:
+                close_fds(p.fd for p in placed)
+            log.info("a memory level has changed: the new weights are read again, to where they are needed now")
+            self._check_not_overtaken()
+
+    async def _read_once(self, order: Order) -> list[Placed]:
         self.loading = {}
         try:
-            placed = await self._placed(order)
+            return await self._placed(order)
         finally:
             self.loading = {}
-        try:
-            yield placed
-        finally:
-            close_fds(p.fd for p in placed)
+
+    def _is_where_needed(self, placed: Sequence[Placed]) -> bool:
+        places: dict[str, set[str]] = {}
+        for p in placed:
+            places.setdefault(p.version.component, set()).add(p.device)
+        return all(found >= self._crew.upkeep.homes_of(component) for component, found in places.items())
 
     async def _placed(self, order: Order) -> list[Placed]:
         """Have it placed. Where there is no room, what was pinned goes first, and then all that is on the GPUs."""
@@ -319,9 +338,11 @@ class Reloader:
             self.let_go()
 
     async def _adopt(self, placed: Sequence[Placed]) -> None:
-        """Keep what was placed, and have every process map it. Raises `StageFailed` if one cannot."""
+        """Keep what was placed where it is still needed, and have every process map it. Raises `StageFailed` if one
+        cannot."""
         for p in placed:
-            if self._crew.placed.find(p.device, p.version.component, p.version.content) is None:
+            known = self._crew.placed.find(p.device, p.version.component, p.version.content) is not None
+            if not known and self._crew.upkeep.needs(p.version.component, p.device):
                 self._crew.placed.keep(p.device, p.version, os.dup(p.fd))
         try:
             async with asyncio.timeout(ADOPT_TIMEOUT):

@@ -20,7 +20,7 @@ from engine.journal import Entry, Journal
 from engine.loras import Loras
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.scheduler import Scheduler
-from engine.tasks import Task, TaskPool, task_spec
+from engine.tasks import Task, TaskPool, log_level, task_spec
 from ipc.errors import BadRequest, Busy, ServerUnavailable, StageFailed, to_failure
 from ipc.messages import Accepted, Done, Failed, Job
 
@@ -198,7 +198,7 @@ class Requests:
         """Tell those who follow a task how it ended, and let go of all that it had."""
         self._pool.end(task, event)
         why = f": {event.error.message}" if isinstance(event, Failed) else ""
-        log.info("%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
+        log.log(log_level(event), "%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
         self._outputs.discard(task.job.output)
         if isinstance(event, Failed):
             _unlink(task.job)

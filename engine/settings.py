@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast, get_args
 
+from engine.devices import warn_of_threads
 from engine.states import State
 from ipc.errors import BadConfig
 from ipc.messages import AttentionChoice, StageName
@@ -46,6 +47,7 @@ def changed(
             raise BadConfig(f"threads is {threads}; it must be from 0, the default, to {MAX_THREADS}")
         if not set(COMPUTING) & set(named):
             raise BadConfig(f"threads are of {' and '.join(COMPUTING)}: the other stages have one; name one of these")
+        warn_of_threads(threads)
         found |= {stage: threads or default_threads[stage] for stage in COMPUTING if stage in named}
     return Settings(attention=before.attention if attention is None else attention, threads=found)
 

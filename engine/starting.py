@@ -8,9 +8,10 @@ import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from engine.amounts import said_blocks
 from engine.checkpoint import open_model
 from engine.device_memory import make_device_memory
-from engine.devices import compute_dtype, devices_of_seats, resolve_devices
+from engine.devices import compute_dtype, devices_of_seats, resolve_devices, warn_of_threads
 from engine.footprint import Bounds, Setting, allocation_limits, need, plan_for, refusal, usual_size
 from engine.memory import EngineMemory, device_sizes
 from engine.models import load_model
@@ -19,8 +20,8 @@ from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST, Limits
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
-from ipc.errors import BadConfig
-from ipc.messages import MemoryPlan, StageName, stage_of
+from ipc.errors import BadConfig, BadRequest
+from ipc.messages import MemoryLevel, MemoryPlan, StageName, stage_of
 from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def look_up(params: SystemParams) -> Opened:
     model = load_model(params.model)
     device, dit_devices = resolve_devices(params)
     check_level(params, device)
+    warn_of_threads(params.threads)
     return Opened(model, device, dit_devices, open_model(model, params))
 
 
@@ -160,3 +162,16 @@ def exact_plan(plan: MemoryPlan, model: ModelParams) -> MemoryPlan:
     """The same plan, always written the same way: with a number of blocks that the model has, at level 3 only."""
     blocks = min(plan.blocks or 0, model.transformer.num_layers) if plan.level == 3 else None
     return MemoryPlan(level=plan.level, blocks=blocks)
+
+
+def asked_plan(level: MemoryLevel, blocks: int | None, model: ModelParams) -> MemoryPlan:
+    """What an operator asks for; of auto, what it begins with. `BadRequest` for blocks that this model does not have,
+    or at a level that has no use for them."""
+    if blocks is not None and level != 3:
+        raise BadRequest(f"blocks is {blocks} and the level {level}; blocks are of level 3, so leave them out")
+    there = model.transformer.num_layers
+    if blocks is not None and not 0 <= blocks <= there:
+        raise BadRequest(
+            f"blocks is {blocks}, but the DiT of {model.name} has {said_blocks(there)}; it must be from 0 to {there}"
+        )
+    return exact_plan(MemoryPlan(level=0 if level == "auto" else level, blocks=blocks), model)

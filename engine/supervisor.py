@@ -435,7 +435,8 @@ class Supervisor:
 
     async def change_memory(self, level: MemoryLevel, blocks: int | None = None) -> list[DeviceMemory]:
         """Keep so much of the weights on the devices from now on (`MemoryPlan`), or, with auto, as much as fits.
-        Requests go on, with the same results. Raises `OutOfMemory`, `BadCheckpoint` or `StageFailed`: what was before
+        Requests go on, with the same results. Raises `BadRequest` for blocks that there are not, `OutOfMemory`,
+        `BadCheckpoint`, `StageFailed`, or `Busy` while processes are long in mapping new weights: what was before
         holds."""
         self.check_serving()
         await self.ready()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import itertools
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from engine.footprint import RequestSize
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
-from ipc.errors import Failure, NotFound, from_failure
+from ipc.errors import BadRequest, Cancelled, DeadlineExceeded, EngineError, Failure, NotFound, from_failure
 from ipc.messages import (
     STAGE_OF_PHASE,
     Computed,
@@ -29,6 +30,18 @@ from ipc.messages import (
 
 KEPT_FINISHED = 256
 """Finished tasks that `list`, `result` and `events` still know."""
+
+USERS = {error.code for error in (BadRequest, Cancelled, DeadlineExceeded)}
+"""How a request ends by what its user has asked for."""
+
+
+def log_level(end: Done | Failed) -> int:
+    """Of the line that says how a request ended, by who must act: INFO, nobody, or its user; ERROR, who maintains the
+    engine, as an `internal` error is a defect; WARNING for all else, which is for the operator: a full disk, too little
+    memory, weights that compute NaN, a stage that cannot be kept alive."""
+    if isinstance(end, Done) or end.error.code in USERS:
+        return logging.INFO
+    return logging.ERROR if end.error.code == EngineError.code else logging.WARNING
 
 
 class Task:

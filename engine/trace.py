@@ -11,6 +11,7 @@ import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from engine.amounts import said_blocks, size
 from ipc.errors import NotFound
 from ipc.messages import Copied, MemoryChange, Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
 
@@ -167,7 +168,7 @@ def _copies_slice(span: Span, copied: Copied, zero: float) -> dict[str, Any]:
     begin, end = (round((time - zero) * 1e6, 3) for time in (copied.begin, copied.end))
     rate = copied.bytes / copied.seconds / 1e9 if copied.seconds else 0.0
     return {
-        "name": f"{copied.bytes / 1e9:.2f} GB", "cat": "copies", "ph": "X", "ts": begin, "dur": round(end - begin, 3),
+        "name": size(copied.bytes), "cat": "copies", "ph": "X", "ts": begin, "dur": round(end - begin, 3),
         "args": {
             "task": span.task, "phase": span.phase, "index": span.index, "bytes": copied.bytes,
             "milliseconds": round(copied.seconds * 1e3, 3), "gigabytes_per_second": round(rate, 2),
@@ -177,7 +178,9 @@ def _copies_slice(span: Span, copied: Copied, zero: float) -> dict[str, Any]:
 
 def _instant(change: MemoryChange, zero: float) -> dict[str, Any]:
     """Without its place."""
-    wanted = f"level {change.after.level}" + ("" if change.after.blocks is None else f", {change.after.blocks} blocks")
+    wanted = f"level {change.after.level}" + (
+        "" if change.after.blocks is None else f", {said_blocks(change.after.blocks)}"
+    )
     return {
         "name": wanted if change.error is None else f"not {wanted}", "cat": "memory", "ph": "i", "s": "t",
         "ts": round((change.at - zero) * 1e6, 3),

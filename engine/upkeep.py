@@ -155,6 +155,15 @@ class Upkeep:
         devices = [post.device for post in posts if post.device is not None]
         return list(dict.fromkeys(place for device in devices for place in self._plans.places(device)))
 
+    def homes_of(self, component: str) -> set[str]:
+        """Of these, those where it is computed with."""
+        posts = self._posts.siblings(STAGE_OF_COMPONENT[component])
+        return {self._plans.home(post.device) for post in posts if post.device is not None}
+
+    def needs(self, component: str, place: str) -> bool:
+        """It is one of these, or will be again if a change of level fails that is under way."""
+        return bool(self._plans.coming) or place in self.places_of(component)
+
     async def set_memory(self, device: str, plan: MemoryPlan) -> None:
         """Have every process on a device keep to a plan, each from its next quantum on. For a level from 2 on, what is
         placed on the device is in host memory too.

@@ -446,7 +446,7 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
     plan: MemoryPlan
     mode: Literal["auto", "fixed"]
     levels: list[int]
-    """That could be had at once; others when the copies in host memory are complete."""
+    """That hold from the next quantum on when they are asked for; the others need copies in host memory first."""
     budget: int | None
     """Bytes of the device that the engine may take; None: all that are free."""
     copies: HostCopies
@@ -474,7 +474,8 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: starting, up, restarting, failed, stopped. `loading`: while it starts, what it reads just now."""
+    """`state`: starting, up, restarting, failed, stopped. `restarts`: that nobody asked for; `engine reload --stage` is
+    none. `loading`: while it starts, what it reads just now."""
 
     name: Seat
     state: Literal["starting", "up", "restarting", "failed", "stopped"]

@@ -14,6 +14,8 @@ from engine.loader import Loader, read_of
 from engine.models import load_model
 from engine.params import SystemParams
 from engine.plans import HOST, Plans
+from engine.posts import Changes, Posts
+from engine.upkeep import Upkeep
 from engine.weights import Versions, WeightStore
 from ipc.errors import EngineError
 from ipc.messages import MemoryPlan, Seat, WeightVersion
@@ -22,7 +24,9 @@ GPU = "cuda:0"
 
 
 class GpuCrew:
-    """What `HostCopies` and `Levels` need of a `Crew`."""
+    """What `HostCopies`, `Levels` and `Reloader` need of a `Crew`."""
+
+    outliving = "gpu"
 
     def __init__(self) -> None:
         params = SystemParams()
@@ -31,22 +35,25 @@ class GpuCrew:
         self.placed, self.weights, self.plans = WeightStore(), Versions(), Plans({GPU: MemoryPlan()})
         self.on_gpu, self.dtype = True, "float32"
         self.upkeep = self
+        posts = Posts({"text": GPU, "dit": GPU, "vae": GPU, "writer": None}, fused=True)
+        places = Upkeep(posts, self.placed, self.plans, Changes(), deadline=60.0)
+        self.homes_of, self.places_of, self.needs = places.homes_of, places.places_of, places.needs
         self.adopted: list[tuple[str, str]] = []
         self.refusal: EngineError | None = None
         """Of the next change of plan."""
 
     async def load(self) -> None:
         """Read the weights, once, and say that they are on the GPU."""
+        loader = Loader()
         for name, component in self.components.items():
-            loader = Loader()
             (placed,) = await loader.read(
                 read_of(self.model, self.dtype, [component], {name: [HOST]}), (), lambda loading: None
             )  # fmt: skip
-            loader.end()
-            await loader.ended()
             version = msgspec.structs.replace(placed.version, device=0)
             self.placed.keep(GPU, version, placed.fd)
             self.weights.loaded({name: version.content}, "demo", {name: component})
+        loader.end()
+        await loader.ended()
 
     def pretend(self, components: Iterable[str]) -> None:
         """Of another model: its weights are on the GPU and in host memory, and take nothing."""
@@ -61,6 +68,13 @@ class GpuCrew:
 
     async def ready(self, on_loading: Any) -> None:
         return None
+
+    async def adopt(self, component: str, content: str) -> None:
+        assert self.placed.find(self.plans.home(GPU), component, content) is not None
+        self.adopted.append((component, content))
+
+    def forget(self, component: str, content: str) -> None:
+        self.placed.let_go(component, content)
 
     async def adopt_copy(self, component: str, content: str) -> None:
         assert self.placed.find(HOST, component, content) is not None

@@ -153,6 +153,21 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} did not come on stderr")
 
 
+def test_what_went_wrong_is_said_once(nowhere: Path, tmp_path: Path) -> None:
+    """The output directory goes while the request is computed: one sentence, and not a line of a server's log."""
+    (tmp_path / "gone").mkdir()
+    options = (*SMALL[:-4], "--steps", "40", "--socket", nowhere)
+    process = subprocess.Popen(
+        command("generate", PROMPT, "--out", tmp_path / "gone" / "v.mp4", *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    read_until(process, "denoising")
+    (tmp_path / "gone").rmdir()
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert rest.count("could not be written") == 1 and rest.splitlines()[-1].startswith("engine: v.mp4 could not"), rest
+
+
 @pytest.mark.parametrize(("when", "placement"), [("loading", "split"), ("denoising", "fused")])
 def test_ctrl_c_cancels_and_leaves_nothing(nowhere: Path, tmp_path: Path, when: str, placement: str) -> None:
     """SIGINT to the whole group, as from a terminal, while loading or computing: exit code 130, a sentence, no
@@ -342,16 +357,59 @@ def test_status_list_and_cancel(engine_process: EngineProcess, tmp_path: Path) -
 
 
 def test_the_memory_level_by_hand(engine_process: EngineProcess) -> None:
-    """It is shown, changed, in the status and in the trace's file, and auto is level 0 again on a CPU."""
+    """It is shown, and what the ready levels are; changed, in the status and in the trace's file; blocks that the model
+    does not have are refused, and nothing has changed; auto is level 0 again on a CPU."""
     where = ("--socket", engine_process.socket)
     engine_process.wait_ready()
     shown = run_engine("memory", *where)
     assert shown.returncode == 0 and "cpu" in shown.stdout and "auto" in shown.stdout, shown.stderr
     changed = run_engine("memory", "3", "--blocks", "1", *where)
-    assert "3, 1 blocks stay" in changed.stdout and "0 to 3" in changed.stdout, changed.stderr
-    assert "3, 1 blocks stay" in run_engine("status", *where).stdout
+    assert "3, 1 block stays" in changed.stdout and "0 to 3" in changed.stdout, changed.stderr
+    table, below = changed.stdout.split("\n\n")
+    assert "ready levels" in table and below.startswith(
+        "ready levels: a change to one of these holds from the next step"
+    )
+    refused = run_engine("memory", "3", "--blocks", "99", *where)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "blocks is 99, but the DiT of wan-demo has 6 blocks; it must be from 0 to 6" in refused.stderr
+    assert "3, 1 block stays" in run_engine("status", *where).stdout
     (device,) = json.loads(run_engine("memory", "auto", "--json", *where).stdout)
     assert (device["plan"]["level"], device["mode"], device["copies"]["state"]) == (0, "auto", "complete")
+
+
+def test_too_late_to_cancel(short_dir: Path) -> None:
+    """The writer has the last frames, and is stopped: `cancel` says so, with exit code 2, and the video is made."""
+    with EngineProcess(short_dir, placement="split") as engine:
+        engine.wait_ready()
+        client = Client(engine.socket)
+        writer = next(stage.pid for stage in client.status().stages if stage.name == "writer")
+        assert writer is not None
+        os.kill(writer, signal.SIGSTOP)
+        wanted = {"prompt": PROMPT, "height": 32, "width": 32, "num_frames": 5, "steps": 2}
+        identity = client.submit(**wanted, output=str(short_dir / "v.mp4")).id
+
+        def decoded() -> bool:
+            (task,) = [task for task in client.tasks() if task.id == identity]
+            return task.phase == "decode" and task.step == task.steps
+
+        try:
+            wait_for(decoded, "the last frame to be decoded")
+            ran = run_engine("cancel", identity[:8], "--socket", engine.socket)
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert f"too late to cancel {identity[:8]}: the end of its video is being written" in ran.stderr
+        assert client.result(identity).path == str(short_dir / "v.mp4")
+        assert (short_dir / "v.mp4").stat().st_size > 0
+
+
+def test_more_threads_than_cores_are_told(nowhere: Path) -> None:
+    """On stderr, before anything is started; here nothing is, as there are no weights."""
+    ran = run_engine("serve", "--threads", "500", "--checkpoint", CONFIGS / "models", "--socket", nowhere)
+    warning, error = ran.stderr.splitlines()
+    cores = len(os.sched_getaffinity(0))
+    assert f" WARNING threads is 500, but the engine may use {cores} core" in warning
+    assert ran.returncode == 2 and "a directory without weights" in error
 
 
 def test_a_start_that_several_ids_have_is_refused(engine_process: EngineProcess, tmp_path: Path) -> None:

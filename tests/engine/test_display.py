@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from engine import display
-from engine.display import LoadMeter, PlainView, seconds, size, state, summary
+from engine.amounts import said_blocks, size
+from engine.display import LoadMeter, PlainView, seconds, state, summary
 from engine.generate import Order, Outcome, suggestions
 from engine.params import UserParams
 from ipc.messages import Done, LoadProgress, StageStatus
@@ -29,6 +30,22 @@ def test_seconds(value: float, shown: str) -> None:
 def test_size(value: float, shown: str) -> None:
     """Powers of 1000."""
     assert size(value) == shown
+
+
+def test_blocks() -> None:
+    """One is one."""
+    assert [said_blocks(number) for number in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
+
+
+def test_the_rate_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MB, where GB would be 0.00."""
+    now = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    meter = LoadMeter()
+    meter.update(loads(("vae", 1, 9_600_000)))
+    now = 102.0
+    meter.update(loads(("vae", 9_600_000, 9_600_000)))
+    assert meter.rate == "4.8 MB/s"
 
 
 def test_the_summary_of_a_video_that_is_gone() -> None:
@@ -99,7 +116,7 @@ def test_the_meter_adds_up_components(monkeypatch: pytest.MonkeyPatch) -> None:
     meter.update(loads(("text_encoder", 4_000_000_000, 10_000_000_000), ("transformer", 2, 20_000_000_000)))
     assert meter.what == "loading text_encoder, transformer"
     assert meter.amount == "4.0 GB of 30.0 GB"
-    assert meter.rate == "1.00 GB/s"
+    assert meter.rate == "1.0 GB/s"
     meter.update(loads(("text_encoder", 5, 5), ("transformer", 5, 5)))
     assert meter.complete
 
@@ -114,8 +131,8 @@ def test_plain_lines_of_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         view.load(loads(("transformer", done, 20_000_000_000)))
     view.load(loads(("transformer", 20_000_000_000, 20_000_000_000)))
     assert capsys.readouterr().err.splitlines() == [
-        "loading transformer: 11.0 GB of 20.0 GB 2.00 GB/s",
-        "loaded 20.0 GB 2.00 GB/s",
+        "loading transformer: 11.0 GB of 20.0 GB 2.0 GB/s",
+        "loaded 20.0 GB 2.0 GB/s",
     ]
 
 

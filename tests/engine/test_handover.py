@@ -16,10 +16,11 @@ import pytest
 from engine import handover
 from engine.adapters import Adapters, AdaptersState
 from engine.crew import Crew
+from engine.device_level import DeviceLevel
 from engine.forks import Forks
 from engine.handover import FORMAT, Handover, decode, encode, from_memory, in_memory
 from engine.journal import Journal
-from engine.levels import DeviceLevel, Levels
+from engine.levels import Levels
 from engine.loras import Loras
 from engine.memory import EngineMemory
 from engine.params import SystemParams, UserParams
@@ -85,7 +86,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     WeightStore: ("_placed", "_doubted on_change"),
     Vault: ("_names _stored", "_notify _given _identities"),
     Plans: ("held copies", "coming limits"),
-    Levels: ("_devices", "_host _crew _model _tasks _by_hand _rungs _budget _host_sampler copies"),
+    Levels: ("_devices", "_host _crew _model _tasks _by_hand _mapping _rungs _budget _host_sampler copies"),
     DeviceLevel: ("device mode last freed", "setting account turn raising looked policy sampler sample"),
     Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
     Adapters: ("_named _nameless _absent _parts", "_lent"),

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from engine import levels
+from engine.device_level import rung
 from engine.footprint import Account, RequestSize, Setting
-from engine.levels import Levels, rung
+from engine.levels import Levels
 from engine.models import load_model
 from engine.monitor import Sample
 from engine.params import SystemParams
-from ipc.errors import Busy, OutOfMemory
-from ipc.messages import MemoryChange, MemoryPlan, Seat
+from ipc.errors import BadRequest, Busy, OutOfMemory
+from ipc.messages import MemoryChange, MemoryLevel, MemoryPlan, Seat
 from tests.engine.gpu_crew import GPU, GpuCrew
 
 Wait = Callable[..., Awaitable[None]]
@@ -158,15 +160,23 @@ async def test_what_others_have_is_waited_for(watched: Watched, wait_until: Wait
 
 
 async def test_while_weights_are_exchanged(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read to where the level needs them: it is not lowered so that they would be needed elsewhere, and not
-    changed by hand."""
+    """They are read to where the level needs them: it is not lowered so that they would be needed elsewhere, unless
+    that is asked for; and then not while processes map them."""
     await watched.see(0, 5)
     await watched.see(60 << 30, 1)
     raised = watched.plan
     monkeypatch.setattr(watched.host, "is_exchanging_weights", True)
-    with pytest.raises(Busy, match="weights are being exchanged"):
-        await watched.levels.change(0, None)
     await watched.see(0, 5)
+    assert watched.plan == raised
+    monkeypatch.setattr(levels, "MAPPING_PATIENCE", 0.05)
+    async with watched.levels.kept():
+        with pytest.raises(Busy, match="new weights have been mapped for 0"):
+            await watched.levels.change(0, None)
+    assert watched.plan == raised and watched.levels.status()[0].mode == "auto"
+    await watched.levels.change(0, None)
+    assert watched.plan == MemoryPlan()
+    await watched.levels.change("auto", None)
+    await watched.see(60 << 30, 1)
     assert watched.plan == raised
     monkeypatch.setattr(watched.host, "is_exchanging_weights", False)
     await watched.see(0, 12)
@@ -181,6 +191,24 @@ async def test_a_change_that_was_asked_for_and_fails_changes_nothing(watched: Wa
     assert watched.plan == MemoryPlan() and watched.levels.status()[0].mode == "auto"
     await watched.see(60 << 30, 2)
     assert watched.plan.level >= 2
+
+
+@pytest.mark.parametrize(
+    ("level", "blocks", "says"),
+    [
+        (3, 41, "blocks is 41, but the DiT of wan2.1-t2v-14b has 40 blocks; it must be from 0 to 40"),
+        (3, -1, "from 0 to 40"),
+        (2, 4, "blocks is 4 and the level 2; blocks are of level 3"),
+        ("auto", 4, "blocks are of level 3"),
+    ],
+)
+async def test_blocks_that_there_are_not(watched: Watched, level: MemoryLevel, blocks: int, says: str) -> None:
+    """Refused, not cut to what there is; and nothing has changed."""
+    with pytest.raises(BadRequest, match=says):
+        await watched.levels.change(level, blocks)
+    assert watched.plan == MemoryPlan() and watched.levels.status()[0].mode == "auto" and not watched.host.changes
+    await watched.levels.change(3, 40)
+    assert watched.plan == MemoryPlan(level=3, blocks=40)
 
 
 async def test_of_two_that_are_asked_for_at_once_the_second_holds(watched: Watched) -> None:

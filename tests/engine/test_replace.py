@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ def pids(supervisor: Supervisor) -> dict[str, int | None]:
     return {stage.name: stage.pid for stage in supervisor.status().stages}
 
 
+def restarts(supervisor: Supervisor) -> dict[str, int]:
+    return {stage.name: stage.restarts for stage in supervisor.status().stages}
+
+
 @pytest.mark.parametrize("placement", ["split", "fused"])
 async def test_every_process_is_replaced_under_a_request(tmp_path: Path, placement: Any) -> None:
     """The files of the weights are gone: a new process maps what is placed. The frames are the same, nothing is left
-    behind."""
+    behind. In the status that is no restart, as it is when a process dies."""
     shutil.copytree(CONFIGS / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("revision-2"))
     params = SystemParams(device="cpu", checkpoint=str(tmp_path / "demo"), placement=placement)
     async with Supervisor(params) as supervisor:
@@ -48,6 +54,14 @@ async def test_every_process_is_replaced_under_a_request(tmp_path: Path, placeme
         assert Video(done.path).sha256 == golden.sha256
         assert [(h.name, h.generation) for h in supervisor.memory()] == [(h.name, h.generation) for h in held]
         assert not supervisor.check_integrity()
+        assert restarts(supervisor) == dict.fromkeys(old, 0), "what was asked for is no restart"
+        os.kill(new["dit"] or 0, signal.SIGKILL)
+        await until(lambda: pids(supervisor)["dit"] not in (None, new["dit"]), "a new dit")
+        await supervisor.ready()
+        died = restarts(supervisor)
+        assert died["dit"] == 1 and sum(died.values()) == (4 if placement == "fused" else 1)
+        await supervisor.replace_stages(["dit"])
+        assert restarts(supervisor) == died
 
 
 @pytest.mark.parametrize("unfit", ["import", "nan"])

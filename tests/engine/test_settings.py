@@ -153,6 +153,18 @@ def test_what_is_changed() -> None:
         changed(before, ["dit"], None, -1, default)
 
 
+def test_more_threads_than_cores(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning that says how many cores there are; for as many as there are, none."""
+    before = Settings(attention="auto", threads={"text": 1, "dit": 1, "vae": 2, "writer": 1})
+    cores = len(os.sched_getaffinity(0))
+    assert changed(before, ["dit"], None, cores, before.threads).threads["dit"] == cores
+    assert not caplog.records
+    assert changed(before, ["dit"], None, cores + 1, before.threads).threads["dit"] == cores + 1
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"threads is {cores + 1}, but the engine may use {cores} core" in record.getMessage()
+
+
 def test_what_the_metadata_says(tmp_path: Path) -> None:
     """Of quanta that are done again, by another process, only the last counts; what the first one was computed with is
     what the task was, whatever the processes are now."""

@@ -4,6 +4,7 @@ that runs are in `test_one_engine.py`."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -19,8 +20,9 @@ import pytest
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
-from ipc.errors import BadCheckpoint, Busy, StageFailed
-from ipc.messages import StageName
+from engine.tasks import log_level
+from ipc.errors import _BY_CODE, BadCheckpoint, Busy, Failure, OutputError, StageFailed
+from ipc.messages import Failed, StageName
 
 PROMPT = "a red circle moves left on a black background"
 Wait = Callable[..., Awaitable[None]]
@@ -155,6 +157,39 @@ async def test_cancelled_while_the_end_of_the_file_is_written(
         await asyncio.wait_for(supervisor.result(accepted.id), 60)
         await wait_until(lambda: clean(supervisor), "every slot to be given back")
     assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
+
+
+async def test_the_log_tells_the_operator_what_is_his(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The output directory goes while a request is computed: a warning. Another one is cancelled: that is its user's
+    business, as is one that is done."""
+
+    def levels(identity: str) -> list[str]:
+        return [record.levelname for record in caplog.records if f"{identity} " in record.getMessage()]
+
+    caplog.set_level("INFO")
+    async with Supervisor(SystemParams()) as supervisor:
+        (tmp_path / "gone").mkdir()
+        lost = await supervisor.submit(ask(tmp_path / "gone" / "v.mp4"))
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(OutputError):
+            await supervisor.result(lost.id)
+        done = await supervisor.generate(ask(tmp_path / "v.mp4", steps=1))
+        cancelled = await supervisor.submit(ask(tmp_path / "w.mp4"))
+        await supervisor.cancel(cancelled.id)
+    assert (levels(lost.id), levels(done.id), levels(cancelled.id)) == (["WARNING"], ["INFO"], ["INFO"])
+
+
+def test_who_hears_of_a_failure() -> None:
+    """The level of each error's line, by who must act."""
+    levels: dict[str, set[str]] = {}
+    for error in _BY_CODE.values():
+        end = Failed(id="1", error=Failure(error.code, "it failed"))
+        levels.setdefault(logging.getLevelName(log_level(end)), set()).add(error.code)
+    assert levels.pop("INFO") == {"bad_request", "cancelled", "deadline_exceeded"}
+    assert levels.pop("ERROR") == {"internal"}
+    assert levels["WARNING"] >= {
+        "output_error", "out_of_memory", "numerical_error", "stage_failed", "poisoned_request", "bad_checkpoint"
+    }  # fmt: skip
 
 
 async def test_a_cancelled_submit_leaves_nothing(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_copies_have_a_row_of_their_own() -> None:
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert sorted(names.values()) == ["cuda:0", "cuda:0 copies", "dit"]
     (found,) = [e for e in events if e.get("cat") == "copies"]
-    assert (names[found["tid"]], found["name"], found["ts"], found["dur"]) == ("cuda:0 copies", "25.00 GB", 0, 1.5e6)
+    assert (names[found["tid"]], found["name"], found["ts"], found["dur"]) == ("cuda:0 copies", "25.0 GB", 0, 1.5e6)
     assert found["args"]["gigabytes_per_second"] == 50.0 and found["args"]["milliseconds"] == 500.0
     assert found["args"] | {"task": TASK, "phase": "denoise", "index": 4} == found["args"]
 
