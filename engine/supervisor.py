@@ -834,13 +834,13 @@ class Supervisor:
         if isinstance(report, QuantumDone | QuantumFailed | QuantumDropped):
             self._trace.answer(seat, report)
         match report:
-            case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata):
+            case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, metadata=metadata, parts=parts):
                 if (task := self._pool.find(identity)) is not None:
                     task.seconds[phase] += seconds
                     self._note_computed(task, seat, phase, index)
                     if metadata is not None:
                         task.metadata = metadata
-                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds))
+                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds, parts=parts))
             case QuantumFailed(id=identity, phase=phase, index=index, error=error):
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, error=error))
             case QuantumDropped(id=identity, phase=phase, index=index):
