@@ -55,9 +55,10 @@ class Estimates:
         """In use for every task."""
         self.learnt: dict[Phase, float] = {}
 
-    def observe(self, spec: TaskSpec, phase: Phase, seconds: float) -> bool:
-        """Learn from a measured quantum. True if the estimates of all tasks have changed."""
-        expected = spec.cost.get(phase, 0.0)
+    def observe(self, spec: TaskSpec, phase: Phase, seconds: float, quanta: float = 1.0) -> bool:
+        """Learn from a measured quantum, which was worth so many of those that `cost` is of. True if the estimates of
+        all tasks have changed."""
+        expected = quanta * spec.cost.get(phase, 0.0)
         if expected <= 0 or seconds <= 0:
             return False
         ratio = seconds / expected
@@ -72,8 +73,7 @@ class Estimates:
     def update(self, task: TaskRecord) -> None:
         """Set the task's `seconds` and `key` from where it is."""
         left: dict[Phase, float] = {
-            phase: (total - task.done[phase]) * task.spec.cost.get(phase, 0.0) * self.ratio[phase]
-            for phase, total in task.total.items()
+            phase: task.work_left(phase) * task.spec.cost.get(phase, 0.0) * self.ratio[phase] for phase in PHASES
         }
         task.seconds = left["text"] + left["encode"] + left["denoise"] + max(left["decode"], left["write"])
         if self._policy == "fifo":

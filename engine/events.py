@@ -12,15 +12,16 @@ from typing import Literal
 import msgspec
 
 from ipc.errors import Failure
-from ipc.messages import Phase, Seat, StageName
+from ipc.messages import Parts, Phase, Seat, StageName
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler needs to know of a task: its quanta per phase and who goes first.
 
     `text` has 1 quantum, `encode` 1 (with an init video) or 0, `denoise` one per step, `decode` one per chunk of frames
-    and `write` one per chunk; write k needs decode k. `cost` is the estimated work of one quantum of each phase in
-    seconds on this machine, refined by what is measured.
+    and `write` one per chunk; write k needs decode k. Of a phase that a stage does in `Parts`, which only the stage
+    knows, unfinished quanta come before these and are granted again. `cost` is the estimated work of one quantum of
+    each phase in seconds on this machine, refined by what is measured.
     """
 
     id: str
@@ -79,7 +80,7 @@ class StageGone(msgspec.Struct, frozen=True):
 
 class QuantumEnded(msgspec.Struct, frozen=True):
     """A granted quantum was answered. `seconds` is its compute time; an `error` fails the task; `dropped` means it was
-    skipped because the task had been dropped."""
+    skipped because the task had been dropped; with `parts` left it is unfinished."""
 
     stage: Seat
     epoch: int
@@ -89,6 +90,7 @@ class QuantumEnded(msgspec.Struct, frozen=True):
     seconds: float = 0.0
     error: Failure | None = None
     dropped: bool = False
+    parts: Parts | None = None
 
 
 class TaskDropped(msgspec.Struct, frozen=True):

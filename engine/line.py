@@ -56,9 +56,10 @@ class Line:
         """Tasks that go before this one and have not begun denoising."""
         return sum(not other.begun and other.key < task.key for other in self.active)
 
-    def measured(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
-        """An active task has had a quantum done in `seconds`: its place changes, and that of those it overtakes."""
-        anew = self.estimates.observe(task.spec, phase, seconds)
+    def measured(self, task: TaskRecord, phase: Phase, seconds: float, quanta: float = 1.0) -> None:
+        """An active task has had a quantum done in `seconds`, worth so many of those of the estimate: its place
+        changes, and that of those it overtakes."""
+        anew = self.estimates.observe(task.spec, phase, seconds, quanta)
         for tasks in (self.active, self.waiting):
             for other in tasks:
                 if other.arrival < task.arrival:

@@ -1,5 +1,5 @@
 """Which quantum of a task a stage could run now: its inputs are done, the slots it needs are free, and it has not just
-failed there for want of memory."""
+failed there for want of memory, and no part of it is being done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def ready(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> P
     if not stage.up:
         return None
     phase = _next_phase(task, stage, ledger, line)
-    return None if phase is None or task.lacks_memory(phase, stage.level) else phase
+    if phase is None or task.lacks_memory(phase, stage.level) or (task.in_parts(phase) and task.outstanding(phase)):
+        return None
+    return phase
 
 
 def _next_phase(task: TaskRecord, stage: StageRecord, ledger: Ledger, line: Line) -> Phase | None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from engine.events import Capacity, TaskSpec
 from ipc.errors import Failure
-from ipc.messages import Phase, Seat, StageName, stage_of
+from ipc.messages import Parts, Phase, Seat, StageName, stage_of
 
 Slots = Literal["prompts", "init_latents", "states", "latents", "frames"]
 """What is bounded by the field of `Capacity` of that name."""
@@ -90,6 +90,8 @@ class TaskRecord:
     """The writer's file is lost: when no decode is outstanding, decoding starts over."""
     short: dict[Phase, Shortage] = field(default_factory=dict)
     """Phases whose next quantum has failed so. Until it is done, it is granted alone, and only at a higher level."""
+    parts: dict[Phase, Parts] = field(default_factory=dict)
+    """Phases whose work the stage does in parts, and how far it is."""
     placing: bool = False
     """The last chunk was granted to the writer, which may put the file in place at any moment from then on: too late
     for a cancel or a deadline, whose task leaves no file."""
@@ -140,6 +142,31 @@ class TaskRecord:
         is answered."""
         lack = self.short.get(phase)
         return lack is not None and (level <= lack.level or self.outstanding(phase) > 0)
+
+    def in_parts(self, phase: Phase) -> bool:
+        """Parts of this phase are left: its next quantum is likely to be unfinished, and is granted alone."""
+        return phase in self.parts and self.parts[phase].left > 0
+
+    def note_parts(self, phase: Phase, parts: Parts) -> float:
+        """A quantum was answered; how many of the phase's quanta what it did is worth."""
+        before = self.parts.get(phase)
+        self.parts[phase] = parts
+        advance = parts.done - (before.done if before is not None else 0)
+        return self.total[phase] * max(0, advance) / parts.total
+
+    def work_left(self, phase: Phase) -> float:
+        """In quanta, of those that `TaskSpec.cost` is of."""
+        if phase in self.parts:
+            return self.total[phase] * self.parts[phase].left / self.parts[phase].total
+        return self.total[phase] - self.done[phase]
+
+    def steps(self, phase: Phase) -> tuple[int, int]:
+        """Quanta of the phase that have been run, and all that there are, the unfinished ones included."""
+        parts = self.parts.get(phase)
+        if parts is None:
+            return self.done[phase], self.total[phase]
+        unfinished = parts.total - 1
+        return self.done[phase] + min(parts.done, unfinished), self.total[phase] + unfinished
 
     def any_outstanding(self) -> bool:
         return self.granted != self.done

@@ -15,6 +15,9 @@ replayed in tests (`tests/engine/simulator.py`). What it keeps to:
 - A quantum that fails for want of memory is granted again once the stage's process takes less of its device's memory
   (`RaiseLevel`, `LevelChanged`), once at each level above; what was granted ahead of it counts for nothing. Where there
   is no higher level, it fails its task.
+- A quantum may be unfinished: the stage does the work of a phase in parts, one in each quantum, and only it knows how
+  many. The quantum is granted again, alone, until no part is left; of what was granted ahead of it only the part that
+  it did counts.
 - Lost quanta are granted again. A task ends exactly once, with `Finish` or `Fail`.
 """
 
@@ -68,7 +71,7 @@ from engine.records import (
 )
 from engine.scheduler_state import SchedulerState, put_back, state_of_stage, state_of_task, task_of_state
 from ipc.errors import DeadlineExceeded, EngineError, Failure, OutOfMemory, PoisonedRequest, StageFailed, to_failure
-from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName
+from ipc.messages import STAGE_OF_PHASE, Parts, Phase, Seat, StageName
 
 CRASHES = 2
 """Processes that die of a task before it is set aside."""
@@ -79,7 +82,7 @@ have a reason that cannot be seen here, such as the memory limit of a container.
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """Where an unfinished task is: `step` of `steps` of `phase` is done."""
+    """Where an unfinished task is: `step` of `steps` of `phase` is done, unfinished quanta included."""
 
     state: Literal["queued", "running"]
     phase: Phase | Literal["queued"]
@@ -165,7 +168,11 @@ class Scheduler:
         if (task.id, phase, index) != (event.id, event.phase, event.index):
             return
         stage.outstanding.popleft()
-        if not task.ended and index != task.done[phase]:
+        in_turn = index == task.done[phase]
+        if not task.ended and event.parts is not None and not (in_turn and not event.parts.left):
+            self._do_part(task, phase, event.parts, event.seconds)
+            return
+        if not task.ended and not in_turn:
             self._take_back(task, phase)
             return
         if not task.ended and event.error is not None and event.error.code == OutOfMemory.code:
@@ -181,7 +188,7 @@ class Scheduler:
         elif task.rewinding and phase == "decode":
             self._rewind(task)
         else:
-            self._advance(task, phase, event.seconds)
+            self._advance(task, phase, event)
 
     def handle_task_dropped(self, event: TaskDropped) -> None:
         """The stage has freed the task's slots. What is of a dead process is ignored."""
@@ -235,11 +242,12 @@ class Scheduler:
 
     # A task's way.
 
-    def _advance(self, task: TaskRecord, phase: Phase, seconds: float) -> None:
+    def _advance(self, task: TaskRecord, phase: Phase, event: QuantumEnded) -> None:
         """A quantum is done."""
         task.phase = phase
         task.short.pop(phase, None)
-        self._line.measured(task, phase, seconds)
+        quanta = 1.0 if event.parts is None else task.note_parts(phase, event.parts)
+        self._line.measured(task, phase, event.seconds, quanta)
         if phase == "write":
             self._ledger.give(task, "frames", 1)
         self._report(task)
@@ -252,6 +260,14 @@ class Scheduler:
         elif phase == "write":
             self._actions.append(Finish(task.id))
             self._end(task)
+
+    def _do_part(self, task: TaskRecord, phase: Phase, parts: Parts, seconds: float) -> None:
+        """A quantum is unfinished, or did a part out of its turn, as it was granted ahead of one that is."""
+        task.phase = phase
+        quanta = task.note_parts(phase, parts)
+        self._take_back(task, phase)
+        self._line.measured(task, phase, seconds, quanta)
+        self._report(task)
 
     def _run_short(self, task: TaskRecord, stage: StageRecord, phase: Phase, error: Failure) -> None:
         """A quantum had not enough memory: it has another try if it has had none at this level."""
@@ -353,6 +369,7 @@ class Scheduler:
                     self._purge(task, stage.stage)
                 elif told is not None:  # a new process has other memory
                     task.short = {p: lack for p, lack in task.short.items() if STAGE_OF_PHASE[p] != stage.stage}
+                    task.parts = {p: parts for p, parts in task.parts.items() if STAGE_OF_PHASE[p] != stage.stage}
             if task.ended:
                 self._let_go(task)
             elif task.rewinding:
@@ -435,8 +452,11 @@ class Scheduler:
         return sum(len(other.outstanding) for other in self._sharing[stage.name])
 
     def _moves_on(self, task: TaskRecord, holder: StageRecord, stages: list[StageRecord]) -> bool:
-        """The task is about to need another stage of this device: nothing of a later task is put before that."""
+        """The task is about to need another stage of this device, or this one for its next part: nothing of a later
+        task is put before that."""
         for running, phase, _ in holder.outstanding:
+            if running is task and task.in_parts(phase):
+                return True
             if running is task and task.granted[phase] == task.total[phase]:
                 return any(stage.stage == FEEDS[phase] for stage in stages)
         return False
@@ -476,7 +496,7 @@ class Scheduler:
         phase = task.phase
         if phase == "queued":
             return Snapshot("running" if task.admitted else "queued", phase, 0, 1)
-        return Snapshot("running", phase, task.done[phase], task.total[phase])
+        return Snapshot("running", phase, *task.steps(phase))
 
     # Views.
 

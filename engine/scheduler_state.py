@@ -15,7 +15,7 @@ from engine.events import Capacity, TaskSpec
 from engine.records import Key, Quantum, Shortage, Slots, StageRecord, TaskRecord
 from engine.states import State
 from ipc.errors import Failure
-from ipc.messages import Phase, Seat, StageName
+from ipc.messages import Parts, Phase, Seat, StageName
 
 
 class TaskState(State, frozen=True, kw_only=True):
@@ -37,6 +37,7 @@ class TaskState(State, frozen=True, kw_only=True):
     admitted: bool
     rewinding: bool
     short: dict[Phase, Shortage]
+    parts: dict[Phase, Parts]
     placing: bool
     ended: bool
     seconds: float
@@ -76,8 +77,8 @@ def state_of_task(task: TaskRecord) -> TaskState:
         spec=task.spec, arrival=task.arrival, total=dict(task.total), granted=dict(task.granted), done=dict(task.done),
         holds=dict(task.holds), told=dict(task.told), left=sorted(task.left), phase=task.phase,
         overtaken=task.overtaken, crashes=task.crashes, kills=task.kills, killed_at=task.killed_at,
-        admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), placing=task.placing,
-        ended=task.ended, seconds=task.seconds, key=task.key,
+        admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), parts=dict(task.parts),
+        placing=task.placing, ended=task.ended, seconds=task.seconds, key=task.key,
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def task_of_state(state: TaskState) -> TaskRecord:
         done=dict(state.done), holds=collections.Counter(state.holds), told=dict(state.told), left=set(state.left),
         phase=state.phase, overtaken=state.overtaken, crashes=state.crashes, kills=state.kills,
         killed_at=state.killed_at, admitted=state.admitted, rewinding=state.rewinding, short=dict(state.short),
-        placing=state.placing, ended=state.ended, seconds=state.seconds, key=state.key,
+        parts=dict(state.parts), placing=state.placing, ended=state.ended, seconds=state.seconds, key=state.key,
     )  # fmt: skip
 
 

@@ -602,9 +602,9 @@ class Supervisor:
         if isinstance(report, QuantumDone | QuantumFailed | QuantumDropped):
             self._trace.answer(seat, report)
         match report:
-            case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds):
+            case QuantumDone(id=identity, phase=phase, index=index, seconds=seconds, parts=parts):
                 self._running.note_done(seat, report)
-                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds))
+                self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, seconds, parts=parts))
             case QuantumFailed(id=identity, phase=phase, index=index, error=error):
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, error=error))
             case QuantumDropped(id=identity, phase=phase, index=index):

@@ -290,7 +290,8 @@ class Status(ServerMessage, frozen=True, tag="status", kw_only=True):
 
 
 class Progress(ServerMessage, frozen=True, tag="progress", kw_only=True):
-    """A quantum of this task ended: `step` of `steps` of `phase`. `seconds_left` is None until it can be estimated."""
+    """A quantum of this task ended: `step` of `steps` of `phase`; there are more of them where a clip is decoded or
+    encoded in tiles, which shows with the first. `seconds_left` is None until it can be estimated."""
 
     id: str
     phase: Phase | Literal["queued"]
@@ -940,9 +941,21 @@ class StartFailed(StageReport, frozen=True, tag="start_failed", kw_only=True):
     error: Failure
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """How far a phase of a task is whose work is not cut into its quanta: `done` of `total` parts of all of it. While
+    some are left, each quantum does one and leaves nothing behind; then they leave what they are for."""
+
+    done: int
+    total: int
+
+    @property
+    def left(self) -> int:
+        return self.total - self.done
+
+
 class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
     """The quantum began at `begin`, of the machine's monotonic clock, and computed for `seconds`. The last `write`
-    carries the file's `metadata`."""
+    carries the file's `metadata`. With `parts` left the quantum is unfinished: it is to be granted again."""
 
     id: str
     phase: Phase
@@ -950,6 +963,7 @@ class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
     begin: float
     seconds: float
     metadata: dict[str, Any] | None = None
+    parts: Parts | None = None
     copied: Copied | None = None
 
 

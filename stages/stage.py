@@ -8,7 +8,19 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from ipc.messages import Chosen, Component, Copied, Job, MemoryPlan, Run, StageName, Start, VaeChosen, WeightVersion
+from ipc.messages import (
+    Chosen,
+    Component,
+    Copied,
+    Job,
+    MemoryPlan,
+    Parts,
+    Run,
+    StageName,
+    Start,
+    VaeChosen,
+    WeightVersion,
+)
 from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue
@@ -85,8 +97,9 @@ class Stage(Protocol):
     def begin(self, job: Job) -> None:
         """Know a task; or its `changes`, if it is known."""
 
-    def step(self, run: Run) -> dict[str, Any] | None:
-        """Run one quantum; the last `write` returns the metadata of the file."""
+    def step(self, run: Run) -> dict[str, Any] | Parts | None:
+        """Run one quantum. The last `write` returns the metadata of the file; a quantum of a phase that is done in
+        parts, how many are done: while some are left, it has left nothing, and comes again."""
 
     def drop(self, identity: str) -> None:
         """Forget the task, free its input slots. Of a task that it does not know, too."""

@@ -49,6 +49,7 @@ from ipc.messages import (
     Loading,
     MemoryPlan,
     MemorySet,
+    Parts,
     Placed,
     Prepare,
     QuantumDone,
@@ -250,10 +251,10 @@ class Worker:
         name = STAGE_OF_PHASE[run.phase]
         use_threads(name, self._threads)
         self._counter.increment()
-        metadata, failure = None, None
+        result, failure = None, None
         begin = time.monotonic()
         try:
-            metadata = self._stages[name].step(run)
+            result = self._stages[name].step(run)
         except Exception as error:
             failure = describe(error, name)
         seconds = time.monotonic() - begin
@@ -263,8 +264,9 @@ class Worker:
                 id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, error=failure
             )
         return QuantumDone(
-            id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds, metadata=metadata,
-            copied=self._stages[name].copied(),
+            id=run.id, phase=run.phase, index=run.index, begin=begin, seconds=seconds,
+            parts=result if isinstance(result, Parts) else None,
+            metadata=result if isinstance(result, dict) else None, copied=self._stages[name].copied(),
         )  # fmt: skip
 
 

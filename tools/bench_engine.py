@@ -41,7 +41,7 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
     from stages.models.transformer import WanTransformer
     from stages.models.vae import WanVae
     from stages.prompt import load_tokenizer, prompt_ids
-    from stages.vae import to_frames
+    from stages.vae_clips import to_frames
     from stages.writer import Video
 
     torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ from hotreload.weights import load_weights
 from ipc.architecture import VaeConfig
 from stages.models.vae import WanVae
 from stages.models.vae_check import random_vae
-from stages.vae import to_frames
+from stages.vae_clips import to_frames
 from tools.bench_vae_kernels import LEVELS, check_kernels, sweep_tiles
 from tools.bench_vae_variants import (
     CUDA,

@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.memory import DECODE_LATENTS
 from stages.kernels.vae_launch import Kernels
 from stages.models.vae import WanVae
-from stages.models.vae_codec import FastCodec, has_tma
-from stages.vae import to_frames
+from stages.models.vae_codec import FastCodec, decode_tiles, encode_tiles, has_tma
+from stages.vae_clips import to_frames
 
 CUDA = torch.device("cuda")
 
@@ -57,7 +57,7 @@ def our_tiles(vae: WanVae, latents: Tensor) -> Variant:
 
     def run(keep: bool) -> Tensor | None:
         frames = torch.empty(shape, dtype=torch.float32 if keep else torch.uint8)
-        for piece in codec.decode_tiles(latents, DECODE_LATENTS):
+        for piece in decode_tiles(codec, latents, DECODE_LATENTS):
             part = piece.pixels[0].permute(1, 2, 3, 0) if keep else to_frames(piece.pixels)
             t, h, w = (slice(at, at + n) for at, n in zip(piece[:3], part.shape[:3], strict=True))
             frames[t, h, w] = part.cpu()
@@ -90,7 +90,7 @@ def our_encode_tiles(vae: WanVae, frames: Tensor) -> Variant:
     chunks = [frames[:, :, :1].cpu(), *rest]
 
     def run(keep: bool) -> Tensor | None:
-        latents = codec.encode_tiles(chunks, height, width)
+        latents = encode_tiles(codec, chunks, height, width)
         return latents.cpu() if keep else None
 
     return Variant(codec, run)

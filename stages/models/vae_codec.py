@@ -7,24 +7,28 @@ On a GPU whose kernels are right (`stages/models/vae_check.py`), a VAE runs in b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ipc.architecture import VaeConfig
 from ipc.messages import KernelKind
+from stages.models import vae_plain_tiles
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_encode import FastEncoder
 from stages.models.vae_fast_tiles import TileDecoder, TileEncoder
 from stages.models.vae_layers import Cache
-from stages.models.vae_plain_tiles import decode_tiles, encode_tiles
-from stages.models.vae_tiles import TILE_BUDGET, Piece
+from stages.models.vae_tiles import TILE_BUDGET, Piece, Tile
 from stages.models.vae_walk import Clip, Operations
+
+Kept: TypeAlias = list[Any]
+"""What is between a clip's tiles and the lowest level of the VAE, in host memory. Any codec of the same kind, with the
+same weights, can go on with it."""
 
 
 class ClipCoder(Protocol):
@@ -52,22 +56,53 @@ class Codec(Protocol):
     def clip(self, height: int, width: int) -> ClipCoder:
         """A clip of height x width latents that has not begun."""
 
-    def decode_tiles(
-        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
-    ) -> Iterator[Piece]:
-        """A whole clip, normalised latents [1, z, T, h, w], in tiles whose activations take at most `budget` bytes: all
-        its pixels, of a tile in the order of time. See `stages/models/vae_tiles.py`.
+    # A whole clip in tiles, part by part: see `stages/models/vae_tiles.py`. `beat` is as in `Links`.
 
-        chunk: latent frames per `ClipCoder.decode` of the untiled clip that this is to equal. beat: as in `Links`,
-        called before the first piece comes; between pieces who takes them may do it."""
+    def tiles_to_decode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        """Of a clip of height x width latents, tiles whose activations take at most `budget` bytes. chunk: latent
+        frames per `ClipCoder.decode` of the untiled clip that this is to equal."""
 
-    def encode_tiles(
-        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
-        beat: Callable[[], None] = lambda: None,
-    ) -> Tensor:  # fmt: skip
-        """All frames of a clip of height x width latents, in chunks as `ClipCoder.encode` takes them but on any device,
-        -> its latents. They are gone through once per tile, whose activations take at most `budget` bytes. beat: as in
-        `Links`."""
+    def decode_lowest(self, latents: Tensor, chunk: int, beat: Callable[[], None]) -> Kept:
+        """First: all normalised latents [1, z, T, h, w] -> what every tile is made of."""
+
+    def decode_tile(self, kept: Kept, tile: Tile) -> Iterator[Piece]:
+        """Then each tile: all its pixels, in the order of time; between pieces who takes them may call `beat`."""
+
+    def tiles_to_encode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        """As `tiles_to_decode`. chunk: latent frames that the longest of the clip's chunks becomes."""
+
+    def encode_tile(
+        self, chunks: Iterable[Tensor], height: int, width: int, tile: Tile, kept: Kept, beat: Callable[[], None]
+    ) -> None:
+        """First each tile: all frames of a clip of height x width latents, in chunks as `ClipCoder.encode` takes them
+        but on any device, -> the tile's part of what is `kept`, which is empty before the first."""
+
+    def encode_lowest(self, kept: Kept) -> Tensor:
+        """Then what all tiles have `kept` -> normalised latents [1, z, t, h, w]."""
+
+
+def decode_tiles(
+    codec: Codec, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
+) -> Iterator[Piece]:
+    """A whole clip, normalised latents [1, z, T, h, w], at once: all its pixels, tile by tile. beat: called before the
+    first piece comes."""
+    height, width = latents.shape[3:]
+    tiles = codec.tiles_to_decode(height, width, chunk, budget)
+    kept = codec.decode_lowest(latents, chunk, beat)
+    for tile in tiles:
+        yield from codec.decode_tile(kept, tile)
+
+
+def encode_tiles(
+    codec: Codec, chunks: Collection[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
+    beat: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """All frames of a clip of height x width latents, at once -> its latents. beat: called after every chunk."""
+    kept: Kept = []
+    chunk = max(-(-chunk.shape[2] // codec.config.temporal_stride) for chunk in chunks)
+    for tile in codec.tiles_to_encode(height, width, chunk, budget):
+        codec.encode_tile(chunks, height, width, tile, kept, beat)
+    return codec.encode_lowest(kept)
 
 
 @dataclass(slots=True)
@@ -105,16 +140,25 @@ class PlainCodec:
     def clip(self, height: int, width: int) -> PlainClip:
         return PlainClip(self.vae)
 
-    def decode_tiles(
-        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
-    ) -> Iterator[Piece]:
-        return decode_tiles(self.vae, latents, chunk, budget, beat)
+    def tiles_to_decode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        return vae_plain_tiles.tiles_to_decode(self.vae, height, width, chunk, budget)
 
-    def encode_tiles(
-        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
-        beat: Callable[[], None] = lambda: None,
-    ) -> Tensor:  # fmt: skip
-        return encode_tiles(self.vae, chunks, height, width, budget, beat)
+    def decode_lowest(self, latents: Tensor, chunk: int, beat: Callable[[], None]) -> Kept:
+        return vae_plain_tiles.decode_lowest(self.vae, latents, chunk, beat)
+
+    def decode_tile(self, kept: Kept, tile: Tile) -> Iterator[Piece]:
+        return vae_plain_tiles.decode_tile(self.vae, kept, tile)
+
+    def tiles_to_encode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        return vae_plain_tiles.tiles_to_encode(self.vae, height, width, chunk, budget)
+
+    def encode_tile(
+        self, chunks: Iterable[Tensor], height: int, width: int, tile: Tile, kept: Kept, beat: Callable[[], None]
+    ) -> None:
+        vae_plain_tiles.encode_tile(self.vae, chunks, height, width, tile, kept, beat)
+
+    def encode_lowest(self, kept: Kept) -> Tensor:
+        return vae_plain_tiles.encode_lowest(self.vae, kept)
 
 
 @dataclass(slots=True)
@@ -179,16 +223,25 @@ class FastCodec:
     def clip(self, height: int, width: int) -> FastClip:
         return FastClip(self, height, width)
 
-    def decode_tiles(
-        self, latents: Tensor, chunk: int = 1, budget: int = TILE_BUDGET, beat: Callable[[], None] = lambda: None
-    ) -> Iterator[Piece]:
-        return self.tile_decoder.decode(latents, budget, beat)
+    def tiles_to_decode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        return self.tile_decoder.tiles(height, width, budget)
 
-    def encode_tiles(
-        self, chunks: Iterable[Tensor], height: int, width: int, budget: int = TILE_BUDGET,
-        beat: Callable[[], None] = lambda: None,
-    ) -> Tensor:  # fmt: skip
-        return self.tile_encoder.encode(chunks, height, width, budget, beat)
+    def decode_lowest(self, latents: Tensor, chunk: int, beat: Callable[[], None]) -> Kept:
+        return self.tile_decoder.lowest(latents, beat)
+
+    def decode_tile(self, kept: Kept, tile: Tile) -> Iterator[Piece]:
+        return self.tile_decoder.tile(kept, tile)
+
+    def tiles_to_encode(self, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+        return self.tile_encoder.tiles(height, width, budget)
+
+    def encode_tile(
+        self, chunks: Iterable[Tensor], height: int, width: int, tile: Tile, kept: Kept, beat: Callable[[], None]
+    ) -> None:
+        self.tile_encoder.tile(chunks, height, width, tile, kept, beat)
+
+    def encode_lowest(self, kept: Kept) -> Tensor:
+        return self.tile_encoder.lowest(kept)
 
 
 def make_codec(vae: WanVae, kind: KernelKind, device: torch.device) -> Codec:

@@ -1,8 +1,8 @@
 """Whole clips tile by tile (`stages/models/vae_tiles.py`) with `FastDecoder` and `FastEncoder`.
 
 The middle and the lowest level, which are small, see whole frames. What lies between them and the tiles is kept on the
-host; each tile takes its part of it through the levels above, with causal caches of its own, in the frame pools of the
-tile before it.
+host; each tile takes its part of it through the levels above, with causal caches of its own, in frame pools that are
+given back with the tile. So nothing is on the device between two tiles.
 
 Bit for bit what the untiled clip gives, where the sum of an output pixel does not depend on where the pixel is.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.models.vae_decode import FastDecoder, Frame
 from stages.models.vae_encode import FastEncoder
 from stages.models.vae_frames import ZERO_SLOT, FramePool
-from stages.models.vae_tiles import Costs, Piece, cut_latents, cut_pixels, plan
+from stages.models.vae_tiles import Costs, Piece, Tile, cut_latents, cut_pixels, plan
 from stages.models.vae_walk import Clip
 
 GROUPS = (4, 2, 2, 1)
@@ -37,6 +37,10 @@ class Kept(NamedTuple):
     half: int
 
 
+Sunk: TypeAlias = tuple[Tensor, Tensor]
+"""What the encoder's lowest level is to see of a latent frame, and the norm of it, on the host, [h, w, C] each."""
+
+
 class TileDecoder:
     """Decodes whole clips with the weights of a `FastDecoder`."""
 
@@ -45,24 +49,38 @@ class TileDecoder:
         self._group = GROUPS[1]
         self._capacity = self._decoder.count_slots(self._decode_some)
 
-    def decode(self, latents: Tensor, budget: int, beat: Callable[[], None]) -> Iterator[Piece]:
-        """Normalised latents [1, z, T, h, w] -> all pixels of the clip, as `FastDecoder.decode_chunk` gives them; of a
-        tile, frames come in order. budget: bytes of a tile's activations. beat: called before the first piece comes."""
+    def tiles(self, height: int, width: int, budget: int) -> list[Tile]:
+        """Of clips of height x width latents. budget: bytes of a tile's activations."""
+        return plan(height, width, self.costs, budget, cut_pixels)
+
+    def lowest(self, latents: Tensor, beat: Callable[[], None]) -> list[Kept]:
+        """Normalised latents [1, z, T, h, w] of a whole clip through the middle and the lowest level. beat: called
+        after every group."""
+        decoder, kept = self._decoder, []
         height, width = latents.shape[3:]
-        tiles = plan(height, width, self.costs, budget, cut_pixels)
-        kept = list(self._lowest(latents, beat))
-        decoder, patch = self._decoder, self._decoder.config.patch_size
-        clip = decoder.clip_of(tiles[0].window, self._capacity)
-        for tile in tiles:
-            clip.restart(tile.window)
-            frame = 0
-            for first in range(0, len(kept), self._group):
-                part = kept[first : first + self._group]
-                pixels = decoder.pixels_of(clip, len(part) * self._multiple)
-                count = decoder.rise(clip, 0, self._load(clip, part), pixels)
-                cropped = decoder.finish(tile.crop(pixels[:count]))
-                yield Piece(frame, tile.rows.start * patch, tile.columns.start * patch, cropped)
-                frame += count
+        clip = decoder.clip(height, width)
+        for part in decoder.prepare(latents, height, width):
+            frames = decoder.lowest(clip, part)
+            pool, sources = self._pools(clip)
+            for frame in frames:
+                source = sources.pixels(frame.source).to("cpu", copy=True) if decoder.levels[0].repeats else None
+                kept.append(Kept(pool.pixels(frame.slot).to("cpu", copy=True), source, frame.half))
+            pool.give([frame.slot for frame in frames])
+            sources.give([frame.source for frame in frames if frame.last])
+            beat()
+        return kept
+
+    def tile(self, kept: list[Kept], tile: Tile) -> Iterator[Piece]:
+        """What `lowest` gives -> all pixels of a tile, as `FastDecoder.decode_chunk` gives them, in their order."""
+        decoder, patch, frame = self._decoder, self._decoder.config.patch_size, 0
+        clip = decoder.clip_of(tile.window, self._capacity)
+        for first in range(0, len(kept), self._group):
+            part = kept[first : first + self._group]
+            pixels = decoder.pixels_of(clip, len(part) * self._multiple)
+            count = decoder.rise(clip, 0, self._load(clip, part), pixels)
+            cropped = decoder.finish(tile.crop(pixels[:count]))
+            yield Piece(frame, tile.rows.start * patch, tile.columns.start * patch, cropped)
+            frame += count
 
     @cached_property
     def costs(self) -> Costs:
@@ -84,20 +102,6 @@ class TileDecoder:
     def _multiple(self) -> int:
         """Frames of the clip that one of `Kept` becomes, at most."""
         return self._decoder.config.temporal_stride // self._decoder.levels[0].time
-
-    def _lowest(self, latents: Tensor, beat: Callable[[], None]) -> Iterator[Kept]:
-        decoder = self._decoder
-        height, width = latents.shape[3:]
-        clip = decoder.clip(height, width)
-        for part in decoder.prepare(latents, height, width):
-            frames = decoder.lowest(clip, part)
-            pool, sources = self._pools(clip)
-            for frame in frames:
-                source = sources.pixels(frame.source).to("cpu", copy=True) if decoder.levels[0].repeats else None
-                yield Kept(pool.pixels(frame.slot).to("cpu", copy=True), source, frame.half)
-            pool.give([frame.slot for frame in frames])
-            sources.give([frame.source for frame in frames if frame.last])
-            beat()
 
     def _load(self, clip: Clip, kept: list[Kept]) -> list[Frame]:
         """The clip's window of frames, in slots of the lowest level."""
@@ -136,30 +140,41 @@ class TileEncoder:
         self._encoder = encoder
         self._capacity = encoder.count_slots(self._encode_some)
 
-    def encode(
-        self, chunks: Iterable[Tensor], height: int, width: int, budget: int, beat: Callable[[], None]
-    ) -> Tensor:
+    def tiles(self, height: int, width: int, budget: int) -> list[Tile]:
+        """Of clips of height x width latents. budget: bytes of a tile's activations."""
+        return plan(height, width, self.costs, budget, cut_latents)
+
+    def tile(
+        self, chunks: Iterable[Tensor], height: int, width: int, tile: Tile, kept: list[Sunk], beat: Callable[[], None]
+    ) -> None:
         """All frames of a clip of height x width latents, in chunks as `FastEncoder.encode_chunk` takes them and on any
-        device, through which each tile goes -> normalised latents [1, z, T, h, w]. budget: bytes of a tile's
-        activations. beat: called after every chunk."""
-        encoder, kept = self._encoder, list[tuple[Tensor, Tensor]]()
-        tiles = plan(height, width, self.costs, budget, cut_latents)
-        clip = encoder.clip_of(tiles[0].window, self._capacity)
-        for tile in tiles:
-            clip.restart(tile.window)
-            at = 0
-            for chunk in chunks:
-                encoder.check(chunk, height, width, clip.first)
-                part = tile.window.cut_frames(chunk, encoder.config.patch_size).to(clip.device)
-                for group in encoder.groups(part, clip.first):
-                    if at == len(kept):
-                        shape = height, width, encoder.stages[-1].blocks[0].conv1.channels_in
-                        kept.append((torch.empty(shape, dtype=clip.dtype), torch.empty(shape, dtype=clip.dtype)))
-                    self._keep(clip, encoder.descend(group, clip), kept[at])
-                    at += 1
-                beat()
-        del clip
-        return self._rest(kept, height, width)
+        device -> a tile of what the lowest level is to see of each latent frame, which is `kept` on the host and made
+        by the first tile. beat: called after every chunk."""
+        encoder, at = self._encoder, 0
+        clip = encoder.clip_of(tile.window, self._capacity)
+        for chunk in chunks:
+            encoder.check(chunk, height, width, clip.first)
+            part = tile.window.cut_frames(chunk, encoder.config.patch_size).to(clip.device)
+            for group in encoder.groups(part, clip.first):
+                if at == len(kept):
+                    shape = height, width, encoder.stages[-1].blocks[0].conv1.channels_in
+                    kept.append((torch.empty(shape, dtype=clip.dtype), torch.empty(shape, dtype=clip.dtype)))
+                self._keep(clip, encoder.descend(group, clip), kept[at])
+                at += 1
+            beat()
+
+    def lowest(self, kept: list[Sunk]) -> Tensor:
+        """What all tiles have `kept` -> normalised latents [1, z, T, h, w]."""
+        height, width = kept[0][0].shape[:2]
+        clip = self._encoder.clip(height, width)
+        pool = clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in)
+        moments = self._encoder.moments_of(clip, len(kept))
+        for i, frames in enumerate(kept):
+            slots = pool.take(2)
+            for slot, frame in zip(slots, frames, strict=True):
+                pool.pixels(slot).copy_(frame)
+            self._encoder.rest(slots[:1], slots[1:], clip, moments[i : i + 1])
+        return self._encoder.finish(moments)
 
     @cached_property
     def costs(self) -> Costs:
@@ -175,23 +190,12 @@ class TileEncoder:
         reach[-1] += 1
         return Costs(tuple(reach), tuple(nbytes), tuple(work))
 
-    def _keep(self, clip: Clip, slots: tuple[list[int], list[int]], kept: tuple[Tensor, Tensor]) -> None:
+    def _keep(self, clip: Clip, slots: tuple[list[int], list[int]], kept: Sunk) -> None:
         """A frame, and its norm, to their place in the whole frame; their slots are given back."""
         pool = clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in)
         for (slot,), whole in zip(slots, kept, strict=True):
             clip.window.cut(whole, 0).copy_(pool.pixels(slot))
             pool.give([slot])
-
-    def _rest(self, kept: list[tuple[Tensor, Tensor]], height: int, width: int) -> Tensor:
-        clip = self._encoder.clip(height, width)
-        pool = clip.pool(0, self._encoder.stages[-1].blocks[0].conv1.channels_in)
-        moments = self._encoder.moments_of(clip, len(kept))
-        for i, frames in enumerate(kept):
-            slots = pool.take(2)
-            for slot, frame in zip(slots, frames, strict=True):
-                pool.pixels(slot).copy_(frame)
-            self._encoder.rest(slots[:1], slots[1:], clip, moments[i : i + 1])
-        return self._encoder.finish(moments)
 
     def _encode_some(self, pixels: Tensor, clip: Clip) -> None:
         """One group, of which the first few take as many slots as any."""

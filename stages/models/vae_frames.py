@@ -59,10 +59,6 @@ class FramePool:
         """The opposite of `take`. The zero slot may be among them, and stays."""
         self._free += (slot for slot in slots if slot != ZERO_SLOT)
 
-    def restart(self) -> None:
-        """All slots are free again. Their borders and the zero slot are zeros, as they always are."""
-        self._used, self._free = 1, []
-
     def pixels(self, slot: int) -> Tensor:
         """A view of a frame without its border, [H, W, C]."""
         return self.frames[slot, 1:-1, 1:-1]

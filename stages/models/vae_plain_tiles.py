@@ -2,7 +2,7 @@
 
 The middle and the lowest blocks, which are small, see whole frames. What lies between them and the tiles is kept on the
 host; each tile takes its part of it through the levels above, a few latent frames at a time, with causal caches of its
-own.
+own. So nothing is on the device between two tiles.
 
 On a CPU the result is that of the same chunks untiled, bit for bit but where a library goes about sums or the end of a
 tensor in another way because of its shape: see `stages/models/vae.py`.
@@ -11,6 +11,7 @@ tensor in another way because of its shape: see `stages/models/vae.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,43 +23,69 @@ from stages.models.vae_tiles import Costs, Piece, Tile, Window, cut_latents, cut
 WORKING_FRAMES = 5
 """Tensors of a chunk's size that a residual block has at once, roughly."""
 
-
-def decode_tiles(vae: WanVae, latents: Tensor, chunk: int, budget: int, beat: Callable[[], None]) -> Iterator[Piece]:
-    """Normalised latents [1, z, T, h, w] of a whole clip -> all its pixels, in [-1, 1]; of a tile, frames come in
-    order. chunk: latent frames at a time. budget: bytes of a tile's activations. beat: called before the first piece
-    comes."""
-    height, width = latents.shape[3:]
-    chosen = plan(height, width, decoder_costs(vae, chunk), budget, cut_pixels)
-    kept = list(_lowest(vae, latents, chunk, beat))
-    for tile in chosen:
-        frame = 0
-        cache: Cache = {}
-        for frames, x in kept:
-            pixels = _tile(vae, frames, x, tile, cache).movedim(-1, 1).clamp(-1, 1)
-            row, column = (span.start * vae.config.patch_size for span in (tile.rows, tile.columns))
-            yield Piece(frame, row, column, pixels)
-            frame += pixels.shape[2]
+Risen: TypeAlias = tuple[Tensor, Tensor]
+"""Of a chunk, on the host, [1, t, h, w, C]: the frames that the lowest level enlarges, and its input."""
 
 
-def encode_tiles(
-    vae: WanVae, chunks: Iterable[Tensor], height: int, width: int, budget: int, beat: Callable[[], None]
-) -> Tensor:
-    """All frames of a clip of height x width latents, in chunks as `WanVae.encode_chunk` takes them and on any device,
-    through which each tile goes -> normalised latents [1, z, T, h, w]. budget: bytes of a tile's activations. beat:
+def tiles_to_decode(vae: WanVae, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+    """Of clips of height x width latents. chunk: latent frames at a time. budget: bytes of a tile's activations."""
+    return plan(height, width, decoder_costs(vae, chunk), budget, cut_pixels)
+
+
+def decode_lowest(vae: WanVae, latents: Tensor, chunk: int, beat: Callable[[], None]) -> list[Risen]:
+    """Normalised latents [1, z, T, h, w] of a whole clip through the middle and the lowest level. beat: called after
+    every chunk."""
+    decoder, lowest = vae.decoder, vae.decoder.up_blocks[0]
+    assert isinstance(lowest, UpBlock | ResidualUpBlock)
+    cache: Cache = {}
+    kept = []
+    for part in latents.split(chunk, dim=2):
+        x = vae.denormalise(part).movedim(1, -1).to(vae.quant_conv.weight.dtype).contiguous()
+        x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(x), cache), cache)
+        frames = lowest.frames(x, cache)
+        kept.append((frames.cpu(), (x if isinstance(lowest, ResidualUpBlock) else x[:, :0]).cpu()))
+        beat()
+    return kept
+
+
+def decode_tile(vae: WanVae, kept: list[Risen], tile: Tile) -> Iterator[Piece]:
+    """What `decode_lowest` gives -> all pixels of a tile, in [-1, 1], a chunk at a time."""
+    frame = 0
+    cache: Cache = {}
+    row, column = (span.start * vae.config.patch_size for span in (tile.rows, tile.columns))
+    for frames, x in kept:
+        pixels = _tile(vae, frames, x, tile, cache).movedim(-1, 1).clamp(-1, 1)
+        yield Piece(frame, row, column, pixels)
+        frame += pixels.shape[2]
+
+
+def tiles_to_encode(vae: WanVae, height: int, width: int, chunk: int, budget: int) -> list[Tile]:
+    """As `tiles_to_decode`. chunk: latent frames that the longest chunk becomes."""
+    return plan(height, width, encoder_costs(vae, chunk), budget, cut_latents)
+
+
+def encode_tile(
+    vae: WanVae, chunks: Iterable[Tensor], height: int, width: int, tile: Tile, kept: list[Tensor],
+    beat: Callable[[], None],
+) -> None:  # fmt: skip
+    """All frames of a clip of height x width latents, in chunks as `WanVae.encode_chunk` takes them and on any device
+    -> a tile of what the lowest level is to see of each, which is `kept` on the host and made by the first tile. beat:
     called after every chunk."""
-    upper, lower = _halves(vae)
-    longest = max(-(-chunk.shape[2] // vae.config.temporal_stride) for chunk in chunks)
-    kept: list[Tensor] = []
-    for tile in plan(height, width, encoder_costs(vae, longest), budget, cut_latents):
-        cache: Cache = {}
-        for i, chunk in enumerate(chunks):
-            vae.check_frames(chunk, first=not cache)
-            part = _descend(vae, upper, chunk, tile.window, cache)
-            if i == len(kept):
-                kept.append(torch.empty(*part.shape[:2], height, width, part.shape[-1], dtype=part.dtype))
-            tile.window.cut(kept[i], 0).copy_(part)
-            beat()
-    encoder, cache, latents = vae.encoder, {}, []
+    upper = _halves(vae)[0]
+    cache: Cache = {}
+    for i, chunk in enumerate(chunks):
+        vae.check_frames(chunk, first=not cache)
+        part = _descend(vae, upper, chunk, tile.window, cache)
+        if i == len(kept):
+            kept.append(torch.empty(*part.shape[:2], height, width, part.shape[-1], dtype=part.dtype))
+        tile.window.cut(kept[i], 0).copy_(part)
+        beat()
+
+
+def encode_lowest(vae: WanVae, kept: list[Tensor]) -> Tensor:
+    """What all tiles have `kept` -> normalised latents [1, z, T, h, w]."""
+    lower, encoder, latents = _halves(vae)[1], vae.encoder, []
+    cache: Cache = {}
     for x in kept:
         x = x.to(vae.quant_conv.weight.device)
         for module in lower:
@@ -137,20 +164,6 @@ def _descend(vae: WanVae, modules: list[nn.Module], frames: Tensor, window: Wind
             y = y + average_down(x, y.shape[-1], *module.shortcut)
         x, level = y, level - 1
     return x
-
-
-def _lowest(vae: WanVae, latents: Tensor, chunk: int, beat: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each chunk, on the host, [1, t, h, w, C]: the frames that the lowest level enlarges, and its input."""
-    decoder = vae.decoder
-    cache: Cache = {}
-    lowest = decoder.up_blocks[0]
-    assert isinstance(lowest, UpBlock | ResidualUpBlock)
-    for part in latents.split(chunk, dim=2):
-        x = vae.denormalise(part).movedim(1, -1).to(vae.quant_conv.weight.dtype).contiguous()
-        x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(x), cache), cache)
-        frames = lowest.frames(x, cache)
-        yield frames.cpu(), (x if isinstance(lowest, ResidualUpBlock) else x[:, :0]).cpu()
-        beat()
 
 
 def _tile(vae: WanVae, frames: Tensor, x: Tensor, tile: Tile, cache: Cache) -> Tensor:

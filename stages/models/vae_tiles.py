@@ -6,8 +6,9 @@ around it, the halo, and what is wrong in the halo, because convolutions see zer
 no seams. Where the halo meets an edge of the frame, the zeros are what the whole frame has there.
 
 The tile is the outer loop and time the inner one, because what causal convolutions remember of the clip takes more than
-all else. It is kept for one tile only. So a tiled clip is known as a whole
-before its first frame is.
+all else (in bfloat16, of all tiles of 1280x720 together: 4.6 GiB). It is kept for one tile only. So a tiled clip is
+known as a whole before its first frame is. But it is coded in parts, one for each tile and one for the lowest level,
+between which all there is of it is in host memory.
 
 Level l is the grid of latents times 2^l. All tiles of a clip have windows of the same size at each level, so that they
 use the same memory: at the edges of the frame the halo is larger than it need be.

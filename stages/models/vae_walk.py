@@ -80,12 +80,6 @@ class Clip:
     def width(self) -> int:
         return self.window.size(0)[1]
 
-    def restart(self, window: Window) -> None:
-        """Forget all and begin with another tile, whose windows are of the same size, in the same memory."""
-        self.window, self.history, self.first, self.doubled = window, {}, True, set()
-        for pool in self.pools.values():
-            pool.restart()
-
     def pool(self, level: int, channels: int) -> FramePool:
         """Frames of the latents' size times 2^level, or of the window's."""
         key = level, channels

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.events import BeginTask, Capacity, DropTask, Event, Grant, QuantumEnded, TaskDropped, TaskSpec
 from ipc.errors import Failure, OutOfMemory
-from ipc.messages import Phase, Seat, StageName, stage_of
+from ipc.messages import Parts, Phase, Seat, StageName, stage_of
 from tests.engine.observer import demand
 
 
@@ -108,6 +108,7 @@ class Host(Protocol):
     nature: Nature
     memory: Memory
     specs: dict[str, TaskSpec]
+    parts: dict[tuple[str, Phase], int]
 
     def at(self, when: float, what: Callable[..., None], *arguments: Any) -> None: ...
     def latency(self) -> float: ...
@@ -129,6 +130,8 @@ class Process:
         self.spoiled: set[tuple[Seat, str]] = set()
         """A quantum failed: those granted ahead are skipped."""
         self.files: dict[str, int] = {}
+        self.parts: dict[tuple[str, Phase], int] = {}
+        """Of phases that are done in parts, how many are."""
         self.skipped: set[tuple[Seat, str]] = set()
         """Is being dropped: what was granted before is answered without being run."""
         self.turns: collections.deque[Grant | DropTask] = collections.deque()
@@ -172,6 +175,7 @@ class Process:
         for marks in (self.known, self.spoiled, self.skipped):
             marks.discard(task)
         self.world.memory.free(stage_of(drop.stage), drop.id)
+        self.parts = {key: done for key, done in self.parts.items() if drop.stage != "vae" or key[0] != drop.id}
         if drop.stage == "writer":
             self.files.pop(drop.id, None)
         self.report(TaskDropped(drop.stage, self.epoch, drop.id))
@@ -179,16 +183,30 @@ class Process:
     def finish(self, grant: Grant, seconds: float, error: Failure | None) -> None:
         if not self.alive:
             return
-        if error is None:
+        parts = self.part(grant) if error is None else None
+        if error is None and (parts is None or not parts.left):
             self.apply(grant)
+        elif error is None:
+            pass
         elif error.code == OutOfMemory.code:
             if grant.phase == "denoise":
                 self.world.memory.short.add(grant.id)
-        else:
+        elif (grant.id, grant.phase) not in self.parts:  # a part may have failed out of its turn, and is tried again
             self.spoiled.add((grant.stage, grant.id))
-        self.report(QuantumEnded(grant.stage, self.epoch, grant.id, grant.phase, grant.index, seconds, error))
+        self.report(
+            QuantumEnded(grant.stage, self.epoch, grant.id, grant.phase, grant.index, seconds, error, parts=parts)
+        )
         self.running = None
         self.work()
+
+    def part(self, grant: Grant) -> Parts | None:
+        """Do the next part of a phase that is done in parts, if one is left; how many are done."""
+        key = (grant.id, grant.phase)
+        total = self.world.parts.get(key)
+        if total is None:
+            return None
+        self.parts[key] = min(self.parts.get(key, 0) + 1, total)
+        return Parts(self.parts[key], total)
 
     def apply(self, grant: Grant) -> None:
         spec, memory = self.world.specs[grant.id], self.world.memory

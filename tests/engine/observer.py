@@ -66,6 +66,8 @@ class Seen:
     begun: bool = False
     short: dict[Phase, int] = field(default_factory=dict)
     """The level at which the next quantum of a phase has failed for want of memory."""
+    unfinished: set[Phase] = field(default_factory=set)
+    """Phases of which parts are left to do, as the stage has said."""
     rewinding: bool = False
     """The writer died over its file; decoding starts over when nothing of it is outstanding."""
     ended: Action | None = None
@@ -85,8 +87,9 @@ class Seen:
         return self.done[phase] == self.total[phase]
 
     def lacks(self, phase: Phase, level: int) -> bool:
-        """At this level, or until what was granted ahead is answered."""
-        return phase in self.short and (level <= self.short[phase] or self.granted[phase] > self.done[phase])
+        """Memory, at this level, or an answer to what was granted ahead; an answer about its last part."""
+        waits = self.granted[phase] > self.done[phase]
+        return (phase in self.short and (level <= self.short[phase] or waits)) or (phase in self.unfinished and waits)
 
     def needs(self, stage: StageName) -> bool:
         return any(STAGE_OF_PHASE[p] == stage and not self.complete(p) for p in self.total)
@@ -177,8 +180,14 @@ class Observer:
         grant = self.outstanding[event.stage].popleft()
         demand((grant.id, grant.phase, grant.index) == (event.id, event.phase, event.index), "answers out of order")
         seen = self.tasks[event.id]
-        if event.index != seen.done[event.phase] and not seen.ended:
-            seen.granted[event.phase] -= 1  # it was granted ahead of one that failed for want of memory
+        if event.parts is not None:
+            (seen.unfinished.add if event.parts.left else seen.unfinished.discard)(event.phase)
+        unfinished = event.parts is not None and event.parts.left
+        if (unfinished or event.index != seen.done[event.phase]) and not seen.ended:
+            # Unfinished, or granted ahead of one that was, or that failed for want of memory.
+            seen.granted[event.phase] -= 1
+            for id in seen.found.keys() & self.live.keys() if event.parts is not None else ():
+                self.live[id].overtaken += event.seconds
             return
         if event.error is not None and event.error.code == "out_of_memory" and not seen.ended:
             self._hear_of_shortage(seen, event)
@@ -219,6 +228,7 @@ class Observer:
             if stage in stages and id in self.live:
                 seen = self.live[id]
                 seen.short = {p: lack for p, lack in seen.short.items() if STAGE_OF_PHASE[p] != stage_of(stage)}
+                seen.unfinished = {p for p in seen.unfinished if STAGE_OF_PHASE[p] != stage_of(stage)}
         for known in (self.told, self.dropping):
             known.difference_update([entry for entry in known if entry[0] in stages])
 
@@ -279,7 +289,7 @@ class Observer:
         demand(grant.index == seen.granted[phase], f"{grant}: expected index {seen.granted[phase]}")
         demand(grant.index < seen.total[phase], f"{grant}: there are only {seen.total[phase]}")
         demand(self._inputs_done(seen, phase), f"{grant}: its input is not there")
-        demand(not seen.lacks(phase, self.levels[grant.stage][0]), f"{grant}: it has just failed for want of memory")
+        demand(not seen.lacks(phase, self.levels[grant.stage][0]), f"{grant}: it must wait")
         demand(not (seen.rewinding and grant.stage in ("vae", "writer")), f"{grant}: the old frames are not purged")
         if not seen.begun:
             self._judge_turn(seen)

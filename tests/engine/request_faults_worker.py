@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import stages.worker
-from ipc.messages import Job, Run, StageName, Start
+from ipc.messages import Job, Parts, Run, StageName, Start
 from stages.stage import Links, Stage
 
 Fault = tuple[str, str, int]
@@ -70,7 +70,7 @@ def faulty(name: StageName, start: Start, links: Links) -> Stage:
         faults[job.id] = FAULTS.get(str(job.seed), [])
         begin(job)
 
-    def step_faulty(run: Run) -> dict[str, Any] | None:
+    def step_faulty(run: Run) -> dict[str, Any] | Parts | None:
         for fault, phase, index in faults[run.id]:
             if (phase, index) == (run.phase, run.index):
                 INJECT[fault](stage, run, start.devices.get(name))

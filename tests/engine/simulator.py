@@ -92,6 +92,8 @@ class World:
         """Tasks whose process somebody kills whenever this stage runs them."""
         self.hungry: dict[str, tuple[StageName, int]] = {}
         """Tasks that a stage has memory enough for from this level on."""
+        self.parts: dict[tuple[str, Phase], int] = {}
+        """Phases of tasks that the vae does in so many parts."""
         self.levels: dict[Seat, tuple[int, int]] = dict.fromkeys(capacity.devices, (0, 0))
         """The level that a seat keeps, and the highest that it can."""
         self.processes: dict[Seat, Process] = {}
@@ -248,6 +250,10 @@ class World:
     def begin_quantum(self, process: Process, grant: Grant) -> None:
         random, nature, spec = self.random, self.nature, self.specs[grant.id]
         seconds = spec.cost[grant.phase] * nature.slowness.get(grant.phase, 1.0) * random.uniform(*nature.jitter)
+        if (total := self.parts.get((grant.id, grant.phase))) is not None:
+            left = process.parts.get((grant.id, grant.phase), 0) < total
+            seconds *= (spec.chunks if grant.phase == "decode" else 1) / total if left else 0.01
+            self.counts["parts"] += left
         if self.poison.get(grant.id) == stage_of(grant.stage):
             self.at(self.now + seconds * random.random(), self._poisoned, process, grant.id)
             return
@@ -393,6 +399,9 @@ def _draw_task(world: World, id: str, when: float, quiet: bool) -> None:
     if random.random() < 0.15:
         for _ in range(random.choice((1, 2))):
             world.at(when + random.uniform(0, 4) * scale, world.cancel, id)
+    for phase in ("encode", "decode"):
+        if random.random() < 0.3:
+            world.parts[id, phase] = random.choice((1, 2, 3, 8))
 
 
 def simulate(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool = False) -> collections.Counter[str]:

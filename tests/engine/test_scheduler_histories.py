@@ -24,7 +24,7 @@ from engine.events import (
 from engine.records import PHASES_OF, Key, Quantum, Shortage, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
-from ipc.messages import Phase, Seat, StageName
+from ipc.messages import Parts, Phase, Seat, StageName
 from tests.engine.observer import Violation
 from tests.engine.simulator import simulate
 
@@ -35,7 +35,7 @@ HISTORIES = 10_000
 MUST_HAPPEN = (
     "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
-    "failed: out_of_memory", "shortages", "raises", "refused raises", "late cancels",
+    "failed: out_of_memory", "shortages", "raises", "refused raises", "late cancels", "parts",
 )  # fmt: skip
 
 
@@ -328,6 +328,21 @@ class CountsWhatWasGrantedAhead(Scheduler):
         super()._take_back(task, phase)
         if task.short and task.outstanding(phase) == 0 and not task.complete(phase):
             task.granted[phase] = task.done[phase] = task.done[phase] + 1
+
+
+class TakesAPartForTheWhole(Scheduler):
+    """Believes that an unfinished quantum has put what it is for."""
+
+    def handle_quantum_ended(self, event: QuantumEnded) -> None:
+        super().handle_quantum_ended(msgspec.structs.replace(event, parts=None))
+
+
+class GrantsAheadOfParts(Scheduler):
+    """Grants the next quantum beside one that is done in parts."""
+
+    def _do_part(self, task: TaskRecord, phase: Phase, parts: Parts, seconds: float) -> None:
+        super()._do_part(task, phase, parts, seconds)
+        task.parts.clear()
 
 
 class IdlesAfterACrash(Scheduler):

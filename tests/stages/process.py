@@ -31,9 +31,11 @@ WAIT = 60.0
 
 
 class WorkerProcess:
-    """`python -m stages.worker` with these stages."""
+    """`python -m stages.worker`, or a variation of it, with these stages."""
 
-    def __init__(self, rig: Rig, stages: tuple[StageName, ...] = STAGES, **fields: Any) -> None:
+    def __init__(
+        self, rig: Rig, stages: tuple[StageName, ...] = STAGES, module: str = "stages.worker", **fields: Any
+    ) -> None:
         self.rig = rig
         self.stages = stages
         self.counter = ProgressCounter.create()
@@ -41,7 +43,7 @@ class WorkerProcess:
         ours, theirs = Channel.pair()
         with theirs:
             self.popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "stages.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
             )

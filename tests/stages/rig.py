@@ -27,6 +27,7 @@ from ipc.messages import (
     Chosen,
     Component,
     Job,
+    Parts,
     Phase,
     Run,
     StageName,
@@ -133,6 +134,16 @@ def quanta(job: Job) -> list[Run]:
         Run(id=job.id, phase=phase, index=index, seconds=seconds if (phase, index) == ("write", chunks - 1) else None)
         for phase, index in order
     ]
+
+
+def finish(stage: Stage, run: Run) -> list[Parts]:
+    """Run a quantum until no part of it is left; what it said after each part."""
+    said = []
+    while isinstance(parts := stage.step(run), Parts):
+        said.append(parts)
+        if not parts.left:
+            break
+    return said
 
 
 class Rig:

@@ -27,7 +27,7 @@ from stages.models.walks import WalkedModule
 from stages.offload import ALIGNMENT, Offload, Pools, layout_of, source_of
 from stages.stage import Stage
 from stages.weights import runs_of, shapes_of
-from tests.stages.rig import CHANNELS, TWO_EXPERTS, Rig, is_empty, make_checkpoint, make_job, quanta
+from tests.stages.rig import CHANNELS, TWO_EXPERTS, Rig, finish, is_empty, make_checkpoint, make_job, quanta
 from tests.stages.test_dit import denoise, image_job, put_image, put_prompts, step, take_latents
 from tests.stages.test_dit_loras import Pair as Adapters
 
@@ -301,7 +301,7 @@ def run(stages: dict[str, Stage], job: Job, plans: dict[int, MemoryPlan] | None 
         for stage in stages.values():
             if plans and number in plans:
                 stage.set_memory(plans[number], [])
-        stages[phases[quantum.phase]].step(quantum)
+        finish(stages[phases[quantum.phase]], quantum)
     for stage in stages.values():
         stage.drop(job.id)
 

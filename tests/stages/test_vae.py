@@ -18,9 +18,10 @@ from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 from stages.models.image_encoder import image_tokens
 from stages.stage import Stage
-from stages.vae import InitChunks, VaeStage, to_frames, to_pixels
+from stages.vae import VaeStage
+from stages.vae_clips import InitChunks, to_frames, to_pixels
 from tests.stages.reference import make_image_encoder
-from tests.stages.rig import CHANNELS, FIRST_FRAME, Rig, is_empty, make_checkpoint, make_job
+from tests.stages.rig import CHANNELS, FIRST_FRAME, Rig, finish, is_empty, make_checkpoint, make_job
 
 replace = msgspec.structs.replace
 FIRST_FRAME_22 = replace(FIRST_FRAME, vae=replace(FIRST_FRAME.vae, is_residual=True, patch_size=2, decoder_base_dim=8))
@@ -36,7 +37,7 @@ def put_latents(rig: Rig, job: Job) -> torch.Tensor:
 
 
 def decode(stage: Stage, job: Job, index: int) -> None:
-    stage.step(Run(id=job.id, phase="decode", index=index))
+    finish(stage, Run(id=job.id, phase="decode", index=index))
 
 
 def take(rig: Rig, name: str, job: Job, sequence: int = 0) -> torch.Tensor:
@@ -79,7 +80,7 @@ def test_chunks_are_the_whole_video_in_pieces(rig: Rig) -> None:
 
 def test_a_clip_in_tiles(rig: Rig) -> None:
     """From memory level 1 on: the same bytes in the same chunks, whichever is asked for first and by whom; all frames
-    are held from the first chunk on. A clip that began before the level changed goes on as it began."""
+    are held from the last part on. A clip that began before the level changed goes on as it began."""
     job, other = make_job(), make_job()
     for each in (job, other):
         put_latents(rig, each)
@@ -154,8 +155,7 @@ def test_an_init_image_becomes_latents(rig: Rig, tmp_path: Path) -> None:
     assert latents.shape == (4, 3, 4, 6) and latents.dtype == torch.float32
     rig.reclaim("vae")
     tiled, again = rig.load("vae", memory=MemoryPlan(level=1)), make_job(init=job.init)
-    tiled.begin(again)
-    tiled.step(Run(id=again.id, phase="encode", index=0))
+    encode(tiled, again)
     assert torch.equal(take(rig, "init_latents", again), latents)
     tiled.drop(again.id)
     still = torch.from_numpy(pixels).expand(9, 32, 48, 3)
@@ -183,7 +183,7 @@ def with_image_encoder(directory: Path) -> Path:
 
 def encode(stage: Stage, job: Job) -> None:
     stage.begin(job)
-    stage.step(Run(id=job.id, phase="encode", index=0))
+    finish(stage, Run(id=job.id, phase="encode", index=0))
 
 
 def test_an_image_to_move_becomes_latents_and_tokens(tmp_path: Path) -> None:

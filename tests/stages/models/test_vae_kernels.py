@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from stages.models.vae import WanVae
-from stages.models.vae_codec import FastCodec
+from stages.models.vae_codec import FastCodec, decode_tiles
 from stages.models.vae_decode import FastDecoder
 from stages.models.vae_walk import TorchOperations
-from stages.vae import to_frames
+from stages.vae_clips import to_frames
 from tests.stages.models import vae_launches
 from tests.stages.models.test_vae import Compare, Harden, make_config, make_model, make_reference
 
@@ -87,7 +87,7 @@ def test_tiles_on_a_gpu(vae: WanVae) -> None:
     latents = torch.randn(1, 16, 3, 20, 26, generator=torch.Generator().manual_seed(2)).cuda()
     expected = decode(codec.decoder, latents, 1)
     budget = sum(n * 20 * 26 << 2 * level for level, n in enumerate(codec.tile_decoder.costs.nbytes)) * 3 // 4
-    got, pieces = torch.full_like(expected, torch.nan), list(codec.decode_tiles(latents, budget=budget))
+    got, pieces = torch.full_like(expected, torch.nan), list(decode_tiles(codec, latents, budget=budget))
     for frame, row, column, pixels in pieces:
         t, height, width = pixels.shape[2:]
         got[:, :, frame : frame + t, row : row + height, column : column + width] = pixels

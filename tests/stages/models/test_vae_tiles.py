@@ -16,10 +16,10 @@ from ipc.architecture import VaeConfig
 from stages.models import vae_fast_tiles, vae_plain_tiles
 from stages.models.vae import WanVae
 from stages.models.vae_check import random_vae
-from stages.models.vae_codec import Codec, FastCodec, PlainCodec
+from stages.models.vae_codec import Codec, FastCodec, PlainCodec, decode_tiles, encode_tiles
 from stages.models.vae_tiles import Costs, Cut, Piece, Tile, cut_latents, cut_pixels, plan, tiles
 from stages.models.vae_walk import TorchOperations
-from stages.vae import to_frames
+from stages.vae_clips import to_frames
 from tests.stages.models.test_vae import (
     SMALL_22,
     UNUSUAL_22,
@@ -90,7 +90,7 @@ def test_tiles_are_the_whole(
     latents = random_latents(KINDS[kind], *size)
     expected = whole_clip(coder, latents)
     assert expected.abs().mean() < 0.9, "the comparison is worthless where most pixels are clamped"
-    agree(assemble(coder.decode_tiles(latents), expected), expected)
+    agree(assemble(decode_tiles(coder, latents), expected), expected)
 
 
 @pytest.mark.parametrize("codec", ["plain", "fast"])
@@ -103,10 +103,10 @@ def test_a_halo_that_is_one_too_small(kind: str, codec: str, monkeypatch: pytest
     coder = codec_of(codec, random_vae(KINDS[kind], CPU))
     latents = random_latents(KINDS[kind], 2, 2, 24)
     expected = whole_clip(coder, latents)
-    got = assemble(coder.decode_tiles(latents), expected)
+    got = assemble(decode_tiles(coder, latents), expected)
     assert float((got - expected).abs().max()) > 1e-3
     cut_into(monkeypatch, 1, 3)
-    agree(assemble(coder.decode_tiles(latents), expected), expected)
+    agree(assemble(decode_tiles(coder, latents), expected), expected)
 
 
 def clip_in_chunks(config: VaeConfig, frames: int, height: int, width: int) -> list[Tensor]:
@@ -132,7 +132,7 @@ def test_encoding_in_tiles(
     coder, beats = codec_of(codec, random_vae(KINDS[kind], CPU)), list[int]()
     chunks = clip_in_chunks(KINDS[kind], *size)
     expected = encode_whole(coder, chunks, *size[1:])
-    got = coder.encode_tiles(chunks, *size[1:], beat=lambda: beats.append(1))
+    got = encode_tiles(coder, chunks, *size[1:], beat=lambda: beats.append(1))
     assert torch.equal(got, expected) if grid == (1, 1) else float((got - expected).abs().max()) <= 1e-5
     assert len(beats) == len(chunks) * len(list(tiles(*size[1:], *grid, (0, 0, 0, 0), cut_latents)))
 
@@ -145,9 +145,9 @@ def test_encoding_with_a_halo_that_is_one_too_small(kind: str, codec: str, monke
     coder, chunks = codec_of(codec, random_vae(KINDS[kind], CPU)), clip_in_chunks(KINDS[kind], 1, 1, 9)
     expected = encode_whole(coder, chunks, 1, 9)
     cut_into(monkeypatch, 1, 3)
-    assert float((coder.encode_tiles(chunks, 1, 9) - expected).abs().max()) <= 5e-6
+    assert float((encode_tiles(coder, chunks, 1, 9) - expected).abs().max()) <= 5e-6
     cut_into(monkeypatch, 1, 3, short=1)
-    assert float((coder.encode_tiles(chunks, 1, 9) - expected).abs().max()) > 1e-4
+    assert float((encode_tiles(coder, chunks, 1, 9) - expected).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("codec", ["plain", "fast"])
@@ -156,7 +156,7 @@ def test_encoding_wrong_frames(codec: str) -> None:
     """As untiled: ValueError."""
     coder = codec_of(codec, random_vae(TINY, CPU))
     with pytest.raises(ValueError, match=r"must be 4n\+1 in the first chunk, got 4"):
-        coder.encode_tiles([random_frames(4, 16, 16)], 2, 2)
+        encode_tiles(coder, [random_frames(4, 16, 16)], 2, 2)
 
 
 @pytest.mark.parametrize("codec", ["plain", "fast"])
@@ -169,7 +169,7 @@ def test_bit_for_bit(residual: bool, codec: str, monkeypatch: pytest.MonkeyPatch
     cut_into(monkeypatch, 2, 2)
     coder, latents = codec_of(codec, vae), random_latents(config, 2, 4, 6)
     expected = whole_clip(coder, latents)
-    assert torch.equal(assemble(coder.decode_tiles(latents), expected), expected)
+    assert torch.equal(assemble(decode_tiles(coder, latents), expected), expected)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
@@ -185,7 +185,7 @@ def test_the_demo_model(grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) 
     codec, latents = PlainCodec(vae), random_latents(config, 3, 8, 9)
     expected = whole_clip(codec, latents)
     beats: list[int] = []
-    got = assemble(codec.decode_tiles(latents, beat=lambda: beats.append(1)), expected)
+    got = assemble(decode_tiles(codec, latents, beat=lambda: beats.append(1)), expected)
     agree(got, expected)
     assert len(beats) == 3
 
@@ -231,7 +231,7 @@ def test_memory_of_a_tile() -> None:
     decoder = codec.tile_decoder
     budget = sum(n * 2 * 12 << 2 * level for level, n in enumerate(decoder.costs.nbytes)) * 3 // 4
     for frames in (1, 5):
-        pieces = list(decoder.decode(random_latents(TINY, frames, 2, 12), budget, lambda: None))
+        pieces = list(decode_tiles(codec, random_latents(TINY, frames, 2, 12), budget=budget))
         assert len({piece.column for piece in pieces}) > 1
     smallest = plan(2, 12, decoder.costs, 0, cut_pixels)
     assert len(smallest) > len(plan(2, 12, decoder.costs, budget, cut_pixels))
