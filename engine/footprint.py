@@ -268,16 +268,17 @@ def text_bytes(model: ModelParams, dtype: str) -> int:
 
 
 def vae_working_bytes(model: ModelParams, size: RequestSize, setting: Setting, *, tiled: bool) -> int:
-    """Of decoding, and of encoding where there is something to encode, which is never tiled; beside the weights in
-    float32, but with the copy of them that the kernels read."""
+    """Of decoding, and of encoding where there is something to encode; beside the weights in float32, but with the copy
+    of them that the kernels read."""
     figures, pixels = measured(), size.width * size.height
     plain = setting.dtype == "float32"
     decode = (figures.vae_plain_pixel_bytes if plain else figures.vae_pixel_bytes).value * pixels
-    if tiled:
-        decode = min(decode, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)
     encodes = size.image or model.conditioning == "channels"
     encode = figures.vae_encode_pixel_bytes.value * pixels if encodes else 0
-    return int(max(decode, encode)) + (0 if setting.dtype == "float32" else vae_bytes(model.vae) // 2)
+    most = max(decode, encode)
+    if tiled:
+        most = min(most, figures.vae_tile_bytes.value + figures.vae_tile_pixel_bytes.value * pixels)
+    return int(most) + (0 if setting.dtype == "float32" else vae_bytes(model.vae) // 2)
 
 
 def forward_flops(model: ModelParams, tokens: int) -> float:
