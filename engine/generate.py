@@ -23,6 +23,7 @@ from engine.connection import NotListening
 from engine.decode import decode_strictly
 from engine.display import ProgressView, shown_path
 from engine.params import SystemParams, UserParams
+from engine.requests import Requests
 from engine.supervisor import Supervisor
 from hotreload.lora_options import EXTENSION
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
@@ -251,7 +252,7 @@ async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: In
     interrupts.check()
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
-    logging.getLogger(Supervisor.__module__).setLevel(logging.ERROR)  # how the request ends, the command says itself
+    logging.getLogger(Requests.__module__).setLevel(logging.ERROR)  # how the request ends, the command says itself
     async with supervisor:
         await _load(supervisor, view, interrupts)
         wait.loaded()

@@ -80,6 +80,7 @@ async def test_an_engine_that_is_stuck_is_found(tmp_path: Path, monkeypatch: pyt
     """Nothing is done by a process that is stopped: as long as that is borne, and no longer."""
     monkeypatch.setattr(load, "PATIENCE", 0.5)
     async with chaos.timed(7) as tally, Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.ready()
         pid = chaos.pid_of(supervisor, "dit")
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)

@@ -232,8 +232,10 @@ def test_an_engine_that_still_loads_is_waited_for(short_dir: Path) -> None:
     """Its stages are stopped while they load: the client says what it waits for, without an estimate; when they go on,
     the video is made, and the result says how much of the time was loading."""
     with EngineProcess(short_dir) as engine:
-        pid = Client(engine.socket).status().stages[0].pid
-        assert pid is not None
+        client = Client(engine.socket)
+        wait_for(lambda: client.status().forks_pid is not None, "the process that loads for all of them")
+        pid = client.status().forks_pid
+        assert pid is not None and client.status().stages[0].pid is None
         os.kill(pid, signal.SIGSTOP)
         options = ("--out", short_dir / "v.mp4", *SMALL, "--socket", engine.socket)
         process = subprocess.Popen(

@@ -103,6 +103,17 @@ async def test_stages_that_cannot_be_forked_are_fresh_interpreters(
     assert (tmp_path / "v.mp4").is_file()
 
 
+async def test_a_source_that_hangs_while_it_loads(caplog: pytest.LogCaptureFixture) -> None:
+    """Stopped before it is ready: when the start deadline has passed it is ended, and the stages come up without it."""
+    async with Supervisor(SystemParams(placement="fused", start_deadline=10.0)) as supervisor:
+        source = supervisor.status().forks_pid
+        assert source is not None and set(pids(supervisor).values()) == {None}
+        os.kill(source, signal.SIGSTOP)
+        await asyncio.wait_for(supervisor.ready(), 120)
+        assert supervisor.status().forks_pid is None
+    assert [record.message for record in caplog.records if "ended (SIGKILL) before" in record.message] != []
+
+
 async def test_replaced_stages_come_from_the_code_on_the_disk(wait_until: Wait) -> None:
     """`reload --stage`: the new process is a fresh interpreter, and so is what later ones are forked from."""
     async with Supervisor(SystemParams(placement="fused")) as supervisor:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine import Supervisor, SystemParams, UserParams
+from engine import Supervisor, SystemParams, UserParams, process
 from engine.checkpoint import check_paths
 from engine.display import print_status
 from engine.models import CONFIGS, load_model
@@ -27,6 +27,7 @@ from ipc.messages import Component, LoadProgress, StageStatus
 from tests.conftest import Video
 from tools.make_checkpoint import directory_source, make_checkpoint
 
+Wait = Callable[..., Awaitable[None]]
 MODEL = load_model("wan-demo")
 DIM = MODEL.transformer.dim
 PROMPT = "a red circle moves left on a black background"
@@ -87,7 +88,8 @@ async def test_loading_is_heard_of_and_shows_in_the_status() -> None:
     assert set(heard[-1]) == set(MODEL.components)
     assert all(0 < progress.done == progress.total for progress in heard[-1].values())
     shown = {(stage.name, stage.loading.component) for stage in reading if stage.loading is not None}
-    assert shown == {("text", "text_encoder"), ("dit", "transformer"), ("vae", "vae")}
+    # Of what is read within a turn of the loop nothing is seen.
+    assert shown and shown <= {("text", "text_encoder"), ("dit", "transformer"), ("vae", "vae")}
     assert {stage.state for stage in reading} == {"starting"}
 
 
@@ -171,15 +173,21 @@ def test_a_request_is_checked_before_the_engine_is_started(tmp_path: Path) -> No
         supervisor.check(ask(tmp_path / "v.mp4", noise_device="cuda"))
 
 
-async def test_a_stage_that_stops_while_it_loads_is_replaced() -> None:
-    """SIGSTOP of the writer before it is up: when it has shown no progress for the start deadline it is replaced, and
-    all stages come up."""
+async def test_a_stage_that_stops_while_it_loads_is_replaced(monkeypatch: pytest.MonkeyPatch, wait_until: Wait) -> None:
+    """SIGSTOP of the writer, a fresh interpreter, before it is up: when it has shown no progress for the start deadline
+    it is replaced, and all stages come up."""
+    monkeypatch.setattr(process, "WORKER", "tests.engine.unforkable_worker")
     async with Supervisor(SystemParams(start_deadline=15.0)) as supervisor:
-        pid = next(stage.pid for stage in supervisor.status().stages if stage.name == "writer")
+
+        def writer() -> int | None:
+            return next(stage.pid for stage in supervisor.status().stages if stage.name == "writer")
+
+        await wait_until(lambda: writer() is not None, "the writer's process")
+        pid = writer()
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         await asyncio.wait_for(supervisor.ready(), 150)
-        assert next(stage.pid for stage in supervisor.status().stages if stage.name == "writer") != pid
+        assert writer() != pid
 
 
 def test_a_config_that_contradicts_the_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -49,7 +50,7 @@ async def test_a_queue_that_holds_more_than_its_bound_is_found(short_dir: Path) 
             await server.supervisor.submit(UserParams(prompt="x", output=str(short_dir / f"{number}.mp4")))
         with pytest.raises(ExceptionGroup, match="TaskGroup") as found:
             async with watched(AsyncClient(short_dir / "engine.sock"), watch_of(2)):
-                await server.supervisor.wait_closed()
+                await asyncio.Event().wait()
     [error] = found.value.exceptions
     assert str(error) == "3 requests wait or run, the bound is 2"
 

@@ -145,6 +145,7 @@ async def test_a_dit_that_dies_while_it_loads_is_replaced_by_its_sibling(tmp_pat
     """The dit that reads the weights is killed before it has placed them: the other reads them instead, and both are
     up in the end, with the same weights."""
     async with Supervisor(TWO) as supervisor:
+        await wait_until(lambda: at(supervisor, "dit").pid is not None, "a dit that reads")
         assert at(supervisor, "dit:1").pid is None
         kill(supervisor, "dit")
         await supervisor.ready()
