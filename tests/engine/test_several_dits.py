@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import Supervisor, SystemParams, UserParams, devices
+from engine import Supervisor, SystemParams, UserParams, devices, process
 from engine.devices import resolve_devices
 from engine.memory import ROUTES, EngineMemory, capacity, slot_sizes
 from engine.models import CONFIGS, load_model, read_yaml
@@ -141,9 +141,12 @@ def is_decided(supervisor: Supervisor, seat: Seat, killed: int) -> bool:
     return now.pid not in (None, killed) or now.state == "failed"
 
 
-async def test_a_dit_that_dies_while_it_loads_is_replaced_by_its_sibling(tmp_path: Path, wait_until: Wait) -> None:
-    """The dit that reads the weights is killed before it has placed them: the other reads them instead, and both are
-    up in the end, with the same weights."""
+async def test_a_dit_that_dies_while_it_loads_is_replaced_by_its_sibling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    """The dit that reads the weights, a fresh interpreter, is killed before it has placed them: the other reads them
+    instead, and both are up in the end, with the same weights."""
+    monkeypatch.setattr(process, "WORKER", "tests.engine.unforkable_worker")
     async with Supervisor(TWO) as supervisor:
         await wait_until(lambda: at(supervisor, "dit").pid is not None, "a dit that reads")
         assert at(supervisor, "dit:1").pid is None
