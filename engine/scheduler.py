@@ -524,8 +524,10 @@ class Scheduler:
         return id in self._tasks
 
     def granted(self, id: str, phase: Phase) -> int:
-        """Quanta of a task that has not ended that were granted: what becomes of it now holds from the next one on."""
-        return self._tasks[id].granted[phase]
+        """Quanta of a task that has not ended that were granted: what becomes of it now holds from the next one on. One
+        that is unfinished counts, also while it waits to be granted again."""
+        task = self._tasks[id]
+        return max(task.granted[phase], int(phase in task.parts))
 
     def seat_of(self, id: str, stage: StageName) -> Seat | None:
         """Where a task that has not ended is known to this stage."""
