@@ -264,6 +264,7 @@ class Scheduler:
     def _do_part(self, task: TaskRecord, phase: Phase, parts: Parts, seconds: float) -> None:
         """A quantum is unfinished, or did a part out of its turn, as it was granted ahead of one that is."""
         task.phase = phase
+        task.short.pop(phase, None)
         quanta = task.note_parts(phase, parts)
         self._take_back(task, phase)
         self._line.measured(task, phase, seconds, quanta)

@@ -151,4 +151,5 @@ def test_a_part_that_lacks_memory() -> None:
     assert stages.ended("a", "decode", 0, error=FULL) == [RaiseLevel("vae", 1)]
     assert stages.tell(LevelChanged("vae", 2, 3)) == [Grant("vae", "a", "decode", 0)]
     assert part(stages, 3, 4) == [Grant("vae", "a", "decode", 0)]
+    assert stages.tell(LevelChanged("vae", 1, 1)) == [], "what lacked memory is done, and the next part has not yet"
     assert Grant("vae", "a", "decode", 1) in part(stages, 4, 4)
