@@ -95,14 +95,16 @@ async def test_weights_that_come_between_two_tiles(tmp_path: Path, wait_until: W
     its clip is of the VAE that it was begun with, every tile, and says so."""
     other = vary(tmp_path / "other", seed=1)
     async with engine(memory_level=1, placement="fused") as supervisor:
+        await supervisor.reload(order(other, "vae", when="pin"))
+        await supervisor.rollback("pin")  # serves the first, and has the other in memory
         calm = await video(supervisor, tmp_path / "calm.mp4")
         accepted = await supervisor.submit(ask(tmp_path / "v.mp4"))
         await wait_until(lambda: at_step(supervisor, accepted.id, "decode", 2), "decoding")
         urgent = await supervisor.submit(ask(tmp_path / "u.mp4", priority=5, steps=1000))
         await wait_until(lambda: at_step(supervisor, urgent.id, "denoise", 1), "denoising")
         served = supervisor.status().weights["vae"]
-        await supervisor.reload(order(other, "vae", when="now"))
-        assert at_step(supervisor, urgent.id, "denoise", 1), "the reload came in the middle"
+        await supervisor.rollback("now")
+        assert at_step(supervisor, urgent.id, "denoise", 1), "it came in the middle"
         await supervisor.cancel(urgent.id)
         done = await supervisor.result(accepted.id)
         assert done.metadata["weights"]["vae"] == served
