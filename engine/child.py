@@ -73,8 +73,8 @@ class Child(Protocol):
 
 
 class AdoptedChild:
-    """A child that the program before this one, in this same process, has spawned. Resource handling: it is a zombie
-    until `poll` or `wait` reaps it."""
+    """A child that this program has not spawned itself: the one before it in this same process has, or another process
+    has forked it. Resource handling: it is a zombie until `poll` or `wait` reaps it."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

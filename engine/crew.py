@@ -161,18 +161,22 @@ class Crew:
     # Life.
 
     def start(self, seats: tuple[Seat, ...]) -> None:
-        """Spawn the process of these seats, now or when there is one to fork it from and a sibling has placed their
+        """Spawn the process of these seats, now or when there is what it is made from and a sibling has placed their
         weights; a report or `handle_lost` follows. ValueError, at once, for more than a process can be told."""
         self._pending.pop(seats, None)
         if self._stopping:
             return
         for post in self._posts.of(seats):
             post.state, post.error = "starting", None
-        if self._forks.is_loading() or self._starts.must_wait(seats):
+        if self._must_wait_for_forks(seats) or self._starts.must_wait(seats):
             self._order(seats)
             self._held_back.append(seats)
         else:
             self._spawn(seats)
+
+    def _must_wait_for_forks(self, seats: tuple[Seat, ...]) -> bool:
+        """There will soon be a process to fork it from, and until then none that is further: no successor, no spare."""
+        return not self._takeover.has(seats) and self._forks.is_loading() and self._spare.pid is None
 
     def _order(self, seats: tuple[Seat, ...]) -> tuple[bytes, list[int]]:
         """What the process of these seats is to be told now, and the descriptors that go with it."""

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from engine.child import AdoptedChild, Child, how_it_ended
 from engine.process import Body, BodyState, fresh_worker
@@ -26,6 +27,7 @@ from ipc.messages import Fork, Forked, ForksReady, ServeForks
 log = logging.getLogger(__name__)
 
 PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
 """Of <linux/prctl.h>."""
 FORK_TIMEOUT = 2.0
 """Seconds for a fork, which takes some ten milliseconds, unless somebody has stopped the process. Nothing else is done
@@ -40,8 +42,8 @@ class Forks:
     """
 
     def __init__(self, wanted: bool, deadline: float, on_settled: Callable[[], None]) -> None:
-        """`on_settled` is called when one that was loading is ready, or has ended, at the latest after `deadline`
-        seconds."""
+        """`on_settled` is called when one that was loading is ready, has ended or is renewed, at the latest after
+        `deadline` seconds."""
         self._wanted = wanted
         self._deadline = deadline
         self._on_settled = on_settled
@@ -74,8 +76,11 @@ class Forks:
 
     def renew(self) -> None:
         """The code on the disk is to be loaded by whoever is started from now on."""
+        was_loading = self._body is not None and not self._ready
         self.end()
         self._unfit = False
+        if was_loading:
+            self._on_settled()  # who waits for it waits for another one
 
     def end(self) -> None:
         """Kill and reap it. Waits for milliseconds."""
@@ -86,8 +91,9 @@ class Forks:
         self._body, self._ready = None, False
 
     def kill(self) -> None:
-        """SIGKILL; `end` has then only to reap."""
+        """SIGKILL; `end` has then only to reap. Nobody is told."""
         if self._body is not None:
+            self._stop_listening(self._body)
             self._body.popen.kill()
 
     def state(self, fds: Descriptors) -> BodyState | None:
@@ -156,15 +162,18 @@ class Forks:
 
 @contextlib.contextmanager
 def taking_orphans() -> Iterator[None]:
-    """Processes among the descendants of this one whose parent ends now become children of this one, not of init."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    _prctl(libc, 1)
+    """Processes among the descendants of this one whose parent ends now become children of this one, not of init: so it
+    is always if a host wants that for its own ones."""
+    before = ctypes.c_int()
+    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        _prctl(libc, 0)
+        _prctl(PR_SET_CHILD_SUBREAPER, before.value)
 
 
-def _prctl(libc: ctypes.CDLL, on: int) -> None:
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, on, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(ctypes.get_errno())}")
+def _prctl(option: int, argument: Any) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")

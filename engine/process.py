@@ -187,9 +187,9 @@ class StageProcess:
         self.leaving = False
         """It was asked to leave, for another to take its place."""
         self.outside = False
-        self.ended_by = ""
-        """A signal, an exit code: for people."""
         """Once it has ended: somebody else killed it, and not for lack of memory."""
+        self.ended_by = ""
+        """Once it has ended: by a signal, with an exit code, for people."""
         self._killed = False
         self.exited = asyncio.Event()
         self._seen = (self.counter.value, self._loop.time())

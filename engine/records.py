@@ -89,7 +89,8 @@ class TaskRecord:
     rewinding: bool = False
     """The writer's file is lost: when no decode is outstanding, decoding starts over."""
     short: dict[Phase, Shortage] = field(default_factory=dict)
-    """Phases whose next quantum has failed so. Until it is done, it is granted alone, and only at a higher level."""
+    """Phases whose next quantum has failed so. Until it, or a part of it, is done, it is granted alone, and only at a
+    higher level."""
     parts: dict[Phase, Parts] = field(default_factory=dict)
     """Phases whose work the stage does in parts, and how far it is."""
     placing: bool = False

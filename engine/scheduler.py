@@ -264,6 +264,7 @@ class Scheduler:
     def _do_part(self, task: TaskRecord, phase: Phase, parts: Parts, seconds: float) -> None:
         """A quantum is unfinished, or did a part out of its turn, as it was granted ahead of one that is."""
         task.phase = phase
+        task.short.pop(phase, None)
         quanta = task.note_parts(phase, parts)
         self._take_back(task, phase)
         self._line.measured(task, phase, seconds, quanta)
@@ -524,8 +525,10 @@ class Scheduler:
         return id in self._tasks
 
     def granted(self, id: str, phase: Phase) -> int:
-        """Quanta of a task that has not ended that were granted: what becomes of it now holds from the next one on."""
-        return self._tasks[id].granted[phase]
+        """Quanta of a task that has not ended that were granted: what becomes of it now holds from the next one on. One
+        that is unfinished counts, also while it waits to be granted again."""
+        task = self._tasks[id]
+        return max(task.granted[phase], int(phase in task.parts))
 
     def seat_of(self, id: str, stage: StageName) -> Seat | None:
         """Where a task that has not ended is known to this stage."""

@@ -102,6 +102,10 @@ class Takeover:
         await self._all_up()
         return loop.time() - left
 
+    def has(self, seats: tuple[Seat, ...]) -> bool:
+        """A process waits to take these seats."""
+        return seats in self._successors
+
     def successor_of(self, seats: tuple[Seat, ...]) -> Body | None:
         """The process that is to have these seats now, if one has proved itself and lives; the caller's from now on."""
         body = self._successors.pop(seats, None)

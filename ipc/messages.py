@@ -584,9 +584,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     outliving: Literal["host", "gpu", "no"]
     """Where weights and states are that outlive the stages; "no": on a GPU whose driver has no such memory."""
     spare_pid: int | None
-    forks_pid: int | None = None
-    """Of the process that stages are forked from."""
     """The process that is ready to take the place of a stage that dies, if there is one."""
+    forks_pid: int | None = None
+    """The process that stages are forked from, if there is one."""
     weights: dict[str, str] = {}
     """Component -> content hash, of what is loaded."""
     loras: list[MergedLora] = []

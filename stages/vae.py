@@ -190,10 +190,11 @@ class VaeStage:
             put_tensor(queue, job.id, 1, tokens, QUEUE_TIMEOUT)
 
     def _decode(self, identity: str, index: int) -> Parts | None:
-        """Put chunk `index`; in tiles, do one part, and put it only after the last."""
+        """Put chunk `index`; in tiles, do one part, and put it only after the last. A clip of which nothing is there,
+        as a chunk has failed, is begun as the level wants it now: one that lacked memory untiled may fit in tiles."""
         latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
         decoding = self._decodings.get(identity)
-        if decoding is None:
+        if decoding is None or not decoding.begun:
             kind = TileDecoding if self._plan.level >= TILED else ChunkDecoding
             decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
         frames = decoding.chunk(lambda: self._codec_of(self._jobs[identity]), latents, index)

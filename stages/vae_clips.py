@@ -35,6 +35,10 @@ class Decoding(Protocol):
         """How far the clip is, if it is decoded in parts."""
 
     @property
+    def begun(self) -> bool:
+        """Whether something of it is there to go on with, and it goes on in the same way."""
+
+    @property
     def rests(self) -> bool:
         """Whether nothing of it is on the device between quanta, so that the VAE may leave it."""
 
@@ -74,6 +78,10 @@ class ChunkDecoding:
     @property
     def parts(self) -> None:
         return None
+
+    @property
+    def begun(self) -> bool:
+        return self.clip is not None
 
     @property
     def rests(self) -> bool:
@@ -116,6 +124,10 @@ class TileDecoding:
     @property
     def parts(self) -> Parts:
         return Parts(self.next + 1, len(self.tiles) + 1)
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.tiles)
 
     @property
     def rests(self) -> bool:

@@ -181,6 +181,7 @@ class Observer:
         demand((grant.id, grant.phase, grant.index) == (event.id, event.phase, event.index), "answers out of order")
         seen = self.tasks[event.id]
         if event.parts is not None:
+            seen.short.pop(event.phase, None)
             (seen.unfinished.add if event.parts.left else seen.unfinished.discard)(event.phase)
         unfinished = event.parts is not None and event.parts.left
         if (unfinished or event.index != seen.done[event.phase]) and not seen.ended:

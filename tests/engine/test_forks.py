@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import select
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from ipc.messages import Seat
 from tools.load import children
 
 Wait = Callable[..., Awaitable[None]]
-PR_GET_CHILD_SUBREAPER = 37
 
 
 def ask(path: Path) -> UserParams:
@@ -31,13 +31,19 @@ def pids(supervisor: Supervisor) -> dict[Seat, int | None]:
 
 def takes_orphans() -> bool:
     on = ctypes.c_int(-1)
-    assert ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(on), 0, 0, 0) == 0
+    assert ctypes.CDLL(None).prctl(forks.PR_GET_CHILD_SUBREAPER, ctypes.byref(on), 0, 0, 0) == 0
     return bool(on.value)
 
 
 def interpreter_of(pid: int) -> int:
     """The first address of the stack, which a fork inherits and a fresh interpreter draws at random."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[25])
+
+
+async def kill_source(supervisor: Supervisor, wait_until: Wait) -> None:
+    """The process that stages are forked from is dead, and none is in its place yet."""
+    os.kill(supervisor.status().forks_pid or 0, signal.SIGKILL)
+    await wait_until(lambda: supervisor.status().forks_pid is None, "the death to be heard of")
 
 
 async def killed_in_the_middle(supervisor: Supervisor, wait_until: Wait, path: Path, *signals: tuple[int, int]) -> None:
@@ -127,3 +133,67 @@ async def test_replaced_stages_come_from_the_code_on_the_disk(wait_until: Wait) 
         await wait_until(lambda: replaced not in pids(supervisor).values(), "the death to be heard of")
         await supervisor.ready()
         assert supervisor.status().forks_pid not in (None, source)
+
+
+async def test_what_is_further_than_a_fork_does_not_wait_for_one(wait_until: Wait) -> None:
+    """Without a process to fork from: one that has proved itself takes over without one being loaded; the spare takes
+    the place of a stage that died while one is."""
+    async with Supervisor(SystemParams(placement="fused", warm_spare=True)) as supervisor:
+        await supervisor.ready()
+        await kill_source(supervisor, wait_until)
+        replacing, seen = asyncio.create_task(supervisor.replace_stages(["dit"])), set()
+        while not replacing.done():
+            seen.add(supervisor.status().forks_pid)
+            await asyncio.sleep(0.01)
+        await replacing
+        assert seen == {None}
+        await wait_until(lambda: supervisor.status().spare_pid is not None, "a spare")
+        spare, (stage,) = supervisor.status().spare_pid, set(pids(supervisor).values())
+        os.kill(stage or 0, signal.SIGKILL)
+        await wait_until(lambda: supervisor.status().forks_pid is not None, "another to fork from")
+        os.kill(supervisor.status().forks_pid or 0, signal.SIGSTOP)
+        await asyncio.wait_for(supervisor.ready(), 30)
+        assert set(pids(supervisor).values()) == {spare}
+
+
+async def test_a_source_that_is_renewed_while_a_stage_waits_for_it(wait_until: Wait) -> None:
+    """The writer has died and waits for a process to fork it from, when a replacement of the dit is given up, after
+    which that process is of no use any more: the writer comes up with another one."""
+    async with Supervisor(SystemParams()) as supervisor:
+        await supervisor.ready()
+        await kill_source(supervisor, wait_until)
+        replacing = asyncio.create_task(supervisor.replace_stages(["dit"]))
+        os.kill(pids(supervisor)["writer"] or 0, signal.SIGKILL)
+        await wait_until(lambda: supervisor.status().forks_pid is not None, "another to fork from")
+        loading = supervisor.status().forks_pid
+        replacing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await replacing
+        await asyncio.wait_for(supervisor.ready(), 60)
+        assert supervisor.status().forks_pid != loading
+
+
+async def test_a_kill_while_it_loads_says_nothing_of_it(wait_until: Wait, caplog: pytest.LogCaptureFixture) -> None:
+    """A host in a hurry: nobody is told of the stages to come, as none come."""
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        source = supervisor.status().forks_pid
+        assert source is not None
+        pidfd = os.pidfd_open(source)
+        supervisor.kill()
+        await wait_until(lambda: select.select([pidfd], [], [], 0)[0] != [], "its end")
+        os.close(pidfd)
+        await asyncio.sleep(0)  # who listens to the same hears of it now
+    assert [record.message for record in caplog.records if "fork" in record.message] == []
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_host_that_takes_orphans_goes_on_to(before: bool) -> None:
+    """It is for the host to say what becomes of its other descendants."""
+    prctl = ctypes.CDLL(None).prctl
+    assert prctl(forks.PR_SET_CHILD_SUBREAPER, int(before), 0, 0, 0) == 0
+    try:
+        with forks.taking_orphans():
+            assert takes_orphans()
+        assert takes_orphans() == before
+    finally:
+        prctl(forks.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

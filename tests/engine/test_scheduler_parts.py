@@ -99,6 +99,19 @@ def test_an_urgent_task_goes_between_two_parts() -> None:
     assert Grant("vae", "b", "decode", 0) in stages.ended("b", "denoise", 2)
 
 
+def test_an_unfinished_quantum_counts_while_others_go_first() -> None:
+    """Between two parts no quantum of the decoding is granted, and yet it has begun: what becomes of the task, such as
+    other weights, must not change the parts to come. A new vae begins again."""
+    stages = decoding()
+    part(stages, 1, 4)
+    part(stages, 2, 4, index=1)
+    stages.submit(task("b", priority=5))
+    assert Grant("text", "b", "text", 0) in part(stages, 3, 4)
+    assert stages.scheduler.granted("a", "decode") == 1
+    stages.lost("vae")
+    assert stages.scheduler.granted("a", "decode") == 0
+
+
 def test_a_cancel_between_two_parts() -> None:
     """The vae is told at once; the part in hand is answered, and nothing is granted again."""
     stages = decoding()
@@ -138,4 +151,5 @@ def test_a_part_that_lacks_memory() -> None:
     assert stages.ended("a", "decode", 0, error=FULL) == [RaiseLevel("vae", 1)]
     assert stages.tell(LevelChanged("vae", 2, 3)) == [Grant("vae", "a", "decode", 0)]
     assert part(stages, 3, 4) == [Grant("vae", "a", "decode", 0)]
+    assert stages.tell(LevelChanged("vae", 1, 1)) == [], "what lacked memory is done, and the next part has not yet"
     assert Grant("vae", "a", "decode", 1) in part(stages, 4, 4)

@@ -15,7 +15,7 @@ from engine import Supervisor, process
 from ipc.errors import Cancelled
 from ipc.messages import Phase, Progress, Span
 from tests.conftest import Video
-from tests.engine.reloading import ask, engine, video
+from tests.engine.reloading import ask, engine, order, vary, video
 from tests.engine.tiles_worker import PARTS, TILE_SECONDS, TILES
 
 Wait = Callable[..., Awaitable[None]]
@@ -88,6 +88,28 @@ async def test_an_urgent_request_goes_between_two_tiles(tmp_path: Path, wait_unt
         after = sum(span.begin >= steps[-1].end for span in tiles)
         assert before and after and before + after == TILES
         assert Video(tmp_path / "v.mp4").sha256 == calm
+
+
+async def test_weights_that_come_between_two_tiles(tmp_path: Path, wait_until: Wait) -> None:
+    """Another VAE is to be served at once, for running requests, too, while one is half decoded and another goes first:
+    its clip is of the VAE that it was begun with, every tile, and says so."""
+    other = vary(tmp_path / "other", seed=1)
+    async with engine(memory_level=1, placement="fused") as supervisor:
+        await supervisor.reload(order(other, "vae", when="pin"))
+        await supervisor.rollback("pin")  # serves the first, and has the other in memory
+        calm = await video(supervisor, tmp_path / "calm.mp4")
+        accepted = await supervisor.submit(ask(tmp_path / "v.mp4"))
+        await wait_until(lambda: at_step(supervisor, accepted.id, "decode", 2), "decoding")
+        urgent = await supervisor.submit(ask(tmp_path / "u.mp4", priority=5, steps=1000))
+        await wait_until(lambda: at_step(supervisor, urgent.id, "denoise", 1), "denoising")
+        served = supervisor.status().weights["vae"]
+        await supervisor.rollback("now")
+        assert at_step(supervisor, urgent.id, "denoise", 1), "it came in the middle"
+        await supervisor.cancel(urgent.id)
+        done = await supervisor.result(accepted.id)
+        assert done.metadata["weights"]["vae"] == served
+        assert Video(tmp_path / "v.mp4").sha256 == calm
+        assert await video(supervisor, tmp_path / "w.mp4") != calm
 
 
 async def test_a_vae_that_is_killed_between_two_tiles(tmp_path: Path, wait_until: Wait) -> None:

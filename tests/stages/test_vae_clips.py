@@ -14,7 +14,7 @@ from PIL import Image
 from engine.params import Limits, ModelParams
 from ipc.messages import Job, MemoryPlan, Parts, Run
 from stages.models import vae_fast_tiles, vae_plain_tiles
-from stages.models.vae_codec import FastCodec, PlainCodec, encode_tiles
+from stages.models.vae_codec import FastCodec, PlainClip, PlainCodec, encode_tiles
 from stages.models.vae_tiles import Costs, Cut, Piece, Tile, tiles
 from stages.models.vae_walk import TorchOperations
 from stages.stage import Stage
@@ -158,6 +158,31 @@ def test_a_part_that_fails_leaves_those_before_it(rig: Rig, monkeypatch: pytest.
     stage.set_memory(MemoryPlan(level=2), [])
     assert stage.step(decode(job)) == Parts(4, PARTS)
     assert torch.equal(video(rig, stage, job), expected)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_chunk_that_lacks_memory_untiled_is_done_in_tiles(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """At level 0 the first or the second chunk has not memory enough; the level goes up, and the clip is done in tiles,
+    with the same bytes."""
+    expected, job = expected_frames(rig), job_of(rig)
+    stage = load(rig, job, level=0)
+    for index in range(failing):
+        assert stage.step(decode(job, index)) is None
+
+    def short(clip: PlainClip, latents: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("the chunk does not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainClip, "decode", short)
+        with pytest.raises(MemoryError):
+            stage.step(decode(job, failing))
+    stage.set_memory(TILED, [])
+    assert stage.step(decode(job, failing)) == Parts(1, PARTS)
+    for index in range(failing, 2):
+        assert finish(stage, decode(job, index))[-1] == Parts(PARTS, PARTS)
+    assert torch.equal(torch.cat([take(rig, "frames", job, i) for i in range(2)]), expected)
 
 
 @pytest.mark.parametrize("model", [MODEL, FIRST_FRAME, FIRST_FRAME_22], ids=["start", "first_frame", "2.2"])
