@@ -111,7 +111,7 @@ class Forks:
             log.warning("no process to fork from: %s", error)
             return
         with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
-            self._body.channel.try_send(ServeForks())
+            self._body.channel.try_send(ServeForks(supervisor_pid=os.getpid()))
         self._giving_up = self._loop.call_later(self._deadline, self._body.popen.kill)
         self._loop.add_reader(self._body.channel.fileno(), self._readable)
         self._loop.add_reader(self._body.pidfd, self._died)

@@ -680,6 +680,8 @@ class ServeForks(StageProcessMessage, frozen=True, tag="serve_forks", kw_only=Tr
     """The first message to a process that others are forked from: load the libraries, say `ForksReady`, and touch no
     device."""
 
+    supervisor_pid: int
+
 
 class Fork(StageProcessMessage, frozen=True, tag="fork", kw_only=True):
     """To that process: fork one that takes its first message from the channel whose end comes along. `Forked`

@@ -40,7 +40,8 @@ def fork() -> int:
     number here. OSError, in this process, when the system has none to spare."""
     read, write = os.pipe()
     with warnings.catch_warnings():
-        # The other threads wait, in numpy's BLAS, which expects to be forked: they hold nothing.
+        # The other threads wait, in numpy's BLAS, which expects to be forked, and for the supervisor's end: they
+        # hold nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
         middle = os.fork()
         if middle == 0:

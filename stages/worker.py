@@ -464,8 +464,9 @@ def ready(start: Start, stages: Mapping[StageName, Stage], seconds: float) -> Re
     return Ready(epoch=start.epoch, seconds=seconds, weights=weights, versions=versions, threads=start.threads)
 
 
-def watch_supervisor(pid: int) -> None:
-    """End this process when the supervisor ends, whatever the main thread does. Also if it has ended already."""
+def watch_supervisor(pid: int) -> int:
+    """End this process when the supervisor ends, whatever the main thread does. Also if it has ended already. The
+    supervisor's pidfd, which a thread waits for."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -473,6 +474,7 @@ def watch_supervisor(pid: int) -> None:
     if os.getppid() != pid:
         os._exit(EXIT_ORPHANED)
     threading.Thread(target=_exit_with, args=(pidfd,), name="watch-supervisor", daemon=True).start()
+    return pidfd
 
 
 def _exit_with(pidfd: int) -> None:
@@ -487,8 +489,10 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     """The life of the process; returns its exit code."""
     start, fds = channel.receive(START_TIMEOUT)
     if isinstance(start, ServeForks):
+        watched = watch_supervisor(start.supervisor_pid)
         load_libraries()
         channel = serve_forks(channel, SEND_TIMEOUT)
+        os.close(watched)  # the thread that watches it is not in this process
         start, fds = channel.receive(START_TIMEOUT)
     assert isinstance(start, Prepare | Rehearse | Start), f"got {type(start).__name__} as the first message"
     if isinstance(start, Rehearse):

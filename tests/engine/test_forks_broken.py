@@ -1,0 +1,52 @@
+"""The process that stages are forked from, at the moments at which it is hardest to be without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HOST = """
+import asyncio, os, time
+from engine import Supervisor, SystemParams
+
+async def main():
+    async with Supervisor(SystemParams()) as supervisor:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        print(supervisor.status().forks_pid, child, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_it_leaves_at_once_with_a_supervisor_that_is_killed() -> None:
+    """While it loads, which takes seconds, and though a child of the host has a copy of the channel's other end."""
+    host = subprocess.Popen([sys.executable, "-c", HOST], stdout=subprocess.PIPE, text=True)
+    assert host.stdout is not None
+    source, child = map(int, host.stdout.readline().split())
+    try:
+        time.sleep(0.7)  # until it imports torch
+        assert lives(source)
+        host.kill()
+        host.wait()
+        end = time.monotonic() + 1.0
+        while lives(source) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not lives(source) and lives(child)
+    finally:
+        os.kill(child, 9)
+        host.kill()
+        host.stdout.close()
