@@ -14,6 +14,7 @@ import ctypes
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,9 @@ PR_GET_CHILD_SUBREAPER = 37
 FORK_TIMEOUT = 2.0
 """Seconds for a fork, which takes some ten milliseconds, unless somebody has stopped the process. Nothing else is done
 meanwhile."""
+
+_turn = threading.Lock()
+"""Who takes orphans is a matter of the whole process, in which there may be engines in other threads."""
 
 
 class Forks:
@@ -165,12 +169,13 @@ def taking_orphans() -> Iterator[None]:
     """Processes among the descendants of this one whose parent ends now become children of this one, not of init: so it
     is always if a host wants that for its own ones."""
     before = ctypes.c_int()
-    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        _prctl(PR_SET_CHILD_SUBREAPER, before.value)
+    with _turn:
+        _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        try:
+            yield
+        finally:
+            _prctl(PR_SET_CHILD_SUBREAPER, before.value)
 
 
 def _prctl(option: int, argument: Any) -> None:

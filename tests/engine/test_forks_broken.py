@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+from engine.forks import taking_orphans
+from tests.engine.test_forks import takes_orphans
 
 HOST = """
 import asyncio, os, time
@@ -50,3 +54,21 @@ def test_it_leaves_at_once_with_a_supervisor_that_is_killed() -> None:
         os.kill(child, 9)
         host.kill()
         host.stdout.close()
+
+
+def test_engines_in_two_threads_do_not_take_it_from_each_other() -> None:
+    seen: list[bool] = []
+
+    def forking() -> None:
+        for _ in range(50):
+            with taking_orphans():
+                time.sleep(0.0005)
+                seen.append(takes_orphans())
+
+    threads = [threading.Thread(target=forking) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 100 and all(seen)
+    assert not takes_orphans()
