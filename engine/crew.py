@@ -146,7 +146,7 @@ class Crew:
         self._epoch = 0
         # On a GPU every process is a fresh interpreter: that is what was tried there.
         self._forks = Forks(not self.on_gpu, params.start_deadline, self._start_held_back)
-        self._spare = Spare(params.warm_spare, device, self._forks.fork)
+        self._spare = Spare(params.warm_spare, device, self._forks.body)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._takeover = Takeover(params, self._posts, self._starts, lambda: self.ready(lambda loading: None))
         self._held_back: list[tuple[Seat, ...]] = []
@@ -188,7 +188,7 @@ class Crew:
         start, fds = self._order(seats)
         try:
             successor = self._takeover.successor_of(seats)
-            body = successor or self._spare.take() or Body(self._forks.fork)
+            body = successor or self._spare.take() or self._forks.body()
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
             log.error("the process for %s could not be started: %s", ", ".join(seats), error)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.child import AdoptedChild, Child, how_it_ended
-from engine.process import Body, BodyState, fresh_worker
+from engine.process import Body, BodyState
 from engine.states import Descriptors
 from ipc.channel import ChannelClosed
 from ipc.errors import ProtocolError
@@ -36,6 +36,10 @@ meanwhile."""
 
 _turn = threading.Lock()
 """Who takes orphans is a matter of the whole process, in which there may be engines in other threads."""
+
+
+class NotForked(Exception):
+    """The process to fork from did not do it, or did not say so."""
 
 
 class Forks:
@@ -68,15 +72,16 @@ class Forks:
             self._start()
         return self._body is not None and not self._ready
 
-    def fork(self, channel_end: socket.socket) -> Child:
-        """A stage process that holds this end of its channel: forked, or a fresh interpreter."""
+    def body(self) -> Body:
+        """A process that is no stage yet: forked, or a fresh interpreter. OSError as `Body`."""
         if self._body is not None and self._ready:
             try:
-                return self._forked(self._body, channel_end)
-            except (OSError, ProtocolError) as error:
+                return Body(self._fork)
+            except NotForked as error:
+                # What it may have forked all the same has the end of a channel that is closed, and leaves.
                 log.warning("process %s could not fork (%s): a fresh interpreter is started instead", self.pid, error)
                 self.end()
-        return fresh_worker(channel_end)
+        return Body()
 
     def renew(self) -> None:
         """The code on the disk is to be loaded by whoever is started from now on."""
@@ -155,12 +160,18 @@ class Forks:
         self._loop.remove_reader(body.channel.fileno())
         self._loop.remove_reader(body.pidfd)
 
-    def _forked(self, body: Body, channel_end: socket.socket) -> Child:
-        with taking_orphans():
-            body.channel.send(Fork(), [channel_end.fileno()], timeout=FORK_TIMEOUT)
-            answer = body.channel.receive(FORK_TIMEOUT).message
+    def _fork(self, channel_end: socket.socket) -> Child:
+        """A process that holds this end of its channel. `NotForked` says why there is none that we know of."""
+        assert self._body is not None
+        channel = self._body.channel
+        try:
+            with taking_orphans():
+                channel.send(Fork(), [channel_end.fileno()], timeout=FORK_TIMEOUT)
+                answer = channel.receive(FORK_TIMEOUT).message
+        except (OSError, ProtocolError) as error:
+            raise NotForked(str(error)) from error
         if not isinstance(answer, Forked):
-            raise ProtocolError(f"got {type(answer).__name__}, expected Forked")
+            raise NotForked(f"got {type(answer).__name__}, expected Forked")
         return AdoptedChild(answer.pid)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 
-from engine.child import Child
 from engine.process import Body, BodyState
 from engine.states import Descriptors
 
@@ -19,8 +17,8 @@ class Spare:
     Resource handling: owns the process until it is taken or `end`.
     """
 
-    def __init__(self, wanted: bool, device: str, spawned: Callable[[socket.socket], Child]) -> None:
-        """`device`: where it makes its context, if that is a GPU. `spawned`: makes the process, as `Body` says."""
+    def __init__(self, wanted: bool, device: str, spawned: Callable[[], Body]) -> None:
+        """`device`: where it makes its context, if that is a GPU. `spawned`: makes the process."""
         self._spawned = spawned
         self._wanted = wanted
         self._device = device
@@ -35,7 +33,7 @@ class Spare:
         if self._body is not None or not self._wanted:
             return
         try:
-            self._body = Body(self._spawned)
+            self._body = self._spawned()
         except OSError as error:
             log.warning("no spare process: %s", error)
             return

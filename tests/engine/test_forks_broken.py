@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -9,7 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
+from engine import Supervisor, SystemParams, forks, process
 from engine.forks import taking_orphans
+from tests.engine.late_forks_worker import SECONDS
+from tests.engine.reloading import ask
 from tests.engine.test_forks import takes_orphans
 
 HOST = """
@@ -54,6 +60,16 @@ def test_it_leaves_at_once_with_a_supervisor_that_is_killed() -> None:
         os.kill(child, 9)
         host.kill()
         host.stdout.close()
+
+
+async def test_one_that_says_too_late_that_it_has_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork that nobody knows of hears nothing of what the fresh interpreter in its place is told."""
+    monkeypatch.setattr(process, "WORKER", "tests.engine.late_forks_worker")
+    monkeypatch.setattr(forks, "FORK_TIMEOUT", SECONDS / 2)
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await asyncio.wait_for(supervisor.generate(ask(tmp_path / "v.mp4")), 120)
+        assert supervisor.status().forks_pid is None
+        assert {stage.restarts for stage in supervisor.status().stages} == {0}
 
 
 def test_engines_in_two_threads_do_not_take_it_from_each_other() -> None:
