@@ -19,8 +19,12 @@ T = TypeVar("T")
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:
-    """A message as it goes on the socket; BadRequest if it is over MAX_FRAME."""
-    payload = _encoder.encode(message)
+    """A message as it goes on the socket; BadRequest if it is over MAX_FRAME, or has a whole number that MessagePack
+    has not."""
+    try:
+        payload = _encoder.encode(message)
+    except OverflowError as error:
+        raise BadRequest(f"{type(message).__name__} has a number that takes more than 64 bits") from error
     if len(payload) > MAX_FRAME:
         raise BadRequest(f"{type(message).__name__} takes {len(payload)} bytes; a message may take at most {MAX_FRAME}")
     return len(payload).to_bytes(_LENGTH_BYTES, "big") + payload

@@ -157,3 +157,8 @@ def test_raw_params_survive_the_next_frames() -> None:
     first = list(reader.feed(encode_frame(Submit(ref=1, params=msgspec.Raw(params)))))
     list(reader.feed(encode_frame(Submit(ref=2, params=msgspec.Raw(b"\xa3new")))))
     assert bytes(first[0].params) == params
+
+
+def test_a_number_that_is_too_large_is_a_bad_request() -> None:
+    with pytest.raises(BadRequest, match="Cancel has a number that takes more than 64 bits"):
+        encode_frame(Cancel(ref=2**64, id="x"))
