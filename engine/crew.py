@@ -33,7 +33,7 @@ from engine.vault import Origin
 from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
-from ipc.errors import Failure, OutOfMemory, StageFailed, from_failure
+from ipc.errors import BadConfig, Failure, OutOfMemory, StageFailed, from_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -382,8 +382,12 @@ class Crew:
         ones, too, have the code that is on disk now, whether or not all were replaced."""
         try:
             replaced = await self._takeover.replace(stages, attention, threads)
-        finally:
+        except BadConfig:
+            raise  # nothing was tried: what there is to fork from goes on
+        except BaseException:
             self._forks.renew()
+            raise
+        self._forks.renew()
         self._spare.end()
         self._keep_spare()
         return replaced

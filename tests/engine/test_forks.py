@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from engine import Supervisor, SystemParams, UserParams, forks, process
+from ipc.errors import BadConfig
 from ipc.messages import Seat
 from tools.load import children
 
@@ -121,10 +122,14 @@ async def test_a_source_that_hangs_while_it_loads(caplog: pytest.LogCaptureFixtu
 
 
 async def test_replaced_stages_come_from_the_code_on_the_disk(wait_until: Wait) -> None:
-    """`reload --stage`: the new process is a fresh interpreter, and so is what later ones are forked from."""
+    """`reload --stage`: the new process is a fresh interpreter, and so is what later ones are forked from. With
+    settings that cannot be, it changes nothing."""
     async with Supervisor(SystemParams(placement="fused")) as supervisor:
         await supervisor.ready()
         source = supervisor.status().forks_pid
+        with pytest.raises(BadConfig):
+            await supervisor.replace_stages(["dit"], threads=-1)
+        assert supervisor.status().forks_pid == source
         await supervisor.replace_stages(["dit"])
         (replaced,) = set(pids(supervisor).values())
         assert replaced is not None and source is not None
