@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from engine import AsyncClient
+from engine.child import how_it_ended
 from engine.connection import Connection, Deadlines
 from ipc.errors import Cancelled
 from ipc.messages import Accepted, Cancel, Done, EngineStatus, Failed, ListTasks, Ok, Submit, Subscribe, TaskList
@@ -119,8 +120,10 @@ class Soak:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         out, err = await talking
+        assert process.returncode is not None, "its output has ended, and it was waited for"
         if process.returncode not in (0, -signal.SIGKILL):
-            raise Broken(f"a client that does nothing wrong ended with: {err.decode()[-500:]}")
+            how = how_it_ended(process.returncode)
+            raise Broken(f"a client that does nothing wrong ended with {how}: {err.decode()[-500:]}")
         self.tally.faults["SIGKILL of a client" if process.returncode else "client that left by itself"] += 1
         return out.decode().split()
 
