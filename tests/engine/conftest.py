@@ -1,13 +1,16 @@
-"""Fixtures of the server's and the clients' tests."""
+"""Fixtures of the server's, the clients' and the memory levels' tests."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
+from tests.engine.gpu_crew import GpuCrew
 from tests.engine.wire import EngineProcess
 
 
@@ -26,3 +29,15 @@ def engine_process() -> Iterator[EngineProcess]:
         EngineProcess(Path(directory)) as process,
     ):
         yield process
+
+
+@pytest_asyncio.fixture
+async def crew() -> AsyncIterator[GpuCrew]:
+    """With the weights of the model that ships placed on what it says is a GPU; every descriptor is closed at the
+    end."""
+    before = len(os.listdir("/proc/self/fd"))
+    crew = GpuCrew()
+    await crew.load()
+    yield crew
+    crew.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1, "every descriptor is closed"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
 
 from engine.host_copies import HostCopies
 from engine.models import CONFIGS
@@ -23,16 +21,6 @@ from tests.engine.gpu_crew import GPU, GpuCrew
 Wait = Callable[..., Awaitable[None]]
 
 PLENTY = Sample(at=0.0, host_available=1 << 40)
-
-
-@pytest_asyncio.fixture
-async def crew() -> AsyncIterator[GpuCrew]:
-    before = set(os.listdir("/proc/self/fd"))
-    crew = GpuCrew()
-    await crew.load()
-    yield crew
-    crew.close()
-    assert len(os.listdir("/proc/self/fd")) <= len(before) + 1, "every descriptor is closed"
 
 
 def copies_of(crew: GpuCrew, sample: Sample = PLENTY) -> tuple[HostCopies, list[bool]]:

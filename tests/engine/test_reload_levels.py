@@ -6,13 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
 
 from engine import Supervisor, levels
 from engine.checkpoint import open_components
@@ -127,16 +126,6 @@ class GpuLoader(Loader):
         copies = [Placed(place, placed.version, os.dup(placed.fd)) for place in places]
         os.close(placed.fd)
         return copies
-
-
-@pytest_asyncio.fixture
-async def crew() -> AsyncIterator[GpuCrew]:
-    before = len(os.listdir("/proc/self/fd"))
-    crew = GpuCrew()
-    await crew.load()
-    yield crew
-    crew.close()
-    assert len(os.listdir("/proc/self/fd")) <= before + 1, "every descriptor is closed"
 
 
 @pytest.mark.parametrize(
