@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -115,11 +116,15 @@ class Soak:
             sys.executable, "-m", "tools.soak", *map(str, words), cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        talking = asyncio.create_task(process.communicate())
-        await asyncio.wait([talking], timeout=self.dice.uniform(*LIFE))
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        out, err = await talking
+        handle = os.pidfd_open(process.pid)  # `process.kill` may reap it first, and then its status is lost
+        try:
+            talking = asyncio.create_task(process.communicate())
+            await asyncio.wait([talking], timeout=self.dice.uniform(*LIFE))
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            out, err = await talking
+        finally:
+            os.close(handle)
         assert process.returncode is not None, "its output has ended, and it was waited for"
         if process.returncode not in (0, -signal.SIGKILL):
             how = how_it_ended(process.returncode)
