@@ -91,8 +91,20 @@ class Loader:
     async def _carry_out(self, asked: Read | ReadLora, fds: Sequence[int], on_loading: OnLoading) -> Outcome:
         self._stop_waiting()
         if self._process is None or not self._process.lives():
-            self.end()
-            self._process = _Process()
+            self._renew()
+        elif self._process.has_served:
+            try:
+                return await self._ask(asked, fds, on_loading)
+            except _Lost:  # while nobody listened, and it was not seen yet
+                self._renew()
+        return await self._ask(asked, fds, on_loading)
+
+    def _renew(self) -> None:
+        self.end()
+        self._process = _Process()
+
+    async def _ask(self, asked: Read | ReadLora, fds: Sequence[int], on_loading: OnLoading) -> Outcome:
+        assert self._process is not None
         process = self._process
         try:
             return await process.carry_out(asked, fds, on_loading)
@@ -127,6 +139,12 @@ class Loader:
             self._expiry = None
 
 
+class _Lost(ServerUnavailable):
+    """The process has ended, and has said nothing of what it was asked last."""
+
+    code = ServerUnavailable.code
+
+
 class _Process:
     """One process, and what it says."""
 
@@ -146,6 +164,10 @@ class _Process:
         self._done: asyncio.Future[None] | None = None
         self.broken = False
         """It is gone, said what means nothing, or does what nobody wants any more."""
+        self.has_served = False
+        """It has carried out an order to its end."""
+        self._has_spoken = False
+        """Since the last order."""
 
     @property
     def pid(self) -> int:
@@ -157,12 +179,14 @@ class _Process:
 
     async def carry_out(self, asked: Read | ReadLora, fds: Sequence[int], on_loading: OnLoading) -> Outcome:
         self._on_loading, self._done = on_loading, asyncio.get_running_loop().create_future()
+        self._has_spoken = False
         asyncio.get_running_loop().add_reader(self._channel.fileno(), self._readable)
         try:
             with contextlib.suppress(ChannelClosed):  # dead already: reading tells
                 self._channel.try_send(asked, fds)
             await self._done
             taken, self._outcome = self._outcome, Outcome([], [])
+            self.has_served = True
             return taken
         finally:
             self._stop_listening()
@@ -179,10 +203,15 @@ class _Process:
         assert self._done is not None
         try:
             while not self._done.done() and (received := self._channel.try_receive()) is not None:
+                self._has_spoken = True
                 self._hear(received.message, received.fds)
-        except (OSError, ProtocolError):
+        except ChannelClosed:
             self.broken = True
-            self._fail(ServerUnavailable("the process that reads weights was ended; nothing was changed: try again"))
+            kind = ServerUnavailable if self._has_spoken else _Lost
+            self._fail(kind("the process that reads weights was ended; nothing was changed: try again"))
+        except (OSError, ProtocolError) as error:
+            self.broken = True
+            self._fail(ServerUnavailable(f"the process that reads weights is not understood: {error}; try again"))
 
     def _hear(self, report: AnyLoaderReport, fds: list[int]) -> None:
         assert self._done is not None and self._on_loading is not None

@@ -288,6 +288,8 @@ class Reloader:
             try:
                 return await self._load(asked, list(order.in_memory.values()))
             except OutOfMemory:
+                if asked.devices != self._places_for(order.components):
+                    continue  # a memory level has changed while it was read: what has no room is not needed there
                 while ways:
                     if await ways.pop(0)():
                         break

@@ -60,24 +60,35 @@ def try_backend(
     )  # fmt: skip
 
 
-def measure(names: Sequence[AttentionBackend], case: Case, heads: int) -> list[float]:
-    """Median milliseconds of each over `ROUNDS` rounds in which all take turns, after one to warm up."""
+def measure(names: Sequence[AttentionBackend], case: Case, heads: int) -> dict[AttentionBackend, float]:
+    """Median milliseconds of each over `ROUNDS` rounds in which all take turns, after one to warm up. What this process
+    has no memory for, as `math` under a small budget, is left out; raises `torch.OutOfMemoryError` if that is all."""
     tokens = TIMED_TOKENS[case.device.type]
     q, k, v = _qkv(case, heads, tokens, tokens)
-    times: list[list[float]] = [[] for _ in names]
-    for number in range(ROUNDS + 1):
-        for name, taken in zip(names, times, strict=True):
-            taken.append(_milliseconds(lambda name=name: attention(q, k, v, name), case.device))  # type: ignore[misc]
-            if number == 0:
-                taken.clear()
-    return [statistics.median(taken) for taken in times]
+
+    def call(name: AttentionBackend) -> Callable[[], object]:
+        return lambda: attention(q, k, v, name)
+
+    times: dict[AttentionBackend, list[float]] = {}
+    for name in names:
+        try:
+            _milliseconds(call(name), case.device)
+        except torch.OutOfMemoryError:
+            if name == names[-1] and not times:
+                raise
+        else:
+            times[name] = []
+    for _ in range(ROUNDS):
+        for name, taken in times.items():
+            taken.append(_milliseconds(call(name), case.device))
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def survey(case: Case, heads: int, with_lse: bool) -> list[AttentionMeasured]:
     """Every backend tested, and those that are right timed, in the order of preference."""
     tested = [try_backend(name, case, heads, with_lse) for name in IMPLEMENTATIONS]
     right: list[AttentionBackend] = [entry.backend for entry in tested if not entry.problem]
-    times = dict(zip(right, measure(right, case, heads), strict=True))
+    times = measure(right, case, heads)
     return [
         AttentionMeasured(
             backend=e.backend, version=e.version, problem=e.problem, error=e.error, lse_error=e.lse_error,

@@ -305,6 +305,26 @@ async def test_weights_from_memory_are_verified(supervisor: Supervisor, golden: 
     assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
 
 
+async def test_the_loader_dies_while_it_waits_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever killed it, and though its end is not seen before it is asked for more: the next reload has another one
+    read. One that dies before it has ever answered is not tried again."""
+    async with engine() as supervisor:
+        first = await video(supervisor, tmp_path / "v.mp4")
+        await supervisor.reload(order())
+        loader = supervisor._reloader._loader
+        before = loader.pid
+        assert before is not None
+        monkeypatch.setattr("engine.loader._Process.lives", lambda process: True)
+        os.kill(before, signal.SIGKILL)
+        await supervisor.reload(order(FIRST))
+        assert await video(supervisor, tmp_path / "v.mp4") == first
+        assert loader.pid not in (None, before)
+        monkeypatch.setattr("engine.loader.LOADER", "engine.nothing_of_this_name")
+        loader.end()
+        with pytest.raises(ServerUnavailable, match="was ended"):
+            await supervisor.reload(order())
+
+
 async def test_no_reload_while_the_engine_drains(tmp_path: Path) -> None:
     """An engine that finishes what it accepted serves nothing new; a reload under way ends with an error, and with it
     the loader."""

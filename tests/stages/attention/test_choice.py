@@ -10,7 +10,7 @@ from ipc.errors import BadConfig
 from ipc.messages import AttentionMeasured
 from stages.attention import backends
 from stages.attention.backends import IMPLEMENTATIONS, Case, Implementation
-from stages.attention.choice import best, choose, survey, try_backend
+from stages.attention.choice import best, choose, measure, survey, try_backend
 
 CPU = Case(torch.device("cpu"), torch.float32, 64)
 
@@ -59,6 +59,23 @@ def test_a_wrong_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert try_backend("flash", CPU, 3, with_lse=True).problem.startswith(problem), run
     replace(monkeypatch, "flash", backends._run_math)
     assert try_backend("flash", CPU, 3, with_lse=True).problem == ""
+
+
+def test_a_backend_without_memory_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a budget the process may have too little for one of them at the length that is timed: the others are."""
+
+    def large(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> backends.Result:
+        if q.shape[1] > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backends._run_math(q, k, v, lse)
+
+    replace(monkeypatch, "math", large)
+    surveyed = {entry.backend: entry for entry in survey(CPU, 2, with_lse=False)}
+    assert surveyed["math"].problem == "" and surveyed["math"].milliseconds is None
+    assert surveyed["sdpa"].milliseconds is not None
+    monkeypatch.setattr(backends, "IMPLEMENTATIONS", {"math": backends.IMPLEMENTATIONS["math"]})
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(["math"], CPU, 2)
 
 
 def test_values_that_are_not_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
