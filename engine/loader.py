@@ -165,7 +165,7 @@ class _Process:
         self.broken = False
         """It is gone, said what means nothing, or does what nobody wants any more."""
         self.has_served = False
-        """It has carried out an order to its end."""
+        """It was asked for something before, and has answered, if only that it cannot be."""
         self._has_spoken = False
         """Since the last order."""
 
@@ -186,9 +186,9 @@ class _Process:
                 self._channel.try_send(asked, fds)
             await self._done
             taken, self._outcome = self._outcome, Outcome([], [])
-            self.has_served = True
             return taken
         finally:
+            self.has_served = True
             self._stop_listening()
 
     async def end(self) -> None:
