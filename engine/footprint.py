@@ -45,6 +45,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     gpu: str
     context_bytes: Coefficient
+    dit_attention_bytes: Coefficient
     dit_width_bytes: Coefficient
     dit_hidden_bytes: Coefficient
     vae_pixel_bytes: Coefficient
@@ -225,9 +226,8 @@ def working_bytes(model: ModelParams, size: RequestSize, plan: MemoryPlan, setti
     if away:
         text += ROOMS * text_encoder_bytes(model.text_encoder, setting.dtype).block
         vae += sizes["vae"] + sizes.get("image_encoder", 0)
-    working: dict[StageName, int] = {
-        "text": text, "dit": dit_bytes(model, size, setting.dtype, away=away), "vae": vae
-    }  # fmt: skip
+    dit = dit_bytes(model, size, setting.dtype, away=away, ahead=away and keeps_blocks(plan))
+    working: dict[StageName, int] = {"text": text, "dit": dit, "vae": vae}
     return {stage: amount for stage, amount in working.items() if stage in setting.stages}
 
 
@@ -238,16 +238,22 @@ def tokens_of(model: ModelParams, size: RequestSize) -> int:
     return frames // pt * (size.height // vae.spatial_stride // ph) * (size.width // vae.spatial_stride // pw)
 
 
-def dit_bytes(model: ModelParams, size: RequestSize, dtype: str, *, away: bool = False) -> int:
+def keeps_blocks(plan: MemoryPlan) -> bool:
+    """Blocks of the DiT stay on the device. Where none do, the last step of one expert makes nothing for the other."""
+    return plan.level < 3 or bool(plan.blocks)
+
+
+def dit_bytes(model: ModelParams, size: RequestSize, dtype: str, *, away: bool = False, ahead: bool = False) -> int:
     """Of a task that is denoised, beside the weights that stay: the keys and values of what it attends to, and a
-    forward's activations or, before the first, what makes those, which from level 2 on (`away`) is brought in. With two
-    experts, that happens beside the last forward of the one before."""
+    forward's activations or, before the first, what makes those, which from level 2 on (`away`) is brought in. `ahead`:
+    with two experts, that happens beside the last forward of the one before."""
     figures, config = measured(), model.transformer
-    width = figures.dit_width_bytes.value * config.dim + figures.dit_hidden_bytes.value * config.ffn_dim
-    forward = int(tokens_of(model, size) * width * ITEM_BYTES[dtype] / 2)
+    attention = figures.dit_attention_bytes.value * config.dim
+    feed_forward = figures.dit_width_bytes.value * config.dim + figures.dit_hidden_bytes.value * config.ffn_dim
+    forward = int(tokens_of(model, size) * max(attention, feed_forward) * ITEM_BYTES[dtype] / 2)
     keys, parts = keys_bytes(model, size, dtype), transformer_bytes(config, dtype)
     making = keys + (parts.embedder + ROOMS * parts.cross if away else 0)
-    if away and model.boundary is not None:
+    if ahead and model.boundary is not None:
         return keys + forward + keys + making
     return keys + max(forward, making)
 

@@ -295,8 +295,10 @@ class DitStage:
 
     def _bring_next(self, task: Denoising, expert: int) -> None:
         """If the next step is the other expert's, make its context beside this step, and have its blocks come as those
-        of this one are done with."""
+        of this one are done with. Not where no block stays on the device: there is no memory for two contexts then."""
         assert self._pools is not None and task.context is not None
+        if not self._pools.keeps_any:
+            return
         following = task.schedule.start + task.done + 1
         if following == task.schedule.steps:
             return

@@ -215,6 +215,11 @@ class Pools:
         self._resident = resident
         self._pools: dict[str, Pool] = {}
 
+    @property
+    def keeps_any(self) -> bool:
+        """Pieces of a walk that is used often stay on the device."""
+        return self._resident != 0
+
     def walk(self, name: str, walk: Walk, layout: Layout, source: Source) -> Iterator[nn.Module]:
         pool = self._pools.get(name)
         if pool is None:

@@ -33,7 +33,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, kernels: KernelKind = "torch") -> Tensor:
         """[B, L, width_in] -> [B, L, width]."""
-        up, down = self._linears
+        return self.narrow(self.widen(x, kernels))
+
+    def widen(self, x: Tensor, kernels: KernelKind = "torch") -> Tensor:
+        """The first linear and GELU: [B, L, width_in] -> [B, L, hidden]."""
+        up, _ = self._linears
         if self.gelu == "tanh":
-            return down(linear_gelu(kernels, x, up.weight, up.bias))
-        return down(F.gelu(up(x)))
+            return linear_gelu(kernels, x, up.weight, up.bias)
+        return F.gelu(up(x))
+
+    def narrow(self, hidden: Tensor) -> Tensor:
+        """The second linear: [B, L, hidden] -> [B, L, width]."""
+        _, down = self._linears
+        return down(hidden)

@@ -107,12 +107,14 @@ def test_what_level_2_leaves_on_the_gpu() -> None:
     parts, figures = transformer_bytes(model.transformer, "bfloat16"), measured()
     beside = int(3 * figures.context_bytes.value) + sum(device_sizes(model).values())
     resident = parts.layers * parts.block + parts.rest
-    forward = footprint.dit_bytes(model, USUAL, "bfloat16", away=True)
+    forward = footprint.dit_bytes(model, USUAL, "bfloat16", away=True, ahead=True)
     assert need(model, USUAL, MemoryPlan(level=2)).gpu == beside + resident + forward
     keys = footprint.keys_bytes(model, USUAL, "bfloat16")
     assert keys == 2 * 40 * 2 * 512 * 5120 * 2
     alone = footprint.dit_bytes(load_model(LARGE), USUAL, "bfloat16", away=True)
     assert forward - alone == 2 * keys + parts.embedder + 2 * parts.cross
+    levels = {blocks: need(model, USUAL, MemoryPlan(level=3, blocks=blocks)).gpu for blocks in (0, 1)}
+    assert levels[1] - levels[0] == parts.block + forward - alone, "with no block, nothing is made for the next expert"
 
 
 def test_what_level_3_leaves_on_the_gpu() -> None:

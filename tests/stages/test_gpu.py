@@ -25,7 +25,7 @@ from stages.attention.backends import Case
 from stages.graphs import Graphs
 from stages.models import text_encoder
 from stages.models.image_encoder import ImageEncoder
-from stages.models.transformer import Compute, WanTransformer, keeps_float32
+from stages.models.transformer import Block, Compute, Stream, WanTransformer, keeps_float32
 from stages.models.vae import WanVae
 from stages.sampling import Context, get_noise, predict
 from stages.worker import limit_memory
@@ -241,6 +241,30 @@ def test_the_image_encoder(tiny: Callable[[str], tuple[ModelParams, Path]]) -> N
     picture = torch.randn(1, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     cpu, gpu = (load(lambda: ImageEncoder(config), directory, "image_encoder", device)[0] for device in ("cpu", "cuda"))
     assert relative(gpu(picture.cuda()), cpu(picture)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.1-t2v-1.3b"])
+@torch.inference_mode()
+def test_a_block_keeps_what_it_needs_and_no_more(name: str) -> None:
+    """At full size: the stream, and at the attention q, k, v and its result, or at the feed-forward the hidden layer
+    and one activation, whichever is more. `engine/footprint.py` counts with that, and a twentieth for the allocator."""
+    config, tokens = load_model(name).transformer, 16384
+    with torch.device("cuda"):
+        block = Block(config).to(torch.bfloat16)
+        modulation, rope = torch.randn(1, 1, 6, config.dim), torch.zeros(tokens, config.attention_head_dim // 2, 2)
+        text = torch.randn(2, 1, 512, config.num_attention_heads, config.attention_head_dim).bfloat16()
+    compute = Compute("sdpa", "triton")
+    for _ in range(2):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stream = Stream(torch.randn(1, tokens, config.dim, device="cuda"))
+        stream = block(stream, modulation, text, rope, None, compute)
+        stream = block(stream, modulation, text, rope, None, compute)
+        peak = torch.cuda.max_memory_allocated() - before
+        del stream
+    needed = tokens * max(12 * config.dim, 6 * config.dim + 2 * config.ffn_dim)
+    assert needed <= peak <= 1.05 * needed, f"{peak / tokens / config.dim:.2f} bytes per token and unit of the width"
 
 
 def test_weights_on_cuda_are_those_on_the_cpu(tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
