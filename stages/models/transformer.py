@@ -363,7 +363,9 @@ class CrossAttention(Attention):
         q = norm_rope(compute.kernels, self.to_q(x), self.norm_q.weight, self.eps, self.heads, None)
         y = attention(q, text[0], text[1], compute.attention)
         if image is not None:
-            y += attention(q, image[0], image[1], compute.attention)
+            seen = attention(q, image[0], image[1], compute.attention)
+            del q
+            y = y + seen
         return self.to_out[0](y.flatten(2))
 
 
