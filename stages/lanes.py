@@ -61,12 +61,14 @@ def lane_of(device: torch.device) -> Lane:
 
 
 class CudaLane:
-    """A stream for copies, and one to compute aside; marks are events."""
+    """Streams for copies, and one to compute aside; marks are events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._aside = torch.cuda.Stream(device)
+        self._copies, self._aside, self._copies_aside = (torch.cuda.Stream(device) for _ in range(3))
+        self._stream = self._copies
+        """Of copies now. Those for what is computed aside have one of their own: they wait for that, and the others,
+        which the computation waits for, must not."""
         self._untold: collections.deque[_Timed] = collections.deque()
         self._zero = self._now()
 
@@ -96,7 +98,7 @@ class CudaLane:
     def _now(self) -> tuple[torch.cuda.Event, float]:
         """An event on a stream that has nothing to do, and when it was."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
+        event.record(self._copies)
         event.synchronize()
         return event, time.monotonic()
 
@@ -110,12 +112,16 @@ class CudaLane:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         self._aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._aside):
-            yield
+        self._stream = self._copies_aside
+        try:
+            with torch.cuda.stream(self._aside):
+                yield
+        finally:
+            self._stream = self._copies
 
     def finish(self) -> None:
-        self._aside.synchronize()
-        self._stream.synchronize()
+        for stream in (self._aside, self._copies_aside, self._copies):
+            stream.synchronize()
 
 
 class HostLane:

@@ -121,7 +121,8 @@ class Room:
 class Pool:
     """The rooms of one walk, of one network or of several that are alike.
 
-    Resource handling: has its device memory until nobody refers to it; `finish` before, so that nothing writes there.
+    Resource handling: has its device memory until nobody refers to it; `finish` before, so that nothing writes there,
+    but for a walk that is not often used and was gone to its end, behind which nothing is copied.
     """
 
     def __init__(self, walk: Walk, layout: Layout, resident: int, device: torch.device, lane: Lane) -> None:
@@ -167,6 +168,8 @@ class Pool:
                 room.free = self._lane.computed()
             after = self._after[number]
             # If the piece that has the room next is not behind this one, the walk does not come back to it.
+            if after <= number and not self._walk.often:
+                continue
             then = following if after <= number and following is not None else source
             if room.holds != (then.key, after):
                 self._bring(then, after)
@@ -228,9 +231,16 @@ class Pools:
             pool = Pool(walk, layout, resident, self.device, self.lane)
             if walk.often:
                 self._pools[name] = pool
-        yield from pool.walk(source)
-        if not walk.often:
-            pool.finish()
+        if walk.often:
+            yield from pool.walk(source)
+            return
+        whole = False
+        try:
+            yield from pool.walk(source)
+            whole = True  # every copy was waited for, by what computes: nobody needs to wait here
+        finally:
+            if not whole:
+                pool.finish()
 
     def follow(self, name: str, source: Source, walks: int) -> None:
         if name in self._pools:
