@@ -408,6 +408,9 @@ def load_torch() -> None:
     # libgomp reads this when torch is loaded. By default its threads spin at every barrier. 2 threads on 2 cores, a
     # forward of the demo model: on free cores 20 ms (passive 39, 1 thread 26), on busy ones 650-3000 (passive 90).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Without it a GB and more can be reserved in pieces too small for the next activation. (A14B under 8 GiB.)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     torch.set_num_interop_threads(1)
