@@ -39,6 +39,10 @@ FORESIGHT = 10.0
 LEAD = 1.0
 """Seconds before memory that is being taken steadily will be short, at which the level is raised."""
 
+LITTLE = 0.02
+"""By so much of a step's time a plan may be slower: while memory is being taken, as it will do longer; and before
+another one of the same level is worth a change."""
+
 TREND = 4
 """Intervals that are looked back for whether memory is being taken steadily."""
 
@@ -133,9 +137,10 @@ class Policy:
 
     A cycle of pressure: others take memory and give it back. It ends when a plan that was raised from fits again for
     `DWELL`, or when nothing has moved for `REST`. In a cycle there are at most two changes: the first raise goes to the
-    lowest level that fits with room for noise, and with foresight if memory is being taken steadily; a second one in
-    the same cycle goes to the highest, so that no third is needed; going lower is the last change of a cycle, or the
-    first of the next. A request of another size begins a new cycle.
+    lowest level that fits with room for noise, and with foresight if memory is being taken steadily, or, while it is
+    being taken at all, to the one that takes the least of those that are `LITTLE` slower; a second one in the same
+    cycle goes to the highest, so that no third is needed; going lower is the last change of a cycle, or the first of
+    the next. A request of another size begins a new cycle.
     """
 
     def __init__(
@@ -180,14 +185,15 @@ class Policy:
         self.plan = plan
 
     def failed(self, running: RequestSize | None, now: float) -> MemoryPlan | None:
-        """An allocation failed with the plan that holds: the next higher one, None if there is none. The failed one is
-        not taken again for this size before there is more memory than there was."""
+        """An allocation failed with the plan that holds: the next higher one, or the highest if this cycle has had a
+        change already; None if there is none. The failed one is not taken again for this size before there is more
+        memory than there was."""
         there = self._seen[-1][1] if self._seen else 0
         self._failed[running, self.plan] = there
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
-        return self._higher(higher[0]) if higher else None
+        return self._higher(higher[-1 if self._changes else 0]) if higher else None
 
     def _there(self, sample: Sample) -> int | None:
         """Bytes of the device that this engine may use; None: not known."""
@@ -218,6 +224,24 @@ class Policy:
         taken = seen[first][1] - seen[-1][1]
         return taken / (seen[-1][0] - seen[first][0]) if first < len(seen) - 2 and taken > self._noise else 0.0
 
+    def _is_taken(self) -> bool:
+        """More than noise was taken in the last interval. Who took it may have got no more because there was none."""
+        return len(self._seen) > 1 and self._seen[-2][1] - self._seen[-1][1] > self._noise
+
+    def _frugal(self, wanted: MemoryPlan, there: int) -> MemoryPlan:
+        """Of those that fit and are `LITTLE` slower than this one, what takes the least, but for the highest of all:
+        that is for when the others do not fit."""
+        most = self._slowdown(wanted) * (1 + LITTLE)
+        fit = [p for p in self._allowed()[:-1] if order(p) >= order(wanted) and not self._short(p, there)]
+        return next((p for p in reversed(fit) if self._slowdown(p) <= most), wanted)
+
+    def _is_better(self, wanted: MemoryPlan) -> bool:
+        """It is another level, or faster by more than `LITTLE`."""
+        return wanted.level < self.plan.level or self._slowdown(self.plan) > self._slowdown(wanted) * (1 + LITTLE)
+
+    def _slowdown(self, plan: MemoryPlan) -> float:
+        return self._needs(self._running, plan).slowdown
+
     def _allowed(self) -> list[MemoryPlan]:
         return [p for p in self._plans if p.level < 2 or self.copies]
 
@@ -238,16 +262,18 @@ class Policy:
         if not self._changes:
             foreseen = there - int(self._slope() * FORESIGHT)
             wanted = self._fitting(foreseen - self._noise) or self._fitting(foreseen)
+            if wanted is not None and self._is_taken():
+                wanted = self._frugal(wanted, foreseen)
         if wanted is None or order(wanted) <= order(self.plan):
             wanted = higher[-1]
         return self._higher(wanted)
 
     def _lower(self, now: float) -> MemoryPlan | None:
-        """A lower level has fitted for `DWELL`, with room for noise, and this cycle leaves a change for it."""
+        """A lower plan that is better has fitted for `DWELL`, with room for noise, and this cycle has a change left."""
         if self._slope() or not (free := self._least_since(now - DWELL)):
             return None
         wanted = self._fitting(free - self._noise)
-        if wanted is None or order(wanted) >= order(self.plan):
+        if wanted is None or order(wanted) >= order(self.plan) or not self._is_better(wanted):
             return None
         back = bool(self._left) and order(wanted) <= order(self._left[-1])
         if self._changes > (1 if back else 0):

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from engine.footprint import Need, RequestSize, need, plans
 from engine.models import load_model
-from engine.monitor import DWELL, INTERVAL, NOISE, REST, SLACK, Sample, order
+from engine.monitor import DWELL, INTERVAL, LITTLE, NOISE, REST, SLACK, Sample, order
 from ipc.messages import MemoryPlan
 
 GIB = 2**30
@@ -111,10 +111,11 @@ def _roomy(moments: Sequence[Moment]) -> bool:
 
 
 def wrong_end(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS) -> list[str]:
-    """After a while without movement the plan is not the lowest that fits, allowing for the margin of the policy."""
+    """After a while without movement the level is not the lowest that fits, allowing for the margin of the policy, or
+    steps are slower than with the most blocks that fit."""
     there, plan = moments[-1].there, moments[-1].after
     roomy = next((p for p in allowed if account(SIZE, p).gpu <= there - MARGIN), allowed[-1])
-    if order(plan) > order(roomy):
+    if plan.level > roomy.level or account(SIZE, plan).slowdown > account(SIZE, roomy).slowdown * (1 + LITTLE):
         return [f"ends with {plan}, where {roomy} fits into {there / GIB:.1f} GiB"]
     return []
 
