@@ -185,15 +185,16 @@ class Policy:
         self.plan = plan
 
     def failed(self, running: RequestSize | None, now: float) -> MemoryPlan | None:
-        """An allocation failed with the plan that holds: the next higher one, or the highest if this cycle has had a
-        change already; None if there is none. The failed one is not taken again for this size before there is more
-        memory than there was."""
+        """An allocation failed with the plan that holds: one level higher, or at level 3 the highest plan; None if
+        there is none. The failed one is not taken again for this size before there is more memory than there was."""
         there = self._seen[-1][1] if self._seen else 0
         self._failed[running, self.plan] = there
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
-        return self._higher(higher[-1 if self._changes else 0]) if higher else None
+        if not higher:
+            return None
+        return self._higher(higher[0] if higher[0].level > self.plan.level else higher[-1])
 
     def _there(self, sample: Sample) -> int | None:
         """Bytes of the device that this engine may use; None: not known."""
