@@ -116,6 +116,12 @@ class OutOfMemory(EngineError):
     code = "out_of_memory"
 
 
+class OutOfProcesses(EngineError):
+    """The system starts no more processes or threads at present; the operator must raise a limit, or wait."""
+
+    code = "out_of_processes"
+
+
 class Superseded(EngineError):
     """Another reload came before this one had changed anything, and was carried out in its place."""
 
@@ -157,8 +163,8 @@ _BY_CODE: dict[str, type[EngineError]] = {
     cls.code: cls
     for cls in (
         EngineError, BadRequest, BadCheckpoint, BadConfig, Busy, NotFound, Cancelled, DeadlineExceeded, OutputError,
-        PoisonedRequest, StageFailed, ReloadFailed, NumericalError, OutOfMemory, Superseded, CanaryFailed,
-        ProtocolError, VersionMismatch, PermissionDenied, ServerUnavailable,
+        PoisonedRequest, StageFailed, ReloadFailed, NumericalError, OutOfMemory, OutOfProcesses, Superseded,
+        CanaryFailed, ProtocolError, VersionMismatch, PermissionDenied, ServerUnavailable,
     )
 }  # fmt: skip
 

@@ -684,8 +684,8 @@ class ServeForks(StageProcessMessage, frozen=True, tag="serve_forks", kw_only=Tr
 
 
 class Fork(StageProcessMessage, frozen=True, tag="fork", kw_only=True):
-    """To that process: fork one that takes its first message from the channel whose end comes along. `Forked`
-    answers."""
+    """To that process: fork one that takes its first message from the channel whose end comes along. `Forked` or
+    `ForkRefused` answers."""
 
 
 OFFLOADED = 2
@@ -1030,9 +1030,17 @@ class Forked(StageReport, frozen=True, tag="forked", kw_only=True):
     pid: int
 
 
+class ForkRefused(StageReport, frozen=True, tag="fork_refused", kw_only=True):
+    """The system has started no process: its error number, and its words. The next `Fork` may be granted."""
+
+    number: int
+    reason: str
+
+
 AnyStageReport = (
     ForksReady
     | Forked
+    | ForkRefused
     | Loading
     | Placed
     | Chosen

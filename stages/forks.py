@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -9,16 +10,18 @@ import socket
 import struct
 import warnings
 
-from ipc.channel import Channel
-from ipc.messages import AnyStageProcessMessage, Fork, Forked, ForksReady
+from ipc.channel import Channel, close_fds
+from ipc.messages import AnyStageProcessMessage, Fork, Forked, ForkRefused, ForksReady
 
-PID = struct.Struct("i")
+ANSWER = struct.Struct("i")
+"""The number of a process, or an error number below zero."""
 
 
 def serve_forks(channel: Channel[AnyStageProcessMessage], timeout: float) -> Channel[AnyStageProcessMessage]:
     """Fork a process for every `Fork`, until the channel ends: `ChannelClosed`. Returns only in these processes, each
     with its own channel, and with nothing else of this one. torch must be loaded, and no device touched: a context of
-    CUDA does not survive a fork. `timeout`: seconds for each answer to be taken."""
+    CUDA does not survive a fork. `timeout`: seconds for each answer to be taken. What the system refuses is answered
+    with `ForkRefused`."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a host that ignores it has us inherit that
     gc.collect()
     gc.freeze()  # what is shared stays shared: the collector writes into what it looks at
@@ -27,40 +30,64 @@ def serve_forks(channel: Channel[AnyStageProcessMessage], timeout: float) -> Cha
         message, fds = channel.receive(None)
         assert isinstance(message, Fork), f"got {type(message).__name__}, expected Fork"
         end = socket.socket(fileno=fds.pop())
-        pid = fork()
-        if pid == 0:
-            channel.close()
-            return Channel(end, AnyStageProcessMessage)
+        answer: Forked | ForkRefused
+        try:
+            pid = fork()
+        except OSError as error:
+            answer = ForkRefused(number=error.errno or errno.EAGAIN, reason=error.strerror or str(error))
+        else:
+            if pid == 0:
+                channel.close()
+                return Channel(end, AnyStageProcessMessage)
+            answer = Forked(pid=pid)
         end.close()
-        channel.send(Forked(pid=pid), timeout=timeout)
+        channel.send(answer, timeout=timeout)
 
 
 def fork() -> int:
     """Fork a process that is an orphan when this returns: a child of whoever takes orphans. 0 in that process, its
-    number here. OSError, in this process, when the system has none to spare."""
+    number here. OSError, in this process, when the system has none to spare, or no descriptor."""
     read, write = os.pipe()
+    try:
+        middle = _fork()
+    except OSError:
+        close_fds((read, write))
+        raise
+    if middle == 0:
+        _fork_and_leave(write)
+        close_fds((read, write))
+        return 0
+    os.close(write)
+    try:
+        said = os.read(read, ANSWER.size)
+    finally:
+        os.close(read)
+        os.waitpid(middle, 0)
+    if len(said) < ANSWER.size:
+        raise OSError(errno.EAGAIN, "the process that was to fork ended before it had")
+    (number,) = ANSWER.unpack(said)
+    if number < 0:
+        raise OSError(-number, os.strerror(-number))
+    return int(number)
+
+
+def _fork() -> int:
     with warnings.catch_warnings():
         # The other threads wait, in numpy's BLAS, which expects to be forked, and for the supervisor's end: they
         # hold nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
-        middle = os.fork()
-        if middle == 0:
-            try:
-                pid = os.fork()
-            except OSError:
-                os._exit(1)
-            if pid:
-                os.write(write, PID.pack(pid))
-                os._exit(0)
-            os.close(read)
-            os.close(write)
-            return 0
-    os.close(write)
+        return os.fork()
+
+
+def _fork_and_leave(write: int) -> None:
+    """In a process that is there for this alone: fork once more, write what came of it, and end. Returns in the new
+    process only."""
     try:
-        said = os.read(read, PID.size)
-    finally:
-        os.close(read)
-        os.waitpid(middle, 0)
-    if len(said) < PID.size:
-        raise OSError("the process that was to fork ended before it had")
-    return int(PID.unpack(said)[0])
+        answer = os.fork()
+    except OSError as error:
+        answer = -(error.errno or errno.EAGAIN)
+    if answer:
+        try:
+            os.write(write, ANSWER.pack(answer))
+        finally:
+            os._exit(0)

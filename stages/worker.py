@@ -14,6 +14,7 @@ dies: a thread waits for that, because the main one may be in a long quantum.
 from __future__ import annotations
 
 import collections
+import errno
 import faulthandler
 import os
 import re
@@ -32,7 +33,8 @@ from typing import Any
 
 from ipc.channel import Channel, ChannelClosed, Received, close_fds
 from ipc.counters import ProgressCounter
-from ipc.errors import EngineError, Failure, OutOfMemory, StageFailed, to_failure
+from ipc.errors import EngineError, Failure, OutOfMemory, OutOfProcesses, StageFailed, to_failure
+from ipc.lacking import RAISE_PROCESSES, lacks_processes
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -321,8 +323,10 @@ def summary(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, a library of CUDA's, the driver or Python had no memory to give; the process can go on. By name
-    and text: torch may not be loaded."""
+    """Whether torch, a library of CUDA's, the driver, Python or the system had no memory to give; the process can go
+    on. By name and text: torch may not be loaded."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
     return named or isinstance(error, MemoryError) or any(text in str(error).lower() for text in LACKING)
 
@@ -492,8 +496,11 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     """The life of the process; returns its exit code."""
     start, fds = channel.receive(START_TIMEOUT)
     if isinstance(start, ServeForks):
-        watched = watch_supervisor(start.supervisor_pid)
-        load_libraries()
+        try:
+            watched = watch_supervisor(start.supervisor_pid)
+            load_libraries()
+        except Exception as error:
+            return fail_to_start(channel, error)
         channel = serve_forks(channel, SEND_TIMEOUT)
         os.close(watched)  # the thread that watches it is not in this process
         start, fds = channel.receive(START_TIMEOUT)
@@ -501,10 +508,10 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     if isinstance(start, Rehearse):
         watch_supervisor(start.start.supervisor_pid)
         channel.send(Rehearsed(error=rehearse(start.start, fds)), timeout=SEND_TIMEOUT)
-    else:
-        watch_supervisor(start.supervisor_pid)
     if isinstance(start, Prepare):
+        watch_supervisor(start.supervisor_pid)
         prepare(start.device)
+    is_watched = not isinstance(start, Start)
     if not isinstance(start, Start):
         start, fds = channel.receive(None)
         assert isinstance(start, Start), f"got {type(start).__name__}, expected Start"
@@ -512,6 +519,8 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     counter = ProgressCounter.attach(fds[0])
     device = next(iter(start.devices.values()), "cpu")
     try:
+        if not is_watched:
+            watch_supervisor(start.supervisor_pid)
         loading = LoadingReporter(channel, counter.increment)
         links = attach_links(
             start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel)
@@ -521,14 +530,7 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     except ChannelClosed:
         raise
     except Exception as error:
-        if isinstance(error, EngineError):
-            failure = to_failure(error)
-        else:
-            traceback.print_exception(error)
-            lacking = is_out_of_memory(error)
-            failure = Failure((OutOfMemory if lacking else StageFailed).code, summary(error))
-        channel.send(StartFailed(error=failure), timeout=SEND_TIMEOUT)
-        return EXIT_START_FAILED
+        return fail_to_start(channel, error)
     close_fds(fds)
     rest = rest_of(start)
     rest()
@@ -537,6 +539,24 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     channel.send(ready(start, stages, time.perf_counter() - began), timeout=SEND_TIMEOUT)
     worker.serve()
     return 0
+
+
+def fail_to_start(channel: Channel[AnyStageProcessMessage], error: Exception) -> int:
+    """Say why the process cannot become what it was to be; its exit code."""
+    channel.send(StartFailed(error=start_failure(error)), timeout=SEND_TIMEOUT)
+    return EXIT_START_FAILED
+
+
+def start_failure(error: Exception) -> Failure:
+    """Why a process cannot start. Tells stderr where an error came from that is none of ours."""
+    if isinstance(error, EngineError):
+        return to_failure(error)
+    traceback.print_exception(error)
+    if is_out_of_memory(error):
+        return Failure(OutOfMemory.code, summary(error))
+    if lacks_processes(error):
+        return Failure(OutOfProcesses.code, f"{summary(error)}; {RAISE_PROCESSES}")
+    return Failure(StageFailed.code, summary(error))
 
 
 def main() -> None:
