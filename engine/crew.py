@@ -34,6 +34,7 @@ from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig, Failure, OutOfMemory, StageFailed, from_failure
+from ipc.lacking import PASSING, why_not_started
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -145,7 +146,7 @@ class Crew:
         }
         self._epoch = 0
         # On a GPU every process is a fresh interpreter: that is what was tried there.
-        self._forks = Forks(not self.on_gpu, params.start_deadline, self._start_held_back)
+        self._forks = Forks(not self.on_gpu, params.start_deadline, self._forks_settled)
         self._spare = Spare(params.warm_spare, device, self._forks.body)
         self._pending: dict[tuple[Seat, ...], asyncio.TimerHandle] = {}
         self._takeover = Takeover(params, self._posts, self._starts, lambda: self.ready(lambda loading: None))
@@ -168,6 +169,8 @@ class Crew:
             return
         for post in self._posts.of(seats):
             post.state, post.error = "starting", None
+        if not self._takeover.has(seats):
+            self._forks.keep(settled=False)
         if self._must_wait_for_forks(seats) or self._starts.must_wait(seats):
             self._order(seats)
             self._held_back.append(seats)
@@ -176,7 +179,7 @@ class Crew:
 
     def _must_wait_for_forks(self, seats: tuple[Seat, ...]) -> bool:
         """There will soon be a process to fork it from, and until then none that is further: no successor, no spare."""
-        return not self._takeover.has(seats) and self._forks.is_loading() and self._spare.pid is None
+        return not self._takeover.has(seats) and self._forks.is_loading and self._spare.pid is None
 
     def _order(self, seats: tuple[Seat, ...]) -> tuple[bytes, list[int]]:
         """What the process of these seats is to be told now, and the descriptors that go with it."""
@@ -191,7 +194,7 @@ class Crew:
             body = successor or self._spare.take() or self._forks.body()
             process = StageProcess(body, seats, self._epoch, start, fds, self._on_report, self._on_exit)
         except OSError as error:
-            log.error("the process for %s could not be started: %s", ", ".join(seats), error)
+            log.error("the process for %s could not be started: %s", ", ".join(seats), why_not_started(error))
             for seat in seats:
                 self._owner.handle_lost(self._epoch, seat, False, False)
             return
@@ -208,6 +211,11 @@ class Crew:
         for seats in held_back:
             self.start(seats)
 
+    def _forks_settled(self) -> None:
+        """What waited for a process to fork from goes on: stages, then the spare."""
+        self._start_held_back()
+        self._keep_spare()
+
     def restart(self, seat: Seat, delay: float) -> None:
         """Start this seat's process again after `delay` seconds; stages that share it come with it."""
         group = self._posts.group_of(seat)
@@ -220,7 +228,7 @@ class Crew:
         log.error("%s is not started again: %s", seat, error.message)
         self._posts[seat].state = "failed"
         self._posts[seat].error = error
-        self._keep_spare()
+        self._keep_ready()
         self._changes.notify()
 
     async def ready(self, on_loading: OnLoading) -> None:
@@ -322,6 +330,7 @@ class Crew:
             self._pending[seats] = self._loop.call_later(max(0.0, delay), self.start, seats)
         self._left_to_start = []
         self._start_held_back()
+        self._keep_ready()
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     @property
@@ -358,10 +367,20 @@ class Crew:
         """The seats that compute there."""
         return [post.name for post in self._posts.on(device)]
 
+    def _keep_ready(self) -> None:
+        """Once no process is starting, so that it takes no time from one: first a process to fork from, then the
+        spare."""
+        if self._is_at_rest():
+            self._forks.keep(settled=True)
+        self._keep_spare()
+
     def _keep_spare(self) -> None:
-        """Once no process is starting, so that it takes no time from one."""
-        if self._posts.settled() and not self._stopping:
+        if self._is_at_rest() and not self._forks.is_loading:
             self._spare.keep()
+
+    def _is_at_rest(self) -> bool:
+        """No process is starting, and none is to come but for one that dies."""
+        return self._posts.settled() and not self._stopping and not self._takeover.is_busy
 
     # Talk.
 
@@ -386,10 +405,11 @@ class Crew:
             raise  # nothing was tried: what there is to fork from goes on
         except BaseException:
             self._forks.renew()
+            self._keep_ready()
             raise
-        self._forks.renew()
         self._spare.end()
-        self._keep_spare()
+        self._forks.renew()
+        self._keep_ready()
         return replaced
 
     def computes(self, seat: Seat) -> dict[str, str]:
@@ -427,10 +447,10 @@ class Crew:
                 self.weights.loaded(weights, self._source, self._checkpoint.components)
                 self.versions.update(versions)
                 for post in self._posts.of(process.seats):
-                    post.state, post.loading = "up", None
+                    post.state, post.loading, post.was_up = "up", None, True
                     self._owner.handle_report(process.epoch, post.name, report)
                 self._start_held_back()
-                self._keep_spare()
+                self._keep_ready()
                 self._changes.notify()
             case StartFailed(error=error):
                 for post in self._posts.of(process.seats):
@@ -460,7 +480,7 @@ class Crew:
             log.warning("%s could not use the weights of an earlier run and reads them", ", ".join(process.seats))
             for post in posts:
                 post.error = None
-        if self._can_wait_for_memory(posts, process.seats):
+        if self._can_wait(posts, process.seats):
             for post in posts:
                 post.error = None
         for post in posts:
@@ -472,13 +492,14 @@ class Crew:
         self._start_held_back()
         self._changes.notify()
 
-    def _can_wait_for_memory(self, posts: Sequence[Post], seats: tuple[Seat, ...]) -> bool:
-        """It did not come up for lack of memory, and was up before: others have taken it, and may give it back. It is
-        tried again as often as a stage that dies."""
-        lacking = any(post.error is not None and post.error.code == OutOfMemory.code for post in posts)
-        if not lacking or not self._starts.placed(seats):
+    def _can_wait(self, posts: Sequence[Post], seats: tuple[Seat, ...]) -> bool:
+        """It did not come up for lack of memory, threads or processes, and was up before, or others with its weights
+        were: somebody has taken them, and may give them back. It is tried again as often as a stage that dies."""
+        lack = next((post.error for post in posts if post.error is not None and post.error.code in PASSING), None)
+        if lack is None or not (any(post.was_up for post in posts) or self._starts.placed(seats)):
             return False
-        log.warning("%s could not start for lack of memory; it is tried again", ", ".join(seats))
+        what = "memory" if lack.code == OutOfMemory.code else "threads or processes"
+        log.warning("%s could not start for lack of %s (%s); it is tried again", ", ".join(seats), what, lack.message)
         return True
 
     def _watch(self) -> None:

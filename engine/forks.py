@@ -3,7 +3,8 @@ milliseconds and shares that memory.
 
 It is a worker (`stages/worker.py`) that was told to be this, and computes nothing itself. What is forked becomes a
 child of this process at once, so that it is watched, reaped and orphaned like any other. There is one from the first
-start on; one that ends is replaced when it is next needed. Without it a stage process is a fresh interpreter.
+start on; one that ends is replaced when it is next needed, or when stages have come up. Without it a stage process is a
+fresh interpreter.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from engine.child import AdoptedChild, Child, how_it_ended
 from engine.process import Body, BodyState
 from engine.states import Descriptors
 from ipc.channel import ChannelClosed
-from ipc.errors import ProtocolError
-from ipc.messages import Fork, Forked, ForksReady, ServeForks
+from ipc.errors import Failure, ProtocolError
+from ipc.lacking import PASSING, why_not_started
+from ipc.messages import Fork, Forked, ForkRefused, ForksReady, ServeForks, StartFailed
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,8 @@ class NotForked(Exception):
 class Forks:
     """One such process at most; none unless it is wanted.
 
-    Resource handling: owns the process until `end`. Error handling: whatever keeps it from forking, the stage process
-    is a fresh interpreter then; OSError when the system has none of these to spare.
+    Resource handling: owns the process until `end`. Error handling: OSError when the system has no process to spare,
+    forked or fresh; whatever else keeps it from forking, the stage process is a fresh interpreter then.
     """
 
     def __init__(self, wanted: bool, deadline: float, on_settled: Callable[[], None]) -> None:
@@ -59,18 +61,28 @@ class Forks:
         self._body: Body | None = None
         self._ready = False
         self._unfit = False
-        """The last one ended before it was ready, and the code is still the same."""
+        """The last one ended before it was ready by a fault of its own, and the code is still the same."""
+        self._lacking = False
+        """The last one found no memory, thread or process to become this."""
+        self._refusal: Failure | None = None
+        """Why the one that is there cannot be this, as it says."""
         self._giving_up: asyncio.TimerHandle | None = None
 
     @property
     def pid(self) -> int | None:
         return None if self._body is None else self._body.popen.pid
 
+    @property
     def is_loading(self) -> bool:
-        """It will be ready soon, and is worth waiting for. Starts it if there is none."""
-        if self._body is None and self._wanted and not self._unfit:
-            self._start()
+        """It will be ready soon, and is worth waiting for."""
         return self._body is not None and not self._ready
+
+    def keep(self, settled: bool) -> None:
+        """See that there is one, loaded or loading, if it is wanted and the code is fit for it. `settled`: stages are
+        up, so that what the last one lacked may be there again; else nobody waits for another try."""
+        self._lacking = self._lacking and not settled
+        if self._body is None and self._wanted and not self._unfit and not self._lacking:
+            self._start()
 
     def body(self) -> Body:
         """A process that is no stage yet: forked, or a fresh interpreter. OSError as `Body`."""
@@ -85,9 +97,9 @@ class Forks:
 
     def renew(self) -> None:
         """The code on the disk is to be loaded by whoever is started from now on."""
-        was_loading = self._body is not None and not self._ready
+        was_loading = self.is_loading
         self.end()
-        self._unfit = False
+        self._unfit = self._lacking = False
         if was_loading:
             self._on_settled()  # who waits for it waits for another one
 
@@ -97,7 +109,7 @@ class Forks:
             return
         self._stop_listening(self._body)
         self._body.end()
-        self._body, self._ready = None, False
+        self._body, self._ready, self._refusal = None, False, None
 
     def kill(self) -> None:
         """SIGKILL; `end` has then only to reap. Nobody is told."""
@@ -117,7 +129,7 @@ class Forks:
         try:
             self._body = Body()
         except OSError as error:
-            log.warning("no process to fork from: %s", error)
+            log.warning("no process to fork from: %s", why_not_started(error))
             return
         with contextlib.suppress(ChannelClosed):  # dead already: the pidfd tells
             self._body.channel.try_send(ServeForks(supervisor_pid=os.getpid()))
@@ -126,7 +138,7 @@ class Forks:
         self._loop.add_reader(self._body.pidfd, self._died)
 
     def _readable(self) -> None:
-        """It says that it is ready. What else it says, or that it hangs up, means that it is of no use."""
+        """It says that it is ready, or why it will not be. That it hangs up means that it is of no use."""
         assert self._body is not None
         try:
             received = self._body.channel.try_receive()
@@ -138,19 +150,24 @@ class Forks:
             self._stop_listening(self._body)
             self._loop.add_reader(self._body.pidfd, self._died)
             self._ready = True
-            self._on_settled()
+            self._loop.call_soon(self._on_settled)
+        elif received is not None and isinstance(received.message, StartFailed):
+            self._refusal = received.message.error
 
     def _died(self) -> None:
         assert self._body is not None
-        body, was_ready = self._body, self._ready
-        how = how_it_ended(body.popen.wait())
+        if not self._ready:
+            self._readable()  # its last words
+        body, was_ready, refusal = self._body, self._ready, self._refusal
+        how = how_it_ended(body.popen.wait()) if refusal is None else refusal.message
         self.end()
         if was_ready:
             log.warning("process %d, which stages are forked from, ended: %s", body.popen.pid, how)
         else:
             log.warning("process %d ended (%s) before stages could be forked from it: they are fresh interpreters, "
                         "which take longer to start", body.popen.pid, how)  # fmt: skip
-            self._unfit = True
+            self._lacking = refusal is not None and refusal.code in PASSING
+            self._unfit = not self._lacking
         self._on_settled()
 
     def _stop_listening(self, body: Body) -> None:
@@ -161,7 +178,8 @@ class Forks:
         self._loop.remove_reader(body.pidfd)
 
     def _fork(self, channel_end: socket.socket) -> Child:
-        """A process that holds this end of its channel. `NotForked` says why there is none that we know of."""
+        """A process that holds this end of its channel. `NotForked` says why there is none that we know of; OSError,
+        why the system has started none."""
         assert self._body is not None
         channel = self._body.channel
         try:
@@ -170,6 +188,8 @@ class Forks:
                 answer = channel.receive(FORK_TIMEOUT).message
         except (OSError, ProtocolError) as error:
             raise NotForked(str(error)) from error
+        if isinstance(answer, ForkRefused):
+            raise OSError(answer.number, answer.reason)
         if not isinstance(answer, Forked):
             raise NotForked(f"got {type(answer).__name__}, expected Forked")
         return AdoptedChild(answer.pid)

@@ -46,6 +46,8 @@ class Post(msgspec.Struct, eq=False):
     error: Failure | None = None
     loading: LoadProgress | None = None
     """What its process reads, until it is up."""
+    was_up: bool = False
+    """A process of it has been up: what the next one lacks to start, there was before."""
 
     def has(self, component: str, content: str, place: str) -> bool:
         """Its process has this version of weights where it was placed, and is up."""
@@ -81,6 +83,7 @@ class PostState(State, frozen=True, kw_only=True):
     busy_seconds: float
     error: Failure | None
     loading: LoadProgress | None
+    was_up: bool
 
 
 class Posts:
@@ -102,7 +105,7 @@ class Posts:
         return [
             PostState(
                 name=post.name, device=post.device, state=post.state, restarts=post.restarts, quanta=post.quanta,
-                busy_seconds=post.busy_seconds, error=post.error, loading=post.loading,
+                busy_seconds=post.busy_seconds, error=post.error, loading=post.loading, was_up=post.was_up,
             )
             for post in self
         ]  # fmt: skip
@@ -114,6 +117,7 @@ class Posts:
         for post, known in zip(self, state, strict=True):
             post.state, post.restarts, post.quanta = known.state, known.restarts, known.quanta
             post.busy_seconds, post.error, post.loading = known.busy_seconds, known.error, known.loading
+            post.was_up = known.was_up
 
     def of(self, seats: tuple[Seat, ...]) -> list[Post]:
         return [self._posts[seat] for seat in seats]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from engine.process import Body, BodyState
 from engine.states import Descriptors
+from ipc.lacking import why_not_started
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Spare:
         try:
             self._body = self._spawned()
         except OSError as error:
-            log.warning("no spare process: %s", error)
+            log.warning("no spare process: %s", why_not_started(error))
             return
         self._body.prepare(self._device)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import OutOfMemory, StageFailed, Supervisor, SystemParams, UserParams, process
+from engine import StageFailed, Supervisor, SystemParams, UserParams, process
 from engine.records import RESTART_DELAYS
 from ipc.messages import StageStatus
 
@@ -61,31 +61,3 @@ async def test_a_stage_that_dies_at_every_start_is_given_up(
             assert not supervisor.check_integrity()
     assert f"process {pid} of dit died: SIGKILL" in caplog.text
     assert len(caplog.records) < 100
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("before", [True, False], ids=["was-up", "never-up"])
-async def test_a_stage_that_lacks_memory_is_tried_again_if_it_was_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait, before: bool
-) -> None:
-    """Another program has taken what the dit had, and gives it back: the request is finished. An engine that never had
-    enough says so at once."""
-    monkeypatch.setattr(process, "WORKER", "tests.engine.lacking_worker")
-    monkeypatch.setenv("LACKING", str(tmp_path / "lacking"))
-    (tmp_path / "lacking").write_text("" if before else "1")
-    async with Supervisor(SystemParams()) as supervisor:
-        if not before:
-            with pytest.raises(OutOfMemory, match="CUDA_ERROR_OUT_OF_MEMORY"):
-                await supervisor.ready()
-            return
-        await supervisor.ready()
-        params = UserParams(prompt="a red circle", steps=60, output=str(tmp_path / "video.mp4"))
-        running = asyncio.create_task(supervisor.generate(params))
-        await wait_until(lambda: any(t.phase == "denoise" for t in supervisor.tasks()), "denoising")
-        (tmp_path / "lacking").write_text("2\n1")
-        dit = next(s for s in supervisor.status().stages if s.name == "dit")
-        assert dit.pid is not None
-        os.kill(dit.pid, signal.SIGKILL)
-        assert Path((await running).path).exists()
-        assert not (tmp_path / "lacking").read_text(), "it lacked memory twice"
-        assert not supervisor.check_integrity()

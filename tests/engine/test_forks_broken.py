@@ -67,8 +67,9 @@ async def test_one_that_says_too_late_that_it_has_forked(tmp_path: Path, monkeyp
     monkeypatch.setattr(process, "WORKER", "tests.engine.late_forks_worker")
     monkeypatch.setattr(forks, "FORK_TIMEOUT", SECONDS / 2)
     async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        source = supervisor.status().forks_pid
         await asyncio.wait_for(supervisor.generate(ask(tmp_path / "v.mp4")), 120)
-        assert supervisor.status().forks_pid is None
+        assert supervisor.status().forks_pid != source
         assert {stage.restarts for stage in supervisor.status().stages} == {0}
 
 

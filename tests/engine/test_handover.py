@@ -80,7 +80,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
         "_on_report _on_exit _loop _writing outside ended_by exited _seen",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
-    Forks: ("_body", "_wanted _deadline _on_settled _loop _ready _unfit _giving_up"),
+    Forks: ("_body", "_wanted _deadline _on_settled _loop _ready _unfit _lacking _refusal _giving_up"),
     Spare: ("_body", "_wanted _device _spawned"),
     Posts: ("_posts", "groups"),
     WeightStore: ("_placed", "_doubted on_change"),
