@@ -48,6 +48,7 @@ from ipc.messages import (
     LoadProgress,
     MemorySet,
     Placed,
+    PlacingFile,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -457,6 +458,8 @@ class Crew:
                     post.error = error
             case Dropped(stage=stage):
                 self._owner.handle_report(process.epoch, process.seat(stage), report)
+            case PlacingFile():
+                self._owner.handle_report(process.epoch, process.seat("writer"), report)
             case QuantumDone(phase=phase) | QuantumFailed(phase=phase) | QuantumDropped(phase=phase):
                 process.outstanding -= 1
                 post = self._posts[process.seat(STAGE_OF_PHASE[phase])]

@@ -93,6 +93,15 @@ class QuantumEnded(msgspec.Struct, frozen=True):
     parts: Parts | None = None
 
 
+class Placing(msgspec.Struct, frozen=True):
+    """The writer begins to give the task's file its name: from now on it may be there. Always heard before that
+    process's death."""
+
+    stage: Seat
+    epoch: int
+    id: str
+
+
 class TaskDropped(msgspec.Struct, frozen=True):
     """The stage has forgotten the task and freed its slots."""
 
@@ -115,7 +124,8 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | TaskDropped | LevelChanged | Tick
+    Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | Placing | TaskDropped | LevelChanged
+    | Tick
 )  # fmt: skip
 
 

@@ -95,7 +95,9 @@ class TaskRecord:
     """Phases whose work the stage does in parts, and how far it is."""
     placing: bool = False
     """The last chunk was granted to the writer, which may put the file in place at any moment from then on: too late
-    for a cancel or a deadline, whose task leaves no file."""
+    for a cancel or a deadline, whose task leaves no file. No more so when that writer has died before it did."""
+    in_place: bool = False
+    """A writer has begun to put the file in place: it may be there, also if that writer has died."""
     ended: bool = False
     """`Finish` or `Fail` is out; what is left is to be forgotten by the stages."""
     seconds: float = 0.0

@@ -19,6 +19,8 @@ replayed in tests (`tests/engine/simulator.py`). What it keeps to:
   many. The quantum is granted again, alone, until no part is left; of what was granted ahead of it only the part that
   it did counts.
 - Lost quanta are granted again. A task ends exactly once, with `Finish` or `Fail`.
+- A task that is cancelled, or whose deadline passes, leaves no file. It is too late for both while a writer has the
+  last chunk, and for good once one has begun to put the file in place.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from engine.events import (
     Finish,
     Grant,
     LevelChanged,
+    Placing,
     Purge,
     QuantumEnded,
     RaiseLevel,
@@ -119,6 +122,8 @@ class Scheduler:
                 self.handle_quantum_ended(event)
             case TaskDropped():
                 self.handle_task_dropped(event)
+            case Placing():
+                self.handle_placing(event)
             case Submitted():
                 self.handle_submitted(event)
             case CancelAsked():
@@ -148,8 +153,7 @@ class Scheduler:
         self._arrivals += 1
         self._tasks[spec.id] = task
         self._line.join(task)
-        if spec.deadline is not None:
-            bisect.insort(self._deadlines, (spec.deadline, task.arrival, task))
+        self._watch_deadline(task)
         self._report(task)
 
     def handle_cancel_asked(self, event: CancelAsked) -> None:
@@ -198,6 +202,12 @@ class Scheduler:
         del task.told[stage.name]
         self._ledger.give_all(task, stage.stage)
         self._forget_if_clean(task)
+
+    def handle_placing(self, event: Placing) -> None:
+        """The file may be in its place from now on, whatever becomes of the writer."""
+        stage, task = self._stages[event.stage], self._tasks.get(event.id)
+        if event.epoch == stage.epoch and task is not None:
+            task.in_place = True
 
     def handle_stage_up(self, event: StageUp) -> None:
         """The stage takes quanta; what was lost is granted again, as all else is, by `_plan`."""
@@ -303,6 +313,10 @@ class Scheduler:
         self._watch_no_deadline(task)
         self._let_go(task)
 
+    def _watch_deadline(self, task: TaskRecord) -> None:
+        if task.spec.deadline is not None and not task.placing:
+            bisect.insort(self._deadlines, (task.spec.deadline, task.arrival, task))
+
     def _watch_no_deadline(self, task: TaskRecord) -> None:
         if task.spec.deadline is not None and not task.placing:
             del self._deadlines[bisect.bisect_left(self._deadlines, (task.spec.deadline, task.arrival))]
@@ -335,9 +349,12 @@ class Scheduler:
 
     def _rewind(self, task: TaskRecord) -> None:
         """The writer's file is lost, and the frames that went into it: decode from the start, once the vae is through
-        with what it has in hand."""
+        with what it has in hand. A file that is not in place leaves time for a cancel or a deadline again."""
         if task.outstanding("decode"):
             return
+        if task.placing and not task.in_place:
+            task.placing = False
+            self._watch_deadline(task)
         task.rewinding = False
         task.phase = "decode"
         for phase in ("decode", "write"):
@@ -596,8 +613,8 @@ class Scheduler:
         for task in self._tasks.values():
             for slots, count in task.holds.items():
                 self._ledger.held[slots] += count
-            if task.spec.deadline is not None and not task.ended and not task.placing:
-                bisect.insort(self._deadlines, (task.spec.deadline, task.arrival, task))
+            if not task.ended:
+                self._watch_deadline(task)
 
     def _by_device(self, capacity: Capacity) -> list[list[StageRecord]]:
         """Stages that share a compute token, in the order in which a task's next quantum is looked for: nearest to the

@@ -39,6 +39,7 @@ class TaskState(State, frozen=True, kw_only=True):
     short: dict[Phase, Shortage]
     parts: dict[Phase, Parts]
     placing: bool
+    in_place: bool
     ended: bool
     seconds: float
     key: Key
@@ -78,7 +79,7 @@ def state_of_task(task: TaskRecord) -> TaskState:
         holds=dict(task.holds), told=dict(task.told), left=sorted(task.left), phase=task.phase,
         overtaken=task.overtaken, crashes=task.crashes, kills=task.kills, killed_at=task.killed_at,
         admitted=task.admitted, rewinding=task.rewinding, short=dict(task.short), parts=dict(task.parts),
-        placing=task.placing, ended=task.ended, seconds=task.seconds, key=task.key,
+        placing=task.placing, in_place=task.in_place, ended=task.ended, seconds=task.seconds, key=task.key,
     )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def task_of_state(state: TaskState) -> TaskRecord:
         done=dict(state.done), holds=collections.Counter(state.holds), told=dict(state.told), left=set(state.left),
         phase=state.phase, overtaken=state.overtaken, crashes=state.crashes, kills=state.kills,
         killed_at=state.killed_at, admitted=state.admitted, rewinding=state.rewinding, short=dict(state.short),
-        parts=dict(state.parts), placing=state.placing, ended=state.ended, seconds=state.seconds, key=state.key,
+        parts=dict(state.parts), placing=state.placing, in_place=state.in_place, ended=state.ended,
+        seconds=state.seconds, key=state.key,
     )  # fmt: skip
 
 

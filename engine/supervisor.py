@@ -34,6 +34,7 @@ from engine.events import (
     Finish,
     Grant,
     LevelChanged,
+    Placing,
     Purge,
     QuantumEnded,
     RaiseLevel,
@@ -83,6 +84,7 @@ from ipc.messages import (
     MemoryChange,
     MemoryLevel,
     MemoryPlan,
+    PlacingFile,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
@@ -609,6 +611,8 @@ class Supervisor:
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, error=error))
             case QuantumDropped(id=identity, phase=phase, index=index):
                 self._dispatch(QuantumEnded(seat, epoch, identity, phase, index, dropped=True))
+            case PlacingFile(id=identity):
+                self._dispatch(Placing(seat, epoch, identity))
             case Dropped(id=identity):
                 self._dispatch(TaskDropped(seat, epoch, identity))
                 self._reloader.let_go()

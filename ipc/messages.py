@@ -969,6 +969,13 @@ class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
     copied: Copied | None = None
 
 
+class PlacingFile(StageReport, frozen=True, tag="placing_file", kw_only=True):
+    """The writer has the task's file whole and on the disk, and gives it its name now. What it says before it dies is
+    heard: without this the file is not there."""
+
+    id: str
+
+
 class QuantumFailed(StageReport, frozen=True, tag="failed", kw_only=True):
     """This request failed; the stage goes on. Times as in `QuantumDone`."""
 
@@ -1047,6 +1054,7 @@ AnyStageReport = (
     | VaeChosen
     | Ready
     | StartFailed
+    | PlacingFile
     | QuantumDone
     | QuantumFailed
     | QuantumDropped

@@ -51,6 +51,8 @@ class Links(NamedTuple):
     """Hands the supervisor a component that was read to a device, with its descriptor, which stays the caller's."""
     choose: Callable[[Chosen | VaeChosen], None]
     """Tells the supervisor what the dit, or the vae, computes with."""
+    placing: Callable[[str], None]
+    """Tells the supervisor that the file of a task is given its name now."""
 
 
 Left: TypeAlias = list[tuple[str, str]]
@@ -125,6 +127,7 @@ def attach_links(
     loading: Callable[[str, int, int], None],
     place: Callable[[WeightVersion, str, int], None],
     choose: Callable[[Chosen | VaeChosen], None],
+    placing: Callable[[str], None],
 ) -> Links:
     """Map what `start` names. `fds`: those of each queue, then those of the state slots, then one of each placed
     component; they stay the caller's."""
@@ -138,7 +141,7 @@ def attach_links(
     placed: dict[str, list[tuple[WeightVersion, int]]] = collections.defaultdict(list)
     for version, fd in zip(start.placed, fds, strict=True):
         placed[version.component].append((version, fd))
-    return Links(inputs, outputs, states, beat, loading, placed, place, choose)
+    return Links(inputs, outputs, states, beat, loading, placed, place, choose, placing)
 
 
 def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:

@@ -53,6 +53,7 @@ from ipc.messages import (
     MemorySet,
     Parts,
     Placed,
+    PlacingFile,
     Prepare,
     QuantumDone,
     QuantumDropped,
@@ -304,6 +305,11 @@ def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen | VaeCh
     channel.send(chosen, timeout=SEND_TIMEOUT)
 
 
+def tell_placing(channel: Channel[AnyStageProcessMessage], identity: str) -> None:
+    """Tell the supervisor that the file of a task is given its name now."""
+    channel.send(PlacingFile(id=identity), timeout=SEND_TIMEOUT)
+
+
 def describe(error: Exception, stage: StageName) -> Failure:
     """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
     if isinstance(error, EngineError):
@@ -451,7 +457,7 @@ def rehearse(start: Start, fds: list[int]) -> Failure | None:
     try:
         links = attach_links(
             start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None,
-            lambda chosen: None,
+            lambda chosen: None, lambda identity: None,
         )  # fmt: skip
         for stage in load_stages(start, links).values():
             stage.rehearse()
@@ -523,8 +529,9 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
             watch_supervisor(start.supervisor_pid)
         loading = LoadingReporter(channel, counter.increment)
         links = attach_links(
-            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel)
-        )
+            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel),
+            partial(tell_placing, channel),
+        )  # fmt: skip
         limit_memory(device, start.stages, start.limits)
         stages = load_stages(start, links)
     except ChannelClosed:

@@ -13,7 +13,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any, Final
 
 import av
@@ -94,7 +94,7 @@ class WriterStage:
         if video.frames < job.num_frames:
             return None
         metadata = {**job.metadata, "seconds": {phase: round(s, 3) for phase, s in (run.seconds or {}).items()}}
-        video.complete(metadata)
+        video.complete(metadata, lambda: self._links.placing(run.id))
         self._forget(run.id)
         return metadata
 
@@ -159,8 +159,9 @@ class Video:
         self.frames += len(frames)
         self.chunks += 1
 
-    def complete(self, metadata: dict[str, Any]) -> None:
-        """Put the JSON, if asked for, and then the video in place: each whole and on the disk, or not at all."""
+    def complete(self, metadata: dict[str, Any], placing: Callable[[], None]) -> None:
+        """Put the JSON, if asked for, and then the video in place: each whole and on the disk, or not at all. `placing`
+        is called when all that is left is to give them their names."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         self._spool.seek(0)
@@ -172,6 +173,7 @@ class Video:
                 write_text(self._directory.create(f"{partial}.json"), text)
                 files[f"{partial}.json"] = os.path.splitext(name)[0] + ".json"
             copy_stream(self._spool, self._directory.create(partial), text)
+            placing()
             self._directory.place({**files, partial: name})
         except BaseException:
             with contextlib.suppress(OSError):

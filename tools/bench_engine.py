@@ -74,7 +74,7 @@ def baseline(folder: Path, threads: int, whole: bool) -> float:
         video, cache = Video(job), {}
         for chunk in latents.unsqueeze(0).split(shape[1] if whole else DECODE_LATENTS, dim=2):
             video.add(to_frames(vae.decode_chunk(chunk, cache)).numpy())
-        video.complete({})
+        video.complete({}, lambda: None)
         video.close()
 
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from engine.events import BeginTask, Capacity, DropTask, Event, Grant, QuantumEnded, TaskDropped, TaskSpec
+from engine.events import BeginTask, Capacity, DropTask, Event, Grant, Placing, QuantumEnded, TaskDropped, TaskSpec
 from ipc.errors import Failure, OutOfMemory
 from ipc.messages import Parts, Phase, Seat, StageName, stage_of
 from tests.engine.observer import demand
@@ -114,6 +114,7 @@ class Host(Protocol):
     def latency(self) -> float: ...
     def tell(self, event: Event) -> None: ...
     def begin_quantum(self, process: Process, grant: Grant) -> None: ...
+    def put_in_place(self, process: Process, id: str) -> None: ...
 
 
 class Process:
@@ -218,6 +219,9 @@ class Process:
         demand(written == grant.index, f"{grant}: the file has {written} chunks")
         memory.frames.remove((grant.id, grant.index))
         self.files[grant.id] = grant.index + 1
+        if grant.index == spec.chunks - 1:
+            self.report(Placing(grant.stage, self.epoch, grant.id))
+            self.world.put_in_place(self, grant.id)
 
     def report(self, event: Event) -> None:
         """Reports arrive in order, some time later."""

@@ -23,6 +23,7 @@ from engine.events import (
     Finish,
     Grant,
     LevelChanged,
+    Placing,
     Purge,
     QuantumEnded,
     Report,
@@ -73,7 +74,11 @@ class Seen:
     ended: Action | None = None
     cancelled: bool = False
     placing: bool = False
-    """The writer has been given the last chunk, once at least: its file may be in place."""
+    """The writer has been given the last chunk, and lives, or has begun to put the file in place."""
+    in_place: bool = False
+    """A writer has begun to put the file in place."""
+    lost_files: int = 0
+    """Writers that have died with the last chunk before they had begun to."""
     errors: list[str] = field(default_factory=list)
     crashes: int = 0
     kills: list[tuple[Phase, int]] = field(default_factory=list)
@@ -153,7 +158,9 @@ class Observer:
                 seen.found = {id: other.overtaken for id, other in self.live.items()}
                 self.tasks[spec.id] = self.live[spec.id] = seen
             case CancelAsked(id):
-                self.tasks[id].cancelled = True
+                self.tasks[id].cancelled = self.tasks[id].cancelled or not self.tasks[id].placing
+            case Placing(stage, epoch, id) if self.up.get(stage) == epoch:
+                self.tasks[id].in_place = True
             case StageUp(stage, epoch):
                 self.up[stage] = epoch
             case StageLost(stage, epoch, outside):
@@ -219,6 +226,8 @@ class Observer:
                 seen.kills = [*seen.kills, where] if where in seen.kills[-1:] else [where]
         for seen in self.live.values() if "writer" in stages else ():
             seen.rewinding = seen.rewinding or seen.granted["write"] > 0
+            seen.lost_files += seen.placing and not seen.in_place
+            seen.placing = seen.in_place
         for stage in stages:
             del self.up[stage]
             for grant in self.outstanding[stage]:
@@ -346,7 +355,7 @@ class Observer:
             return
         deadline = seen.spec.deadline
         legitimate = {
-            "cancelled": seen.cancelled and not seen.placing,
+            "cancelled": seen.cancelled,
             "deadline_exceeded": deadline is not None and deadline <= now and not seen.placing,
             "stage_failed": any(seen.needs(stage) for stage in self.hopeless),
             "poisoned_request": seen.poisoned,

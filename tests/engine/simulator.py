@@ -31,6 +31,7 @@ from engine.events import (
     Finish,
     Grant,
     LevelChanged,
+    Placing,
     Purge,
     RaiseLevel,
     Restart,
@@ -86,6 +87,8 @@ class World:
         self.memory = Memory(capacity)
         self.capacity = capacity
         self.specs: dict[str, TaskSpec] = {}
+        self.in_place: set[str] = set()
+        """Tasks whose file has its name."""
         self.poison: dict[str, StageName] = {}
         """Tasks that kill the process of a stage."""
         self.hunted: dict[str, StageName] = {}
@@ -187,7 +190,9 @@ class World:
                 self.at(self.now + 0.1 + self.latency(), self._raise_level, stage, level)
             case Finish():
                 self.counts["finished"] += 1
-            case Fail(_, error):
+            case Fail(id, error):
+                without_file = error.code in ("cancelled", "deadline_exceeded")
+                demand(not (without_file and id in self.in_place), f"{action}: its file is there")
                 self.counts[f"failed: {error.code}"] += 1
 
     def _haunt(self, action: BeginTask | Grant | DropTask) -> None:
@@ -244,7 +249,9 @@ class World:
         self.tell(Submitted(spec))
 
     def cancel(self, id: str) -> None:
-        self.counts["late cancels"] += id in self.observer.live and self.observer.tasks[id].placing
+        seen = self.observer.live.get(id)
+        self.counts["late cancels"] += seen is not None and seen.placing
+        self.counts["cancels after a lost file"] += seen is not None and not seen.placing and seen.lost_files > 0
         self.tell(CancelAsked(id, Failure("cancelled", "the client went away")))
 
     def begin_quantum(self, process: Process, grant: Grant) -> None:
@@ -284,6 +291,12 @@ class World:
             self._poisonings[id] += not process.muted
             demand(self._poisonings[id] <= 5, f"{id} has had {self._poisonings[id]} processes killed")
 
+    def put_in_place(self, process: Process, id: str) -> None:
+        """A file has its name; it may be the last thing that its writer does."""
+        self.in_place.add(id)
+        if self.now < self.nature.faults_until and self.random.random() < 2 * self.nature.crashes:
+            self.at(self.now, self._die, process)
+
     def kill(self, seat: Seat) -> None:
         if seat in self.processes and self.processes[seat].alive:
             self.counts["kills"] += 1
@@ -291,15 +304,28 @@ class World:
 
     def _die(self, process: Process, outside: bool = False) -> None:
         """What it said last is heard before its death, is lost, or comes when its successor is at the same task."""
+        if not process.alive:
+            return
         process.alive = False
         noticed = self.now + self.latency()
         fate = self.random.choice(("heard", "lost", "late"))
         if fate == "heard":
             noticed = max(noticed, process.heard_until)
         process.muted = fate != "heard"
+        self.at(noticed, self._hear_last_words, process)
         self.at(noticed, self._lose, process.seats, process.epoch, outside)
         if fate == "late":
             self._ghosts += process.unheard
+
+    def _hear_last_words(self, process: Process) -> None:
+        """What must not be lost with a process, and what its end may bring about."""
+        for event in process.unheard:
+            if isinstance(event, Placing):
+                self.counts["last words"] += process.muted
+                self.tell(event)
+        if "writer" in process.seats and self.random.random() < 0.3:
+            for id in [id for id, seen in self.observer.live.items() if seen.placing]:
+                self.at(self.now + self.latency(), self.cancel, id)
 
     def _lose(self, seats: tuple[Seat, ...], epoch: int, outside: bool) -> None:
         for seat in self.random.sample(seats, len(seats)):

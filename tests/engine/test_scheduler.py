@@ -12,6 +12,7 @@ from engine.events import (
     Fail,
     Finish,
     Grant,
+    Placing,
     Purge,
     QuantumEnded,
     Report,
@@ -116,21 +117,50 @@ def test_cancel_twice_or_too_late_does_nothing() -> None:
     assert s.tell(CancelAsked("never", CANCELLED)) == []
 
 
-def test_too_late_for_a_cancel_or_a_deadline_when_the_writer_has_the_last_chunk() -> None:
-    """The file may be in its place from then on, also if the writer dies and writes it again: the task ends well."""
+def given_to_the_writer(deadline: float | None) -> Stages:
+    """A task all of whose frames the writer has; a cancel comes too late."""
     s = Stages()
-    s.submit(task(denoise=1, chunks=1, deadline=5.0))
-    for phase in ("text", "denoise"):
-        s.ended("a", phase)
+    s.denoised(task(denoise=1, chunks=1, deadline=deadline))
     assert Grant("writer", "a", "write", 0) in s.ended("a", "decode")
     assert s.tell(CancelAsked("a", CANCELLED)) == []
+    return s
+
+
+def test_too_late_for_a_cancel_or_a_deadline_when_the_file_may_be_in_place() -> None:
+    """The writer has the last chunk, and then begins to put the file in place. It dies, and the file is written again:
+    the task ends well."""
+    s = given_to_the_writer(deadline=5.0)
     assert s.scheduler.next_wakeup(1.0) is None
+    s.tell(Placing("writer", s.epochs["writer"], "a"))
     assert s.tell(Tick(), 6.0) == []
-    s.lost("writer")
-    assert s.tell(CancelAsked("a", CANCELLED)) == []
+    s.lost("writer", 6.0)
+    assert s.tell(CancelAsked("a", CANCELLED), 6.0) == []
     s.up("writer", 9)
     s.ended("a", "decode")
     assert Finish("a") in s.ended("a", "write")
+
+
+def test_a_writer_that_died_before_the_file_was_in_place_leaves_time_for_a_cancel() -> None:
+    """The frames are decoded again, and nothing is at the final name: the task is cancelled, also though a cancel that
+    came before was too late. What the dead writer is said to have begun is of no account any more."""
+    s = given_to_the_writer(deadline=None)
+    dead = s.epochs["writer"]
+    assert Grant("vae", "a", "decode", 0) in s.lost("writer")
+    s.up("writer", 9)
+    s.tell(Placing("writer", dead, "a"))
+    assert Fail("a", CANCELLED) in s.tell(CancelAsked("a", CANCELLED))
+
+
+@pytest.mark.parametrize("lost_at", [4.0, 6.0])
+def test_a_writer_that_died_before_the_file_was_in_place_leaves_time_for_a_deadline(lost_at: float) -> None:
+    """It passes while the frames are decoded again, or had passed when the writer died: the task fails of it."""
+    s = given_to_the_writer(deadline=5.0)
+    actions = s.lost("writer", lost_at)
+    if lost_at < 5.0:
+        assert s.scheduler.next_wakeup(lost_at) == 5.0
+        actions = s.tell(Tick(), 5.0)
+    assert [action.error.code for action in actions if isinstance(action, Fail)] == ["deadline_exceeded"]
+    assert s.scheduler.next_wakeup(lost_at) is None
 
 
 def test_a_deadline_ends_the_task() -> None:

@@ -15,6 +15,7 @@ from engine.events import (
     Capacity,
     DropTask,
     Finish,
+    Placing,
     Purge,
     QuantumEnded,
     StageLost,
@@ -36,6 +37,7 @@ MUST_HAPPEN = (
     "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
     "failed: out_of_memory", "shortages", "raises", "refused raises", "late cancels", "parts",
+    "cancels after a lost file", "last words",
 )  # fmt: skip
 
 
@@ -266,6 +268,21 @@ class CancelsWhatIsInPlace(Scheduler):
         task = self._tasks.get(event.id)
         if task is not None and not task.ended:
             self._fail(task, event.error)
+
+
+class IsTooLateForGood(Scheduler):
+    """Takes a file that was lost before it was in place for one that may be there."""
+
+    def _rewind(self, task: TaskRecord) -> None:
+        task.in_place = task.in_place or task.placing
+        super()._rewind(task)
+
+
+class ForgetsWhatIsInPlace(Scheduler):
+    """Takes a file that a dead writer has put in place for one that is lost."""
+
+    def handle_placing(self, event: Placing) -> None:
+        pass
 
 
 class IgnoresDeadlines(Scheduler):

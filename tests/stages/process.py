@@ -18,6 +18,7 @@ from ipc.messages import (
     Chosen,
     Loading,
     Placed,
+    PlacingFile,
     Ready,
     StageName,
     Stop,
@@ -61,8 +62,11 @@ class WorkerProcess:
         return report
 
     def ask(self, message: AnyStageProcessMessage) -> AnyStageReport:
+        """The answer; that a file is being put in place is said before it, and kept in the rig."""
         self.tell(message)
-        return self.hear()
+        while isinstance(report := self.hear(), PlacingFile):
+            self.rig.placing.append(report.id)
+        return report
 
     def ready(self) -> Ready:
         report = self.loaded()

@@ -154,6 +154,8 @@ class Rig:
         self.model = model
         self.memory = EngineMemory(model, CHUNK)
         self.beats = 0
+        self.placing: list[str] = []
+        """Tasks whose files were about to be put in place."""
         self.weights = WeightStore()
         """What the stages have placed; a stage that is loaded again without other fields binds to it."""
         self.loaded: dict[str, tuple[int, int]] = {}
@@ -189,7 +191,9 @@ class Rig:
         return self.memory.fds(tuple(start.stages)) + [fd for _, fd in placed]
 
     def links(self, start: Start) -> Links:
-        return attach_links(start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append)
+        return attach_links(
+            start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append, self.placing.append
+        )
 
     def load(self, name: StageName, **fields: Any) -> Stage:
         """This stage, as in a process of its own. Loading it again stands for a new process: `reclaim` comes before."""

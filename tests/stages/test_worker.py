@@ -134,6 +134,7 @@ def test_split_and_fused_make_the_same_video_and_a_killed_dit_resumes(
         run_all(fused, quanta(fused_job))
         drop(fused, fused_job)
         assert is_empty(rig)
+        assert rig.placing == [split_job.id, fused_job.id]
         assert [process.stop() for process in (*split.values(), fused["dit"])] == [0] * 5
     assert resumed == (4, latents_undisturbed(rig, make_job()))
     assert read_video(tmp_path / "split.mp4").sha256 == read_video(tmp_path / "fused.mp4").sha256

@@ -213,7 +213,7 @@ def attempt(options):
     try:
         video = Video(job)
         video.add(frames)
-        video.complete({"prompt": "x" * 5000})
+        video.complete({"prompt": "x" * 5000}, lambda: None)
         return "done"
     except (OSError, av.FFmpegError) as error:
         return errno.errorcode[first_error(error).errno]
