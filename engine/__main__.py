@@ -1,5 +1,5 @@
 """`python -m engine`: the command line."""
 
-from engine.cli import main
+from engine.command import main
 
 main()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadCheckpoint, BadConfig, BadRequest, EngineError, NotFound, OutputError
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest, Cancelled, EngineError, NotFound, OutputError
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -22,9 +22,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def main() -> None:
-    """Run the command line; an `EngineError` is one message and its exit code, never a traceback."""
+    """Run the command line; an `EngineError` is one message and its exit code, never a traceback. Nor is Ctrl-C, where
+    a command has no other use for it."""
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(Cancelled.exit_code)
     except EngineError as error:
         print(f"engine: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
