@@ -15,12 +15,13 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Awaitable, Iterator
+from typing import Protocol, TypeAlias
 
 import msgspec
 
 from engine.decode import decode_strictly
+from engine.listing import fitting, shortened
 from engine.params import UserParams
 from engine.receiving import Incoming
 from engine.settings import read_attention
@@ -38,7 +39,7 @@ from ipc.errors import (
     ProtocolError,
     VersionMismatch,
 )
-from ipc.frames import MAX_FRAME, FrameReader, encode_frame
+from ipc.frames import FrameReader, encode_frame
 from ipc.messages import (
     PROTOCOL_VERSION,
     Accepted,
@@ -70,8 +71,7 @@ from ipc.messages import (
     Submit,
     Subscribe,
     SupervisorReloaded,
-    TaskInfo,
-    TaskList,
+    TaskRows,
     UpdateWeights,
     VersionList,
     Welcome,
@@ -82,8 +82,6 @@ READ_BYTES = 16 * 1024
 `python -m tools.neighbours`."""
 MAX_PARAMS = 64 * 1024
 """Bytes of MessagePack in the `params` of a `submit`. What is decoded may be 64 times as large."""
-LISTED_PROMPT = 200
-"""Characters of each prompt in `list`."""
 MAX_REASON = 2000
 """Characters of the message of a `Refused`, and of what the log says about a client."""
 
@@ -91,6 +89,9 @@ CHANGES = (
     Reload, ReplaceStages, UpdateWeights, Rollback, ChangeMemory, AddLora, RemoveLora, ReloadSupervisor, Shutdown,
 )  # fmt: skip
 """What changes the engine: the log has who asked for it, and why it was refused."""
+
+AnyReply: TypeAlias = AnyServerMessage | TaskRows
+"""What is said to a client."""
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class Session:
         """A frame was not sent to its end: nothing that could be said now would be understood."""
         self._rest = memoryview(b"")
         """Of the frame that is being sent."""
-        self._unsaid: AnyServerMessage | None = None
+        self._unsaid: AnyReply | None = None
         """The answer, until its frame is being sent."""
         self._then: AnyClientMessage | None = None
         """The message whose answer is not sent to its end; what follows from it happens then."""
@@ -223,7 +224,7 @@ class Session:
                 while await self._answer_one():
                     pass
         except ProtocolError as error:
-            log.warning("process %d broke the protocol: %s", self.pid, _shortened(str(error), MAX_REASON))
+            log.warning("process %d broke the protocol: %s", self.pid, shortened(str(error), MAX_REASON))
             with contextlib.suppress(OSError):
                 await self._say_last(refusal(None, error))
         except OSError:
@@ -303,7 +304,7 @@ class Session:
             raise
         except EngineError as error:
             if isinstance(message, CHANGES):
-                log.warning("refused %r of process %d: %s", _tag(message), self.pid, _shortened(str(error), MAX_REASON))
+                log.warning("refused %r of process %d: %s", _tag(message), self.pid, shortened(str(error), MAX_REASON))
             reply = refusal(message.ref, error)
         except Exception:
             log.exception("answering %r of process %d failed", _tag(message), self.pid)
@@ -314,17 +315,17 @@ class Session:
         if isinstance(message, Shutdown) and isinstance(reply, Ok):
             self._host.handle_shutdown(message.drain)
 
-    async def _reply(self, message: AnyClientMessage, reply: AnyServerMessage) -> None:
+    async def _reply(self, message: AnyClientMessage, reply: AnyReply) -> None:
         self._unsaid, self._then, self._taken_up = reply, message, False
         self._follow_first = [identity] if (identity := _followed(message, reply)) is not None else []
         await self._send(reply)
         self._then, self._follow_first = None, []
 
-    async def _say_last(self, reply: AnyServerMessage) -> None:
+    async def _say_last(self, reply: AnyReply) -> None:
         self._unsaid, self._last_words, self._taken_up = reply, True, False
         await self._send(reply)
 
-    async def _answer(self, message: AnyClientMessage) -> AnyServerMessage:
+    async def _answer(self, message: AnyClientMessage) -> AnyReply:
         match message:
             case Submit():
                 return await self._submit(message)
@@ -336,8 +337,8 @@ class Session:
                 await self._supervisor.cancel(identity)
                 return Ok(ref=ref)
             case ListTasks(ref=ref):
-                tasks, omitted = fitting(self._supervisor.tasks())
-                return TaskList(ref=ref, tasks=tasks, omitted=omitted)
+                rows, omitted = fitting(self._supervisor.rows())
+                return TaskRows(ref=ref, tasks=rows, omitted=omitted)
             case GetStatus(ref=ref, memory=memory):
                 held = self._supervisor.memory() if memory else []
                 return Status(ref=ref, status=self._supervisor.status(), memory=held)
@@ -387,13 +388,13 @@ class Session:
             case Hello():
                 raise ProtocolError("a second 'hello' came; it is the first message only")
 
-    async def _update_weights(self, message: UpdateWeights) -> AnyServerMessage:
+    async def _update_weights(self, message: UpdateWeights) -> AnyReply:
         fd = self._incoming.take()
         try:
             self._check_owner("change what it serves")
             if fd < 0:
                 raise BadRequest("no descriptor came with update_weights; send that of a memfd with the frame")
-            log.info("process %d gives weights of the %s", self.pid, _shortened(message.component, MAX_REASON))
+            log.info("process %d gives weights of the %s", self.pid, shortened(message.component, MAX_REASON))
             reloaded = await self._supervisor.take_weights(message.component, fd, message.when)
             return msgspec.structs.replace(reloaded, ref=message.ref)
         finally:
@@ -404,7 +405,7 @@ class Session:
         if self._uid != os.geteuid():
             raise PermissionDenied(f"only the user who started this engine may {what}")
 
-    async def _reload_program(self, ref: int) -> AnyServerMessage:
+    async def _reload_program(self, ref: int) -> AnyReply:
         """If all goes well, the answer is the new program's."""
         self._check_owner("replace its program")
         log.info("process %d asked for the program that is on disk now", self.pid)
@@ -428,7 +429,7 @@ class Session:
         try:
             accepted = await self._supervisor.submit(decode_strictly(UserParams, given, BadRequest, "the request"))
         except EngineError as error:
-            log.info("refused a request of process %d: %s", self.pid, _shortened(str(error), MAX_REASON))
+            log.info("refused a request of process %d: %s", self.pid, shortened(str(error), MAX_REASON))
             raise
         log.info("accepted %s of process %d, position %d", accepted.id, self.pid, accepted.position)
         return msgspec.structs.replace(accepted, ref=message.ref)
@@ -457,7 +458,7 @@ class Session:
         except OSError:
             log.debug("process %d left before the end of %s", self.pid, identity)
 
-    async def _send(self, message: AnyServerMessage) -> None:
+    async def _send(self, message: AnyReply) -> None:
         """Hand one frame to the kernel, to its last byte. Cuts off a client that does not read.
 
         Encoded in its turn, not before: of all that is to be said to this client, one frame exists at a time.
@@ -547,33 +548,12 @@ class Session:
             self._socket.close()
 
 
-def _followed(message: AnyClientMessage, reply: AnyServerMessage) -> str | None:
+def _followed(message: AnyClientMessage, reply: AnyReply) -> str | None:
     """The task whose events come after this answer."""
     match message, reply:
         case (Submit(subscribe=True), Accepted(id=identity)) | (Subscribe(id=identity), Ok()):
             return identity
     return None
-
-
-def fitting(tasks: Iterable[TaskInfo]) -> tuple[list[TaskInfo], int]:
-    """The tasks that fit into one frame, in their order, and how many do not: the oldest finished ones go first.
-
-    Prompts are shortened to `LISTED_PROMPT` characters.
-    """
-    rows = [msgspec.structs.replace(task, prompt=_shortened(task.prompt, LISTED_PROMPT)) for task in tasks]
-    unfinished = [i for i, row in enumerate(rows) if row.state in ("queued", "running")]
-    finished = [i for i, row in enumerate(rows) if row.state not in ("queued", "running")]
-    room, kept = MAX_FRAME - 1024, set[int]()
-    for i in unfinished + finished[::-1]:
-        room -= len(msgspec.msgpack.encode(rows[i]))
-        if room < 0:
-            break
-        kept.add(i)
-    return [rows[i] for i in sorted(kept)], len(rows) - len(kept)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def refusal(ref: int | None, error: EngineError) -> Refused:

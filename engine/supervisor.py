@@ -50,6 +50,7 @@ from engine.events import (
 from engine.footprint import RequestSize, Setting
 from engine.journal import Journal, JournalState
 from engine.levels import Levels, LevelsState
+from engine.listing import Row
 from engine.loras import Loras
 from engine.memory import EngineMemory, MemoryState, capacity
 from engine.params import SystemParams, UserParams
@@ -411,6 +412,10 @@ class Supervisor:
     def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
         return [task.info() for task in self._pool]
+
+    def rows(self) -> list[Row]:
+        """The same as they go on the wire."""
+        return [task.row() for task in self._pool]
 
     def status(self) -> EngineStatus:
         unfinished = self._pool.unfinished()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from engine.events import TaskSpec
 from engine.footprint import RequestSize
+from engine.listing import Row, row_of
 from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
@@ -64,6 +65,8 @@ class Task:
         """What its quanta so far were computed with: at first, and from each on with which that changed."""
         self.ended: Done | Failed | None = None
         self._changed = asyncio.Event()
+        self._row: Row | None = None
+        """Its row in `list`, once that was asked for after its end."""
 
     def note_computed(self, phase: Phase, index: int, by: dict[str, str]) -> bool:
         """Quantum `index` of a phase was computed with these. Whether that is something else than the one before."""
@@ -129,6 +132,14 @@ class Task:
             priority=self.params["priority"], submitted_at=self.submitted_at, prompt=self.job.prompt,
             path=self.job.output, error=error,
         )  # fmt: skip
+
+    def row(self) -> Row:
+        """`info` on the wire; once it has ended, always the same."""
+        if self._row is not None:
+            return self._row
+        row = row_of(self.info())
+        self._row = row if row.finished else None
+        return row
 
     def _notify(self) -> None:
         self._changed.set()

@@ -284,6 +284,13 @@ class TaskList(ServerMessage, frozen=True, tag="tasks", kw_only=True):
     omitted: int = 0
 
 
+class TaskRows(ServerMessage, frozen=True, tag="tasks", kw_only=True):
+    """A `TaskList` as the server sends it: its rows were encoded before."""
+
+    tasks: list[msgspec.Raw]
+    omitted: int = 0
+
+
 class Status(ServerMessage, frozen=True, tag="status", kw_only=True):
     status: EngineStatus
     memory: list[Holding] = []

@@ -95,7 +95,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
     TaskPool: ("_tasks _ended finished failed", ""),
-    Task: ("job spec params submitted_at progress seconds metadata weights changes computed ended", "_changed"),
+    Task: ("job spec params submitted_at progress seconds metadata weights changes computed ended", "_changed _row"),
     Scheduler: (
         "_capacity _policy _line _stages _tasks _deadlines _arrivals _ledger", "_seats _devices _sharing _actions",
     ),

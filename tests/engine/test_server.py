@@ -17,15 +17,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine.events import TaskSpec
+from engine.listing import LISTED_PROMPT, fitting, row_of
 from engine.params import SystemParams
 from engine.paths import SocketClaim
 from engine.server import Server
-from engine.session import LISTED_PROMPT, Limits, fitting
+from engine.session import Limits
 from engine.supervisor import Supervisor
+from engine.tasks import Task
 from ipc.errors import BadRequest, Busy
-from ipc.frames import MAX_FRAME
-from ipc.messages import TaskInfo
+from ipc.frames import MAX_FRAME, encode_frame
+from ipc.messages import Done, Progress, TaskInfo, TaskList, TaskRows
 from tests.engine.wire import RawClient, environment, frame
+from tests.stages.rig import make_job
 
 STATUS = frame(type="status", ref=9)
 Wait = Callable[..., Coroutine[Any, Any, None]]
@@ -231,7 +235,7 @@ async def test_a_failing_answer_is_the_engines_fault_and_stays_small(
     """A bug while answering is logged with its traceback; the client learns that it happened, and goes on."""
     async with serving(short_dir) as server:
         with monkeypatch.context() as patched:
-            patched.setattr(server.supervisor, "tasks", lambda: 1 // 0)
+            patched.setattr(server.supervisor, "rows", lambda: 1 // 0)
             refused = await in_thread(short_dir, lambda c: (c.ask(frame(type="list", ref=2)), c.ask(STATUS)))
     assert refused[0]["error"] == {"code": "internal", "message": "the engine failed; its log says more"}
     assert refused[1]["type"] == "status"
@@ -322,15 +326,34 @@ def test_a_list_is_cut_to_one_frame() -> None:
         )
         for n in range(2000)
     ]  # fmt: skip
-    kept, omitted = fitting(rows)
+    fit, omitted = fitting([row_of(row) for row in rows])
+    kept = [msgspec.msgpack.decode(row, type=TaskInfo) for row in fit]
     assert len(kept) + omitted == 2000
     assert omitted > 0
     assert [row.submitted_at for row in kept] == sorted(row.submitted_at for row in kept)
     assert sum(row.state == "queued" for row in kept) == 20
     assert kept[-1].id == rows[-1].id
     assert all(len(row.prompt) == LISTED_PROMPT for row in kept)
-    assert MAX_FRAME // 2 < len(msgspec.msgpack.encode(kept)) <= MAX_FRAME
-    assert fitting(rows[:10])[1] == 0
+    assert MAX_FRAME // 2 < len(msgspec.msgpack.encode(fit)) <= MAX_FRAME
+    assert fitting([row_of(row) for row in rows[:10]])[1] == 0
+
+
+def test_the_row_of_an_ended_task_is_made_once() -> None:
+    """While the task goes on, the row tells how far it is; from its end on it is the same object."""
+    job = make_job()
+    spec = TaskSpec(id=job.id, encode=False, denoise=4, chunks=1, cost={})
+    task = Task(job, spec, {"priority": 0}, 0.0)
+    for step in (1, 2):
+        task.report(Progress(id=job.id, phase="denoise", step=step, steps=4))
+        row = task.row()
+        assert not row.finished
+        assert msgspec.msgpack.decode(row.encoded, type=TaskInfo) == task.info()
+    task.end(Done(id=job.id, path=job.output, metadata={}))
+    ended = task.row()
+    assert ended.finished and task.row() is ended
+    assert msgspec.msgpack.decode(ended.encoded, type=TaskInfo) == task.info()
+    frame = encode_frame(TaskRows(ref=7, tasks=[ended.encoded], omitted=1))
+    assert frame == encode_frame(TaskList(ref=7, tasks=[task.info()], omitted=1))
 
 
 async def test_it_serves_on_any_loop_and_leaves_signals_alone(short_dir: Path) -> None:
