@@ -182,7 +182,11 @@ class Worker:
                     self._network(version.component).lend(version, fd)
                 self._begun.add((stage, job.id))
                 self._stages[stage].begin(job)
-            case Run() | SetMemory():
+            case SetMemory():
+                # Before the quantum that was granted ahead: memory may be short now.
+                runs = (n for n, entry in enumerate(self._entries) if isinstance(entry.message, Run))
+                self._entries.insert(next(runs, len(self._entries)), Entry(message))
+            case Run():
                 self._entries.append(Entry(message))
             case Drop(id=identity, stage=stage):
                 for entry in self._entries:

@@ -29,11 +29,14 @@ from ipc.messages import (
     Dropped,
     Job,
     Loading,
+    MemoryPlan,
+    MemorySet,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
     Ready,
     Run,
+    SetMemory,
     StageName,
     StartFailed,
     VaeChosen,
@@ -160,6 +163,25 @@ def test_a_dropped_task_is_skipped_in_its_turn(rig: Rig) -> None:
         assert process.hear() == dropped
         assert process.hear() == Dropped(id=first.id, stage="text")
         assert process.ask(Run(id=first.id, phase="text", index=0)) == dropped
+        assert process.stop() == 0
+
+
+def test_a_memory_plan_holds_from_the_next_quantum_on(rig: Rig) -> None:
+    """Two quanta were granted when it comes: it goes before them, and of two plans the later one holds."""
+    first, second = make_job(), make_job()
+    with WorkerProcess(rig, ("text",)) as process:
+        process.ready()
+        process.popen.send_signal(signal.SIGSTOP)
+        for job in (first, second):
+            process.tell(Begin(stage="text", job=job))
+            process.tell(Run(id=job.id, phase="text", index=0))
+        for level in (1, 0):
+            process.tell(SetMemory(plan=MemoryPlan(level=level), limits={}))
+        process.popen.send_signal(signal.SIGCONT)
+        plans = [process.hear(), process.hear()]
+        assert [r.plan.level for r in plans if isinstance(r, MemorySet)] == [1, 0]
+        quanta = [process.hear(), process.hear()]
+        assert [r.id for r in quanta if isinstance(r, QuantumDone)] == [first.id, second.id]
         assert process.stop() == 0
 
 
