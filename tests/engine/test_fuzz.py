@@ -151,6 +151,6 @@ def test_the_growth_of_another_process_is_noticed() -> None:
 async def test_a_defect_of_the_engine_is_noticed(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: an engine that fails to list its tasks."""
     async with serving(short_dir) as server:
-        monkeypatch.setattr(server.supervisor, "tasks", lambda: 1 // 0)
+        monkeypatch.setattr(server.supervisor, "rows", lambda: 1 // 0)
         with pytest.raises(Violation, match="refused with internal"):
             await asyncio.to_thread(fuzz_engine, 1, range(200), short_dir / "engine.sock")

@@ -48,8 +48,8 @@ async def test_hostile_clients_hold_up_nobody_and_cost_little(short_dir: Path) -
 async def test_a_server_that_lets_others_wait_is_found(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that blocks for 0.6 s on every `list`: its clients wait for each other."""
     async with serving(short_dir) as server:
-        tasks = server.supervisor.tasks
-        monkeypatch.setattr(server.supervisor, "tasks", lambda: (time.sleep(0.6), tasks())[1])
+        rows = server.supervisor.rows
+        monkeypatch.setattr(server.supervisor, "rows", lambda: (time.sleep(0.6), rows())[1])
         with pytest.raises(Broken, match=r"p99 of \w+ beside hostile clients is"):
             check_answers(await well_behaved(AsyncClient(short_dir / "engine.sock"), short_dir, 6.0))
 
