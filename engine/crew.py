@@ -240,7 +240,7 @@ class Crew:
             on_loading(list(self._loading.values()))
             waited_for = self._posts.waited_for()
             for post in waited_for:
-                if post.error is not None:
+                if post.error is not None and post.process is None:  # what is said before the end may be answered yet
                     raise from_failure(post.error)
             if all(post.state == "up" for post in waited_for):
                 return

@@ -88,7 +88,12 @@ class EngineProcess:
         wait_for(self.listens, "the engine to listen")
 
     def wait_ready(self) -> None:
-        wait_for(lambda: "ready in" in self.output, "the stages to come up")
+        def is_ready() -> bool:
+            if not (ready := "ready in" in self.output):
+                assert self.process.poll() is None, f"the engine left: {self.log.read_text()[-4000:]}"
+            return ready
+
+        wait_for(is_ready, "the stages to come up")
 
     def listens(self) -> bool:
         assert self.process.poll() is None, f"the engine left: {self.log.read_text()[-2000:]}"
