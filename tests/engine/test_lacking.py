@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine import EngineError, OutOfMemory, Supervisor, SystemParams, UserParams, process
+from engine.crew import Crew
 from ipc.errors import OutOfProcesses
 from ipc.messages import Seat
 
@@ -42,10 +43,24 @@ def lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("seat", ["dit", "writer"])
 async def test_a_stage_that_was_up_is_tried_again(
-    tmp_path: Path, lacking: Path, wait_until: Wait, caplog: pytest.LogCaptureFixture, seat: Seat
+    tmp_path: Path,
+    lacking: Path,
+    wait_until: Wait,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seat: Seat,
 ) -> None:
     """Killed in the middle of a request, it lacks memory twice, then a thread, then a process: the request is finished,
-    and the log says each time what was lacking, and what to do about the latter two."""
+    and the log says each time what was lacking, and what to do about the latter two. Who waits for the engine to be
+    ready waits on, whatever is noticed between what the stage says and its end."""
+    report = Crew._on_report
+    monkeypatch.setattr(Crew, "_on_report", lambda crew, *what: (report(crew, *what), crew._changes.notify())[0])
+
+    async def wait_for_it(supervisor: Supervisor) -> None:
+        while True:
+            await supervisor.ready()
+            await asyncio.sleep(0.01)
+
     async with Supervisor(SystemParams()) as supervisor:
         await supervisor.ready()
         params = UserParams(prompt="a red circle", steps=60, output=str(tmp_path / "video.mp4"))
@@ -53,8 +68,11 @@ async def test_a_stage_that_was_up_is_tried_again(
         await wait_until(lambda: any(t.phase == "denoise" for t in supervisor.tasks()), "denoising")
         lacking.write_text("\n".join(f"{seat} {what}" for what in ("device", "memory", "thread", "fork")))
         os.kill(pid(supervisor, seat), signal.SIGKILL)
+        waiting = asyncio.create_task(wait_for_it(supervisor))
         assert Path((await running).path).exists()
         assert not lacking.read_text(), "it lacked all of them"
+        assert not waiting.done(), f"ready: {waiting.exception()}"
+        waiting.cancel()
         assert not supervisor.check_integrity()
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith(f"{seat} could not start for lack of")]
     assert [line.split(" lack of ")[1].split(" (")[0] for line in said] == 2 * ["memory"] + 2 * ["threads or processes"]
