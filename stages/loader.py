@@ -25,7 +25,8 @@ import msgspec
 
 from hotreload.files import Stamp, path_of_descriptor, stamp
 from ipc.channel import Channel, ChannelClosed, close_fds
-from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, to_failure
+from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerUnavailable, to_failure
+from ipc.lacking import why_not_started
 from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
 from stages.worker import (
     EXIT_ORPHANED,
@@ -199,7 +200,12 @@ def in_a_process(asked: Asked, channel: Channel[Asked], fds: Sequence[int]) -> N
     with warnings.catch_warnings():
         # The other threads wait, in numpy's BLAS, and for the end of the supervisor: they hold nothing.
         warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            refused = ServerUnavailable(f"no process could be started to read the weights: {why_not_started(error)}")
+            channel.send(ReadFailed(error=to_failure(refused)), timeout=SEND_TIMEOUT)
+            return
     if pid == 0:
         code = 1
         try:
