@@ -177,7 +177,6 @@ def test_files_that_have_changed_are_read(manager: Manager, checkpoint: Path, tm
         weights = Client(first.socket).status().weights
         wait_for(lambda: manager.components() == weights, "the weights to be kept")
         kept = inodes(manager)
-        first.process.send_signal(signal.SIGTERM)
     shutil.copy(SECOND / FILES["transformer"], checkpoint / FILES["transformer"])
     wait_for(lambda: identity_of(origin(checkpoint)) is not None, "the copy to be old enough")
     with manager.start(checkpoint) as second:
