@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
