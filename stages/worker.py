@@ -423,7 +423,7 @@ def load_torch() -> None:
     # forward of the demo model: on free cores 20 ms (passive 39, 1 thread 26), on busy ones 650-3000 (passive 90).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # Without it a GB and more can be reserved in pieces too small for the next activation. (A14B under 8 GiB.)
+        # Without it a GB and more can be reserved in pieces too small for the next activation.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import torch
 

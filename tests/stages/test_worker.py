@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +143,26 @@ def test_split_and_fused_make_the_same_video_and_a_killed_dit_resumes(
     assert read_video(tmp_path / "split.mp4").sha256 == read_video(tmp_path / "fused.mp4").sha256
 
 
+@contextlib.contextmanager
+def granted(process: WorkerProcess, *jobs: Job) -> Iterator[None]:
+    """A text process that reads nothing meanwhile has a quantum of each of these jobs granted before."""
+    process.popen.send_signal(signal.SIGSTOP)
+    for job in {job.id: job for job in jobs}.values():
+        process.tell(Begin(stage="text", job=job))
+    for job in jobs:
+        process.tell(Run(id=job.id, phase="text", index=0))
+    yield
+    process.popen.send_signal(signal.SIGCONT)
+
+
 def test_a_dropped_task_is_skipped_in_its_turn(rig: Rig) -> None:
     """Two tasks have quanta queued when one is dropped: its quanta are answered `dropped` in their turn, the other
     task's is run, and then the drop is confirmed."""
     first, second = make_job(), make_job()
     with WorkerProcess(rig, ("text",)) as process:
         process.ready()
-        process.popen.send_signal(signal.SIGSTOP)
-        for job in (first, second):
-            process.tell(Begin(stage="text", job=job))
-        for job in (first, second, first):
-            process.tell(Run(id=job.id, phase="text", index=0))
-        process.tell(Drop(id=first.id, stage="text"))
-        process.popen.send_signal(signal.SIGCONT)
+        with granted(process, first, second, first):
+            process.tell(Drop(id=first.id, stage="text"))
         dropped = QuantumDropped(id=first.id, phase="text", index=0)
         assert process.hear() == dropped
         done = process.hear()
@@ -171,13 +178,9 @@ def test_a_memory_plan_holds_from_the_next_quantum_on(rig: Rig) -> None:
     first, second = make_job(), make_job()
     with WorkerProcess(rig, ("text",)) as process:
         process.ready()
-        process.popen.send_signal(signal.SIGSTOP)
-        for job in (first, second):
-            process.tell(Begin(stage="text", job=job))
-            process.tell(Run(id=job.id, phase="text", index=0))
-        for level in (1, 0):
-            process.tell(SetMemory(plan=MemoryPlan(level=level), limits={}))
-        process.popen.send_signal(signal.SIGCONT)
+        with granted(process, first, second):
+            for level in (1, 0):
+                process.tell(SetMemory(plan=MemoryPlan(level=level), limits={}))
         plans = [process.hear(), process.hear()]
         assert [r.plan.level for r in plans if isinstance(r, MemorySet)] == [1, 0]
         quanta = [process.hear(), process.hear()]
