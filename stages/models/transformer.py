@@ -238,8 +238,8 @@ class Stream:
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward on a float32 residual stream.
 
-    Nothing is kept that is not needed any more. In bfloat16, beside weights, keys and values, that is per token 12 bytes
-    for each unit of the width at the attention, and at the feed-forward 6, and 2 for each unit of its own width.
+    Nothing is kept that is not needed any more. In bfloat16, beside weights, keys and values, that is per token 12
+    bytes for each unit of the width at the attention, and at the feed-forward 6, and 2 for each unit of its own width.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
