@@ -260,11 +260,11 @@ class Levels:
         policy = level.policy
         if policy is None:
             return False
-        plan = policy.failed(self._host.running_size(), time.monotonic())
+        plan = self._above_failed(level, policy)
         try:
             if plan is None and not policy.copies:
                 await self.copies.ensure()  # a higher level needs them, and they are about to be there
-                plan = policy.failed(self._host.running_size(), time.monotonic())
+                plan = self._above_failed(level, policy)
             if plan is None:
                 return False
             await self._change(level, plan, f"the {seat} stage ran out of memory")
@@ -272,6 +272,12 @@ class Levels:
             log.warning("the memory level of %s cannot be raised: %s", level.device, error)
             return False
         return True
+
+    def _above_failed(self, level: DeviceLevel, policy: Policy) -> MemoryPlan | None:
+        if level.sampler is not None:
+            level.sample = level.sampler.sample()
+        now = time.monotonic() if level.sample is None else level.sample.at
+        return policy.failed(level.sample, self._host.running_size(), now)
 
     async def _freed(self, level: DeviceLevel) -> bool:
         """No higher level is left: wait while others have what the request needs; False if it is not that."""

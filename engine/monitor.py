@@ -9,6 +9,7 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 import msgspec
 import pynvml
@@ -46,6 +47,10 @@ another one of the same level is worth a change."""
 TREND = 4
 """Intervals that are looked back for whether memory is being taken steadily."""
 
+STEADY = 3
+"""Intervals in which memory must have been taken for that to be steady. One who takes all that is free at once, and
+what is given up for him, is seen in two."""
+
 HOST_RESERVE = 2 << 30
 """Bytes of host memory that weights leave to all else."""
 
@@ -54,6 +59,10 @@ HOST_PRESSURE = 0.1
 
 REMEMBERED = 64
 """Failed allocations that are remembered."""
+
+FORGOTTEN = 300.0
+"""Seconds after which a plan that failed may be tried again though there is no more memory than there was: others may
+have had it for a moment that no sample saw."""
 
 
 class Sample(GpuSample, frozen=True, kw_only=True):
@@ -163,8 +172,8 @@ class Policy:
         """Plans that were raised from and are not back, each higher than the one before."""
         self._noise = 0
         """Bytes; `NOISE` of the device, none if only the budget is known."""
-        self._failed: dict[tuple[RequestSize | None, MemoryPlan], int] = {}
-        """Plans whose allocations failed -> how much there was for them."""
+        self._failed: dict[tuple[RequestSize | None, MemoryPlan], tuple[int, float]] = {}
+        """Plans whose allocations failed -> how much there was for them, and when."""
 
     def on(self, sample: Sample, running: RequestSize | None, now: float) -> MemoryPlan | None:
         """The plan that should hold from the next step on, if it is another one. `now`: the sample's clock."""
@@ -176,7 +185,8 @@ class Policy:
         self._remember(now, there)
         if self._still(now):
             self._changes = 0
-        if self._short(self.plan, there - int(self._slope() * LEAD)):
+        lead = 0.0 if self._changes else LEAD
+        if self._short(self.plan, there - int(self._slope() * lead)):
             return self._raise(there)
         return self._lower(now)
 
@@ -184,17 +194,25 @@ class Policy:
         """What was asked for was not carried out: this plan holds."""
         self.plan = plan
 
-    def failed(self, running: RequestSize | None, now: float) -> MemoryPlan | None:
-        """An allocation failed with the plan that holds: one level higher, or at level 3 the highest plan; None if
-        there is none. The failed one is not taken again for this size before there is more memory than there was."""
+    def failed(self, sample: Sample | None, running: RequestSize | None, now: float) -> MemoryPlan | None:
+        """An allocation failed with the plan that holds: one level higher, or at level 3 the highest plan; what takes
+        even less if that does not fit; None if there is none. `sample`: taken since, as who took the memory may have
+        come after the one before; None: there is none. The failed plan is not taken again for this size before there
+        is more memory than there was, or `FORGOTTEN` has passed."""
+        there = None if sample is None else self._there(sample)
+        if there is not None:
+            self._remember(now, there)
         there = self._seen[-1][1] if self._seen else 0
-        self._failed[running, self.plan] = there
+        self._failed[running, self.plan] = there, now
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
         if not higher:
             return None
-        return self._higher(higher[0] if higher[0].level > self.plan.level else higher[-1])
+        if higher[0].level == self.plan.level:
+            return self._higher(higher[-1])
+        wanted = next((p for p in higher if not self._short(p, there)), higher[-1])
+        return self._higher(self._frugal(wanted, there) if self._is_taken() else wanted)
 
     def _there(self, sample: Sample) -> int | None:
         """Bytes of the device that this engine may use; None: not known."""
@@ -216,14 +234,17 @@ class Policy:
         return self._seen[0][0] <= now - REST and max(values) - min(values) <= self._noise
 
     def _slope(self) -> float:
-        """Bytes per second at which memory is being taken, if it was in each of the last intervals, two or more, and
-        more than noise in all; else 0."""
+        """Bytes per second at which memory is being taken, at least, if it was in each of the last intervals, `STEADY`
+        or more, and more than noise in all; else 0."""
         seen = list(self._seen)[-1 - TREND :]
-        first = len(seen) - 1
-        while first and seen[first - 1][1] - seen[first][1] > self._noise // 16:
-            first -= 1
-        taken = seen[first][1] - seen[-1][1]
-        return taken / (seen[-1][0] - seen[first][0]) if first < len(seen) - 2 and taken > self._noise else 0.0
+        steps = [(before - after, end - begin) for (begin, before), (end, after) in pairwise(seen)]
+        rates: list[float] = []
+        for amount, seconds in reversed(steps):
+            if amount <= self._noise // 16:
+                break
+            rates.append(amount / seconds)
+        taken = sum(amount for amount, _ in steps[len(steps) - len(rates) :])
+        return min(rates) if len(rates) >= STEADY and taken > self._noise else 0.0
 
     def _is_taken(self) -> bool:
         """More than noise was taken in the last interval. Who took it may have got no more because there was none."""
@@ -247,8 +268,10 @@ class Policy:
         return [p for p in self._plans if p.level < 2 or self.copies]
 
     def _short(self, plan: MemoryPlan, there: int) -> bool:
-        failed = self._failed.get((self._running, plan))
-        return self._needs(self._running, plan).gpu > there or (failed is not None and there <= failed)
+        if self._needs(self._running, plan).gpu > there:
+            return True
+        failed, at = self._failed.get((self._running, plan), (-1, 0.0))
+        return there <= failed and self._seen[-1][0] < at + FORGOTTEN
 
     def _fitting(self, there: int) -> MemoryPlan | None:
         """The lowest level that fits."""
@@ -270,11 +293,14 @@ class Policy:
         return self._higher(wanted)
 
     def _lower(self, now: float) -> MemoryPlan | None:
-        """A lower plan that is better has fitted for `DWELL`, with room for noise, and this cycle has a change left."""
+        """A lower plan that is better has fitted for `DWELL`, with room for noise, and this cycle has a change left;
+        and none that is lower still is about to have fitted for as long, as when others give back bit by bit."""
         if self._slope() or not (free := self._least_since(now - DWELL)):
             return None
-        wanted = self._fitting(free - self._noise)
+        wanted, soon = self._fitting(free - self._noise), self._fitting(self._seen[-1][1] - self._noise)
         if wanted is None or order(wanted) >= order(self.plan) or not self._is_better(wanted):
+            return None
+        if soon is not None and order(soon) < order(wanted):
             return None
         back = bool(self._left) and order(wanted) <= order(self._left[-1])
         if self._changes > (1 if back else 0):

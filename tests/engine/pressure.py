@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from engine.footprint import Need, RequestSize, need, plans
 from engine.models import load_model
-from engine.monitor import DWELL, INTERVAL, LITTLE, NOISE, REST, SLACK, Sample, order
+from engine.monitor import DWELL, INTERVAL, LITTLE, NOISE, REST, SLACK, Policy, Sample, order
 from ipc.messages import MemoryPlan
 
 GIB = 2**30
@@ -122,6 +122,64 @@ def wrong_end(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS) 
 
 def problems(moments: Sequence[Moment]) -> list[str]:
     return above_budget(moments) + flapping(moments) + wrong_end(moments)
+
+
+class Cycle(NamedTuple):
+    """How a policy answered a neighbour who took memory and gave it back, once."""
+
+    while_taken: list[MemoryPlan]
+    """What it changed to until the memory was given back."""
+    afterwards: list[MemoryPlan]
+    failures: int
+    """Allocations that failed."""
+
+
+TICK = 0.05
+"""Seconds between two turns of the neighbour."""
+
+
+def beside(policy: Policy, size: RequestSize, seed: int, wanted: int = 60 * GIB) -> Cycle:
+    """A cycle of a neighbour who takes whatever is free until he has what he wants, as fast as a driver gives it, keeps
+    it for some seconds and gives it back within one; while a request of this size runs. The policy is asked as in an
+    engine: every `INTERVAL`, but not during a change, which takes up to a second; and when an allocation fails, as the
+    engine allocates and frees within what its plan may take. `policy` may have seen other cycles, of lower seeds."""
+    draw, answers = random.Random(seed), Cycle([], [], 0)
+    rate, keeps, begin = draw.uniform(20, 60) * GIB, draw.uniform(2.5, 6.0), STILL + draw.random()
+    context, others, ours = GIB // 2, 0, account_of(size, policy.plan)
+    look, free_again, has_all, failures = 0.0, 0.0, None, 0
+    for turn in range(int((begin + 40) / TICK)):
+        now = turn * TICK
+        sample = Sample(at=1000.0 * seed + now, total=TOTAL, others=others + context)
+        if now >= free_again:  # no change is being carried out
+            changed, most = None, account_of(size, policy.plan)
+            wants = int(most * draw.uniform(0.9, 0.99)) if draw.random() < 0.2 else min(ours, most)
+            if wants > TOTAL - context - others:
+                failures += 1
+                changed = policy.failed(sample, size, sample.at)
+                assert changed is not None
+            else:
+                ours = wants
+                if now >= look:
+                    look = now + INTERVAL * draw.uniform(0.95, 1.05)
+                    changed = policy.on(sample, size, sample.at)
+            if changed is not None:
+                free_again = now + draw.uniform(0.2, 1.0)
+                ours = min(ours, account_of(size, changed))
+                (answers.while_taken if has_all is None or now < has_all + keeps else answers.afterwards).append(
+                    changed
+                )
+        if has_all is not None and now >= has_all + keeps:
+            others = max(0, others - int(wanted * TICK / draw.uniform(0.1, 1.0)))
+        elif now >= begin:
+            others = min(wanted, others + min(TOTAL - context - others - ours, int(rate * TICK)))
+            has_all = now if has_all is None and others == wanted else has_all
+    return answers._replace(failures=failures)
+
+
+@functools.cache
+def account_of(size: RequestSize, plan: MemoryPlan) -> int:
+    """Bytes that the plan may take of the device, beside a request of this size."""
+    return need(MODEL, size, plan).gpu
 
 
 # Traces.

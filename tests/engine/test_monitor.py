@@ -26,6 +26,7 @@ from tests.engine.pressure import (
     Trace,
     above_budget,
     account,
+    beside,
     changes,
     co_tenant,
     flapping,
@@ -142,6 +143,49 @@ def test_a_co_tenant_that_comes_and_goes_ten_times(held: float) -> None:
     jumps = [b.at for a, b in pairwise(moments) if a.there != b.there]
     for jump, change in zip(jumps, changes(moments), strict=True):
         assert 0 <= change.at - jump <= 2.0
+
+
+class Blind(Policy):
+    """A broken one: does not look when an allocation fails."""
+
+    def failed(self, sample: Sample | None, running: RequestSize | None, now: float) -> MemoryPlan | None:
+        return super().failed(None, running, now)
+
+
+class Fearful(Policy):
+    """A broken one: takes what it has given up for the beginning of more."""
+
+    def _raise(self, there: int) -> MemoryPlan | None:
+        return self._higher(HIGHEST) if self._is_taken() else super()._raise(there)
+
+    def _short(self, plan: MemoryPlan, there: int) -> bool:
+        return super()._short(plan, there - (20 * GIB if self._changes and self._is_taken() else 0))
+
+
+def beside_all(kind: type[Policy], frames: int) -> list[tuple[int, int, MemoryPlan]]:
+    """Of ten engines beside ten cycles each of a neighbour who takes what is free: the changes while he took and kept
+    it, those afterwards, and the plan in the end."""
+    found = []
+    for engine in range(10):
+        policy = broken(kind)
+        for cycle in range(1, 11):
+            seen = beside(policy, RequestSize(832, 480, frames), 10 * engine + cycle)
+            found.append((len(seen.while_taken), len(seen.afterwards), policy.plan))
+    return found
+
+
+@pytest.mark.parametrize("frames", [17, 81])
+def test_a_neighbour_who_takes_what_is_free(frames: int) -> None:
+    """He gets more only as the engine gives it up, and allocations fail: one change up and one down, each time, and
+    no failure is held against a plan that fits when he has gone."""
+    assert set(beside_all(Policy, frames)) == {(1, 1, PLANS[0])}
+    failures = [beside(make(), RequestSize(832, 480, frames), seed).failures for seed in range(1, 101)]
+    assert 10 <= sum(map(bool, failures)) <= 90, "with failed allocations and without"
+
+
+@pytest.mark.parametrize("kind", [Blind, Fearful])
+def test_a_policy_that_misreads_a_neighbour_is_caught(kind: type[Policy]) -> None:
+    assert set(beside_all(kind, 17)) != {(1, 1, PLANS[0])}
 
 
 def test_what_it_does_while_a_co_tenant_has_60_gib() -> None:
@@ -289,12 +333,12 @@ def test_an_allocation_that_failed_all_the_same() -> None:
     crowd = TOTAL - account(SIZE, PLANS[2]).gpu - 3 * GIB
     on(crowd, 30.0)
     held = policy.plan
-    higher = policy.failed(SIZE, at)
+    higher = policy.failed(None, SIZE, at)
     assert higher == PLANS[PLANS.index(held) + 1] == policy.plan
     assert on(crowd, 60.0) == []
     assert on(crowd - 4 * GIB, 30.0) == [held]
     policy = make(plan=HIGHEST)
-    assert policy.failed(SIZE, 0.0) is None
+    assert policy.failed(None, SIZE, 0.0) is None
 
 
 def test_a_change_that_was_not_carried_out() -> None:
