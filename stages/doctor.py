@@ -16,6 +16,7 @@ from ipc.errors import BadConfig
 from ipc.messages import AttentionBackend, DoctorAsked, DoctorReport
 from ipc.tensors import dtype_of
 from stages import kernels, transfer
+from stages.attention import kept
 from stages.attention.backends import Case
 from stages.attention.choice import TIMED_TOKENS, best, choose, survey
 from stages.models import vae_check
@@ -24,7 +25,8 @@ from stages.models.transformer import Compute
 
 @torch.inference_mode()
 def examine(asked: DoctorAsked) -> DoctorReport:
-    """Every backend and kernel at the widths of the transformer and the VAE, and what an engine would take."""
+    """Every backend and kernel at the widths of the transformer and the VAE, and what an engine would take. The next
+    one with `auto` takes the attention that is found best here."""
     device, config = torch.device(asked.device), asked.transformer
     versions = {"torch": str(torch.__version__)}
     if device.type == "cuda":
@@ -36,6 +38,8 @@ def examine(asked: DoctorAsked) -> DoctorReport:
     chosen: AttentionBackend | None = None
     if asked.attention == "auto":
         chosen = best(backends)
+        if device.type == "cuda":
+            kept.remember(case, heads, chosen)
     else:
         with contextlib.suppress(BadConfig):  # the table says why
             chosen = choose(asked.attention, case, heads)

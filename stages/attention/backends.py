@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipc.messages import AttentionBackend
+from stages import cache
 
 MATH_SCORES = 1 << 26
 """Scores that `math` holds at a time: 256 MiB in float32."""
@@ -71,6 +73,11 @@ def attention(
 
 @functools.cache
 def _flash4() -> Callable[..., Any]:
+    """What it compiles is kept, as that takes a new process longer than all the rest of its start; in the user's own
+    directory, as the library's is one below /tmp that others can write to. What the environment says goes before."""
+    if (kept := cache.directory()) is not None:
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(kept / "flash-attention-4"))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     from flash_attn.cute.interface import _flash_attn_fwd
 
     return _flash_attn_fwd

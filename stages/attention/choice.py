@@ -3,7 +3,8 @@
 Every backend that can be tried is compared with float64 on the device. One that is wrong is not used. Of the right
 ones the first in the order of preference is taken, unless another is faster by more than `MARGIN`: so small noise
 between two measurements does not change which one computes, and with it the bits of a result. Within the life of an
-engine it is chosen once: by the first dit, which tells the supervisor, which tells all others.
+engine it is chosen once: by the first dit, which tells the supervisor, which tells all others. The next engine on this
+machine takes the same (`stages/attention/kept.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ipc.errors import BadConfig
 from ipc.messages import AttentionBackend, AttentionMeasured
+from stages.attention import kept
 from stages.attention.backends import IMPLEMENTATIONS, Case, attention
 
 LENGTHS = ((1, 1), (77, 331), (515, 515), (1, 130), (130, 1))
@@ -107,12 +109,22 @@ def best(surveyed: Sequence[AttentionMeasured]) -> AttentionBackend:
     return fastest[1] if fastest[0] < first * (1 - MARGIN) else name
 
 
+def automatic(case: Case, heads: int) -> AttentionBackend:
+    """What was taken last time if it is still right, else the best, which is kept for the next time."""
+    known = kept.recall(case, heads)
+    if known is not None and not try_backend(known, case, heads, with_lse=False, lengths=COMMON_LENGTHS).problem:
+        return known
+    chosen = best(survey(case, heads, with_lse=False))
+    kept.remember(case, heads, chosen)
+    return chosen
+
+
 def choose(wanted: str, case: Case, heads: int) -> AttentionBackend:
     """The backend for `wanted`: `auto` or a name. Raises `BadConfig` if that one does not work here."""
     if wanted == "auto":
         if case.device.type == "cpu":
             return "sdpa"
-        return best(survey(case, heads, with_lse=False))
+        return automatic(case, heads)
     names = {str(name): name for name in IMPLEMENTATIONS}
     tested = try_backend(names[wanted], case, heads, with_lse=False, lengths=COMMON_LENGTHS)
     if tested.problem:
