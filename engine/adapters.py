@@ -21,6 +21,7 @@ from engine.params import MAX_LORAS
 from engine.states import Descriptors, State
 from hotreload.lora_options import EXTENSION, MAX_STRENGTH
 from ipc.errors import BadConfig, BadRequest, NotFound
+from ipc.freeing import close_memory
 from ipc.messages import AdapterVersion, Holding, Job, JobLora, LoraInfo, WeightVersion
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -222,8 +223,7 @@ class Adapters:
         used = set(self._lent).union(*(keys_of(job) for job in jobs))
         self._nameless = [adapter for adapter in self._nameless if adapter.keys <= used]
         kept = used.union(*(adapter.keys for adapter in self._named.values()))
-        for key in self._parts.keys() - kept:
-            os.close(self._parts.pop(key).fd)
+        close_memory(self._parts.pop(key).fd for key in self._parts.keys() - kept)
 
     def infos(self, jobs: Sequence[Job]) -> list[LoraInfo]:
         """Those that have a name, by name, then those that only some of the unfinished `jobs` have."""

@@ -20,8 +20,8 @@ from engine.loader import Loader, read_of
 from engine.monitor import Sample, why_no_copies
 from engine.params import ModelParams
 from engine.plans import HOST
-from ipc.channel import close_fds
 from ipc.errors import BadCheckpoint, EngineError, OutOfMemory, StageFailed
+from ipc.freeing import close_memory
 from ipc.messages import Component, HostCopies as Progress, LoadProgress
 
 MAP_TIMEOUT = 600.0
@@ -164,7 +164,7 @@ class HostCopies:
                 return
             self._crew.placed.keep(HOST, placed[0].version, os.dup(placed[0].fd))
         finally:
-            close_fds(p.fd for p in placed)
+            close_memory(p.fd for p in placed)
         log.info("%s %s is in host memory, too", component, content[:12])
         try:
             async with asyncio.timeout(MAP_TIMEOUT):

@@ -274,8 +274,8 @@ class Levels:
         return True
 
     def _above_failed(self, level: DeviceLevel, policy: Policy) -> MemoryPlan | None:
-        if level.sampler is not None:
-            level.sample = level.sampler.sample()
+        if level.sampler is not None and (sample := level.sampler.sample()).total is not None:
+            level.sample = sample
         now = time.monotonic() if level.sample is None else level.sample.at
         return policy.failed(level.sample, self._host.running_size(), now)
 

@@ -16,8 +16,8 @@ from engine.adapters import Adapter, Adapters, KeptAdapter, Key, Part, keys_of, 
 from engine.checkpoint import EXPERTS
 from engine.loader import Loader
 from engine.params import ModelParams
-from ipc.channel import close_fds
 from ipc.errors import BadConfig, EngineError, NotFound, ServerUnavailable
+from ipc.freeing import close_memory
 from ipc.messages import Job, JobLora, LoraInfo, ReadLora
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Loras:
             if not self.adapters.has(adapter.keys):
                 parts = await loader.read_lora(self._asked(adapter.files))
                 if (found := dict(part.key for part in parts)) != adapter.content:
-                    close_fds(part.fd for part in parts)
+                    close_memory(part.fd for part in parts)
                     raise NotFound(f"it holds something else now, {_contents(found)}: the file was changed")
         except EngineError as error:
             changed = isinstance(error, NotFound)
@@ -127,7 +127,7 @@ class Loras:
                 await self._keep(self.adapters.kept(added=adapter))
                 self._check_open()
             except BaseException:
-                close_fds(part.fd for part in parts)
+                close_memory(part.fd for part in parts)
                 raise
             self.adapters.add(adapter, parts)
         log.info("the LoRA %s is %s", name, _contents(adapter.content))

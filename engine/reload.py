@@ -28,7 +28,6 @@ from engine.loader import Loader, read_of
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.running import RunningTasks
 from engine.weights import Placed, Source, Versions
-from ipc.channel import close_fds
 from ipc.errors import (
     BadConfig,
     BadRequest,
@@ -39,6 +38,7 @@ from ipc.errors import (
     StageFailed,
     Superseded,
 )
+from ipc.freeing import close_memory
 from ipc.messages import Canary, Component, LoadProgress, Read, Reload, Reloaded, VersionInfo, When
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class Reloader:
                         yield placed
                         return
             finally:
-                close_fds(p.fd for p in placed)
+                close_memory(p.fd for p in placed)
             log.info("a memory level has changed: the new weights are read again, to where they are needed now")
             self._check_not_overtaken()
 

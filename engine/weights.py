@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from engine.states import Descriptors, State
+from ipc.freeing import close_memory
 from ipc.messages import Component, Holding, WeightVersion
 from ipc.payload import place_name
 
@@ -57,7 +58,7 @@ class WeightStore:
         are none."""
         doubted = self._doubted & {(place, component, content) for component, content, place in known}
         for key in doubted & self._placed.keys():
-            os.close(self._placed.pop(key).fd)
+            close_memory([self._placed.pop(key).fd])
         if doubted:
             self.on_change(self)
         return bool(doubted)
@@ -66,7 +67,7 @@ class WeightStore:
         """Take over the descriptor of a version; another copy of it on this device is let go."""
         key = (device, version.component, version.content)
         if (old := self._placed.pop(key, None)) is not None:
-            os.close(old.fd)
+            close_memory([old.fd])
         self._placed[key] = Placed(device, version, fd)
         self._doubted.discard(key)
         self.on_change(self)
@@ -95,7 +96,7 @@ class WeightStore:
     def let_go(self, component: str, content: str, device: str | None = None) -> None:
         """Close a version's descriptors, of one device, or of all."""
         for key in [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]:
-            os.close(self._placed.pop(key).fd)
+            close_memory([self._placed.pop(key).fd])
         self.on_change(self)
 
     def holdings(self) -> list[Holding]:

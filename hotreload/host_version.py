@@ -6,7 +6,10 @@ import os
 import threading
 from concurrent.futures import Future
 
+import torch
+
 from hotreload.placement import Placement, Runs, Shapes
+from ipc.freeing import apart
 from ipc.messages import WeightVersion
 
 
@@ -23,13 +26,14 @@ class HostVersion:
         return cls(future)
 
     @classmethod
-    def mapping(cls, version: WeightVersion, fd: int, shapes: Shapes, runs: Runs) -> HostVersion:
-        """Map, check and page-lock it in a thread: seconds for 28 GB. The descriptor is duplicated."""
+    def mapping(cls, version: WeightVersion, fd: int, shapes: Shapes, runs: Runs, device: int) -> HostVersion:
+        """Map it, check it and page-lock it for a GPU, in a thread: seconds for 28 GB. The descriptor is duplicated."""
         future: Future[Placement] = Future()
         own = os.dup(fd)
 
         def attach() -> None:
             try:
+                torch.cuda.set_device(device)  # else a context is made on the first one
                 placement = Placement.attach(version, own, shapes, runs, pinned=True)
                 placement.close()
                 future.set_result(placement)
@@ -40,6 +44,12 @@ class HostVersion:
 
         threading.Thread(target=attach, name="map-weights", daemon=True).start()
         return cls(future)
+
+    def let_go(self) -> None:
+        """Unmap it when nobody uses its tensors any more; in a thread, as that takes seconds for 28 GB, too."""
+        held = [self._placement]
+        self._placement = Future()  # nobody asks any more
+        apart(held.clear, "unmap-weights")
 
     def placement(self) -> Placement:
         """Waits until it is mapped. Raises OSError, or ValueError for memory that is not what its version says."""

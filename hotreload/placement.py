@@ -159,6 +159,7 @@ class PinnableMap(mmap.mmap):
     """A mapping that a GPU may be told of, and is told to forget before it goes."""
 
     _address = 0
+    _device = 0
 
     def pin(self, *, read_only: bool) -> None:
         """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. Where that cannot be (the limit of
@@ -168,11 +169,12 @@ class PinnableMap(mmap.mmap):
         if code:
             log.warning("%.1f GiB of weights cannot be page-locked (CUDA error %d)", len(self) / 2**30, code)
         else:
-            self._address = address
+            self._address, self._device = address, torch.cuda.current_device()
 
     def __del__(self) -> None:
         if self._address:
-            _cudart().cudaHostUnregister(self._address)
+            with torch.cuda.device(self._device):  # this may be any thread
+                _cudart().cudaHostUnregister(self._address)
 
 
 def _cudart() -> Any:

@@ -139,7 +139,9 @@ class Network(Generic[M]):
                 self._keep(version, placement)
                 placement.close()
         elif version.content not in self._on_host:
-            self._on_host[version.content] = HostVersion.mapping(version, fd, self._shapes, runs_of(self.module))
+            self._on_host[version.content] = HostVersion.mapping(
+                version, fd, self._shapes, runs_of(self.module), self.device.index or 0
+            )
 
     def _keep(self, version: WeightVersion, placement: Placement | DevicePlacement) -> None:
         if isinstance(placement, Placement):
@@ -159,9 +161,10 @@ class Network(Generic[M]):
                 self.use(others[-1])
             else:
                 self.bound = Bound(others[-1])
-        self._versions.pop(content, None)
-        self._on_host.pop(content, None)
         self._source = None  # it may be of that version
+        self._versions.pop(content, None)
+        if (host := self._on_host.pop(content, None)) is not None:
+            host.let_go()
 
     def lend(self, version: WeightVersion, fd: int) -> None:
         """Know an adapter that a task is about to want. The descriptor is duplicated."""

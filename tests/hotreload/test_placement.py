@@ -7,6 +7,8 @@ import mmap
 import os
 import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hotreload.placement import Placement, bind, joined, lay_out
+from hotreload.host_version import HostVersion
+from hotreload.placement import PinnableMap, Placement, bind, joined, lay_out
 from ipc.messages import WeightVersion
 
 
@@ -134,6 +137,30 @@ def test_closing_leaves_the_tensors_and_no_descriptor(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         fcntl.fcntl(fd, fcntl.F_GETFD)
     assert torch.equal(scale, contents()["scale"])
+
+
+def test_a_version_is_unmapped_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread, and only when nobody uses its tensors any more."""
+    unmapped: list[int] = []
+    monkeypatch.setattr(PinnableMap, "__del__", lambda self: unmapped.append(threading.get_ident()))
+    placement, _ = placed()
+    host, used = HostVersion.of(placement), placement.tensors["scale"]
+    del placement
+    other = HostVersion.of(placed()[0])
+    host.let_go()
+    other.let_go()
+
+    def wait(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while len(unmapped) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    wait(1)
+    assert unmapped[0] != threading.get_ident()
+    assert torch.equal(used, contents()["scale"])
+    del used
+    wait(2)
 
 
 def test_the_table_does_not_overlap() -> None:
