@@ -13,7 +13,6 @@ but for those of a run, which are one right behind the other.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import mmap
 import os
@@ -201,19 +200,42 @@ def lay_out(tensors: Shapes, runs: Runs = ()) -> Table:
     return Table(placed, max(round_up(offset, ALIGNMENT), 1))
 
 
-def bind(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    """Make every parameter and buffer of a module on the meta device the tensor of its name, without a copy.
+class Slots:
+    """Where a module keeps its parameters and buffers, to make them tensors of one version or another. They are looked
+    for once: to find them takes longer than to bind them."""
 
-    `aliases` maps second names in the module to first ones. Names must be exactly those of the module's state dict.
-    """
-    expected = module.state_dict()
-    state = {name: tensors[aliases.get(name, name)] for name in expected}
-    module.load_state_dict(state, strict=True, assign=True)
-    module.eval().requires_grad_(False)
-    every = itertools.chain(module.named_parameters(), module.named_buffers())
-    pointers = {tensor.data_ptr() for tensor in tensors.values()}
-    strangers = [name for name, tensor in every if tensor.is_meta or tensor.data_ptr() not in pointers]
-    assert not strangers, f"tensors of the module that are not of its weights: {strangers}"
+    def __init__(self, module: nn.Module, aliases: Mapping[str, str]) -> None:
+        """`aliases` maps second names in the module to first ones."""
+        module.eval().requires_grad_(False)
+        self._slots: list[Slot] = []
+        for path, owner in module.named_modules(remove_duplicate=False):
+            own = [(leaf, t, True) for leaf, t in owner.named_parameters(recurse=False, remove_duplicate=False)]
+            own += [(leaf, t, False) for leaf, t in owner.named_buffers(recurse=False, remove_duplicate=False)]
+            for leaf, tensor, is_parameter in own:
+                name = f"{path}.{leaf}" if path else leaf
+                self._slots.append(Slot(owner, leaf, aliases.get(name, name), tensor.shape, is_parameter))
+        self._names = {slot.name for slot in self._slots}
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make every parameter and buffer the tensor of its name, without a copy. Names must be exactly those of the
+        module, and shapes."""
+        strangers = self._names ^ tensors.keys()
+        assert not strangers, f"tensors of the module or of its weights that the other has not: {sorted(strangers)}"
+        for owner, leaf, name, shape, is_parameter in self._slots:
+            tensor = tensors[name]
+            assert tensor.shape == shape, f"{name}: got {tuple(tensor.shape)}, expected {tuple(shape)}"
+            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+class Slot(NamedTuple):
+    """One parameter or buffer of a module."""
+
+    owner: nn.Module
+    leaf: str
+    name: str
+    """Of the tensor that it is to be."""
+    shape: torch.Size
+    is_parameter: bool
 
 
 def rebind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hotreload.device_placement import DevicePlacement
 from hotreload.host_version import HostVersion
 from hotreload.overlay import make_overlay
-from hotreload.placement import Placement, Runs, Shapes, Table, bind, lay_out, rebind, view_placed
+from hotreload.placement import Placement, Runs, Shapes, Slots, Table, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory, StageFailed
 from ipc.messages import OFFLOADED, Component, Job, Start, WeightVersion
@@ -62,6 +62,8 @@ class Network(Generic[M]):
         self._overlaid: tuple[str, ...] = ()
         """Names of the tensors that are not the version's."""
         self._name, self._shapes, self._aliases = name, shapes, aliases
+        self._slots: Slots | None = None
+        """Of the module, from when it is bound to another version."""
         self._versions: dict[str, dict[str, Tensor]] = {}
         """Content hash -> its tensors on the device."""
         self._on_host: dict[str, HostVersion] = {}
@@ -202,7 +204,9 @@ class Network(Generic[M]):
         if content == self.content:
             self.drop_overlay()
         else:
-            bind(self.module, self._versions[content], self._aliases)
+            if self._slots is None:
+                self._slots = Slots(self.module, self._aliases)
+            self._slots.bind(self._versions[content])
             fuse(self.module)
             self.bound, self._overlaid = Bound(content), ()
         if loras:

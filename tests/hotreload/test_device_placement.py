@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hotreload.device_placement import WORDS, DevicePlacement, checksum
-from hotreload.placement import bind
+from hotreload.placement import Slots
 from tests.hotreload.test_placement import SHAPES, contents, on_meta
 
 
@@ -53,7 +53,7 @@ def test_a_module_bound_to_gpu_memory_holds_its_bytes() -> None:
     version = placement.seal("vae", "abc")
     attached = DevicePlacement.attach(version, placement.fd, SHAPES)
     module = on_meta()
-    bind(module, attached.tensors, {})
+    Slots(module, {}).bind(attached.tensors)
     attached.close()
     assert all(torch.equal(module.state_dict()[name].cpu(), tensor) for name, tensor in contents().items())
     with pytest.raises(ValueError, match="expected"):

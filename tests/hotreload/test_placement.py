@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hotreload.host_version import HostVersion
-from hotreload.placement import PinnableMap, Placement, bind, joined, lay_out
+from hotreload.placement import PinnableMap, Placement, Slots, joined, lay_out
 from ipc.messages import WeightVersion
 
 
@@ -56,7 +56,7 @@ def test_a_module_bound_to_it_holds_its_bytes() -> None:
     placement, version = placed()
     with_views = Placement.attach(version, placement.fd, SHAPES)
     module = on_meta()
-    bind(module, with_views.tensors, {})
+    Slots(module, {}).bind(with_views.tensors)
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in contents().items())
     assert {t.data_ptr() for t in module.state_dict().values()} == {t.data_ptr() for t in with_views.tensors.values()}
     assert not any(p.requires_grad for p in module.parameters())
@@ -117,14 +117,14 @@ def test_a_tensor_that_is_not_of_the_weights_is_found() -> None:
     with torch.device("meta"):
         module = Stray()
     with pytest.raises(AssertionError, match="stray"):
-        bind(module, placement.tensors, {})
+        Slots(module, {}).bind(placement.tensors)
 
 
 def test_aliases_share_memory() -> None:
     """Two names in the module for one tensor of the weights: one memory."""
     module = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)}).to("meta")
     placement = Placement.create("tied", {"a.weight": (torch.float32, (3, 3))})
-    bind(module, placement.tensors, {"b.weight": "a.weight"})
+    Slots(module, {"b.weight": "a.weight"}).bind(placement.tensors)
     assert module["a"].weight.data_ptr() == module["b"].weight.data_ptr()
 
 
