@@ -108,7 +108,8 @@ class Placement:
                 mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
                 mapping.pin(read_only=True)
             else:
-                mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE)
+                # Not populated: that would copy every page, as for one who is about to write.
+                mapping = PinnableMap(own, version.bytes, flags=mmap.MAP_PRIVATE)
             length = int.from_bytes(mapping[:8], "little")
             try:
                 table = msgspec.msgpack.decode(mapping[8 : 8 + min(length, version.bytes)], type=Table)

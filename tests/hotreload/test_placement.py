@@ -82,6 +82,29 @@ def test_the_memory_outlives_its_maker() -> None:
     os.close(fd)
 
 
+def test_who_maps_it_copies_nothing() -> None:
+    """All processes have the one copy, until one of them writes: then it has the page that it wrote to."""
+
+    def copied() -> int:
+        """KiB of this process that are a mapping's own."""
+        text = Path("/proc/self/smaps").read_text()
+        _, found, after = text.partition("memfd:large")
+        assert found
+        return int(after.partition("Anonymous:")[2].split()[0])
+
+    shapes = {"large": (torch.float32, (4096, 256))}
+    placement = Placement.create("large", shapes)
+    version = placement.seal("vae", "abc")
+    fd = os.dup(placement.fd)
+    placement.close()
+    del placement
+    mapped = Placement.attach(version, fd, shapes)
+    os.close(fd)
+    assert copied() == 0
+    mapped.tensors["large"][0, 0] = 1.0
+    assert copied() == 4
+
+
 def test_nobody_can_change_what_others_see() -> None:
     """A write through an attached tensor stays private; a shared writable mapping is refused; nobody can resize it."""
     placement, version = placed()
