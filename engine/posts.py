@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.process import StageProcess, resident_bytes
+from engine.process import StageProcess
 from engine.states import State
 from ipc.errors import Failure
 from ipc.messages import LoadProgress, MemoryPlan, Seat, StageStatus, stage_of
@@ -62,7 +62,7 @@ class Post(msgspec.Struct, eq=False):
             name=self.name, state=self.state, pid=self.process.pid if self.process else None,
             device=self.device or "-", epoch=self.process.epoch if self.process else 0,
             restarts=max(0, self.restarts),
-            resident_bytes=resident_bytes(self.process.pid) if self.process else 0,
+            resident_bytes=self.process.resident.bytes() if self.process else 0,
             busy_seconds=self.busy_seconds, quanta=self.quanta, loading=self.loading, computes=self.computes,
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from engine.child import AdoptedChild, Child, how_it_ended, python_path
+from engine.resident import Resident
 from engine.states import Descriptors, State
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
@@ -184,6 +185,7 @@ class StageProcess:
         self.counter, self._popen, self._channel = body.counter, body.popen, body.channel
         self._pidfd = body.pidfd
         self.pid = self._popen.pid
+        self.resident = Resident(self.pid)
         self.leaving = False
         """It was asked to leave, for another to take its place."""
         self.outside = False
@@ -374,12 +376,3 @@ def oom_kills(vmstat: io.FileIO) -> int:
     /proc/vmstat says."""
     vmstat.seek(0)
     return next((int(line.split()[1]) for line in vmstat.readall().splitlines() if line.startswith(b"oom_kill ")), 0)
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 when it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0

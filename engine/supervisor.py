@@ -55,9 +55,9 @@ from engine.loras import Loras
 from engine.memory import EngineMemory, MemoryState, capacity
 from engine.params import SystemParams, UserParams
 from engine.plans import Plans
-from engine.process import resident_bytes
 from engine.reload import Reloader
 from engine.requests import Requests
+from engine.resident import Resident
 from engine.running import RunningTasks
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
@@ -151,6 +151,7 @@ class Supervisor:
         self._closed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._started_at = time.time()
+        self._resident = Resident(os.getpid())
 
     # Life.
 
@@ -423,7 +424,7 @@ class Supervisor:
         return EngineStatus(
             engine=VERSION, model=self.model.name, pid=os.getpid(), uptime_seconds=time.time() - self._started_at,
             accepting=self._phase == "open", waiting=waiting, running=len(unfinished) - waiting,
-            finished=self._pool.finished, failed=self._pool.failed, resident_bytes=resident_bytes(os.getpid()),
+            finished=self._pool.finished, failed=self._pool.failed, resident_bytes=self._resident.bytes(),
             stages=self._crew.status(), queues=self._memory.statistics(), outliving=self._crew.outliving,
             spare_pid=self._crew.spare_pid, forks_pid=self._crew.forks_pid, weights=dict(self._crew.weights.serving),
             loras=merged_loras(self.checkpoint), memory=self._levels.status(),

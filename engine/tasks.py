@@ -191,12 +191,15 @@ class TaskPool:
 
     def __init__(self) -> None:
         self._tasks: dict[str, Task] = {}
+        self._unfinished: dict[str, Task] = {}
         self._ended: collections.deque[str] = collections.deque()
         self.finished = 0
         self.failed = 0
 
     def add(self, task: Task) -> None:
         self._tasks[task.id] = task
+        if task.ended is None:
+            self._unfinished[task.id] = task
 
     def get(self, identity: str) -> Task:
         """`NotFound` if no task has this id (any more)."""
@@ -207,12 +210,12 @@ class TaskPool:
 
     def find(self, identity: str) -> Task | None:
         """The task if it is known and has not ended."""
-        task = self._tasks.get(identity)
-        return task if task is not None and task.ended is None else None
+        return self._unfinished.get(identity)
 
     def end(self, task: Task, event: Done | Failed) -> None:
         """Record the end of a task and forget the oldest finished one beyond the bound."""
         task.end(event)
+        del self._unfinished[task.id]
         if isinstance(event, Done):
             self.finished += 1
         else:
@@ -222,7 +225,7 @@ class TaskPool:
             del self._tasks[self._ended.popleft()]
 
     def unfinished(self) -> list[Task]:
-        return [t for t in self._tasks.values() if t.ended is None]
+        return list(self._unfinished.values())
 
     def running_size(self) -> RequestSize | None:
         """Of the largest task that has begun; None: there is none."""

@@ -121,13 +121,9 @@ class SlotTable:
 
     def counts(self) -> Counts:
         """Each slot counts for itself, so that no two producers write one word."""
-        slots = [_word(slot, 0) for slot in range(self.slots)]
-        words = self._words
-        return Counts(
-            puts=sum(words[base + _PUTS] for base in slots),
-            bytes=sum(words[base + _BYTES] for base in slots),
-            peak=max(words[base + _PEAK] for base in slots),
-        )
+        end = _word(self.slots, 0)
+        puts, sent, peak = (self._words[_word(0, field) : end : _SLOT_WORDS] for field in (_PUTS, _BYTES, _PEAK))
+        return Counts(puts=sum(puts), bytes=sum(sent), peak=max(peak))
 
     def count_depth(self, slot: int) -> None:
         """Note, at this slot, how many slots are not FREE."""

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from engine.params import UserParams
-from engine.process import resident_bytes
+from engine.resident import resident_bytes
 from ipc.errors import ProtocolError
 from ipc.frames import MAX_FRAME, FrameReader, encode_frame
 from ipc.messages import (

@@ -21,7 +21,7 @@ from typing import Any
 import av
 
 from engine import AsyncClient, EngineError, Supervisor, UserParams
-from engine.process import resident_bytes
+from engine.resident import resident_bytes
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"prompt": "a red circle moves left on black", "height": 48, "width": 48, "num_frames": 9, "steps": 4},

@@ -36,7 +36,7 @@ import msgspec
 
 from engine import AsyncClient, UserParams
 from engine.connection import AsyncConnection, Deadlines
-from engine.process import resident_bytes
+from engine.resident import resident_bytes
 from engine.session import Limits
 from engine.tasks import KEPT_FINISHED
 from ipc.frames import encode_frame

@@ -57,7 +57,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _phase _started_at _journal _memory _crew _scheduler _trace "
         "_loras _levels _vault",
-        "_closed _timer _loop _running _requests _reloader",
+        "_closed _timer _loop _running _requests _reloader _resident",
     ),
     Requests: (
         "_pool _outputs idle _scheduler _journal _loras",
@@ -77,7 +77,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     StageProcess: (
         "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
         "_pidfd pid _killed _oom_kills",
-        "_on_report _on_exit _loop _writing outside ended_by exited _seen",
+        "_on_report _on_exit _loop _writing outside ended_by exited _seen resident",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
     Forks: ("_body", "_wanted _deadline _on_settled _loop _ready _unfit _lacking _refusal _giving_up"),
@@ -94,7 +94,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turn _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
-    TaskPool: ("_tasks _ended finished failed", ""),
+    TaskPool: ("_tasks _unfinished _ended finished failed", ""),
     Task: ("job spec params submitted_at progress seconds metadata weights changes computed ended", "_changed _row"),
     Scheduler: (
         "_capacity _policy _line _stages _tasks _deadlines _arrivals _ledger", "_seats _devices _sharing _actions",
