@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 import stages.dit
 import stages.text
@@ -27,7 +28,7 @@ from ipc.messages import STAGE_OF_PHASE, Job, Phase, Run, StageName, Start
 from ipc.slot_table import SlotTable
 from ipc.state import StateSlot, StateSlots, _Half
 from ipc.tensor_queue import TensorQueue
-from ipc.tensors import slot_tensor
+from ipc.tensors import put_tensor, slot_tensor
 from stages.files import Directory
 from stages.stage import CONSUMERS
 from stages.worker import load_stage
@@ -50,6 +51,15 @@ POINTS: frozenset[CodeType] = frozenset(
 
 ORDER: tuple[Phase, ...] = ("text", "encode", "denoise", "decode", "write")
 LEAVES: dict[Phase, str] = {"text": "prompts", "encode": "init_latents", "denoise": "latents", "decode": "frames"}
+MAKES: dict[str, Phase] = {name: phase for phase, name in LEAVES.items()}
+PARTS = {"prompts": 2, "init_latents": 1, "latents": 1, "frames": -(-3 // CHUNK)}
+"""Tensors that a request has in each queue."""
+NEEDS: dict[Phase, tuple[str, ...]] = {
+    "text": (), "encode": (), "denoise": ("prompts", "init_latents"), "decode": ("latents",),
+    "write": ("latents", "frames"),  # frames are decoded again when a writer dies
+}  # fmt: skip
+Given = dict[str, list[Tensor]]
+"""What the phases before have left, by queue."""
 LEAST: dict[Phase, int] = {"text": 15, "encode": 10, "denoise": 40, "decode": 20, "write": 30}
 """Points that a sweep must have found at least: one that kills nothing proves nothing."""
 
@@ -113,23 +123,57 @@ def left(rig: Rig, phase: Phase, job: Job) -> str:
         total.update(Path(job.output).read_bytes())
         assert [p.name for p in Path(job.output).parent.iterdir()] == [Path(job.output).name]
         return total.hexdigest()
-    name = LEAVES[phase]
-    consumer = CONSUMERS[name]
-    queue = rig.links(rig.start((consumer,))).inputs[name]
-    for sequence in range(2 if phase == "text" else -(-3 // CHUNK) if phase == "decode" else 1):
-        total.update(slot_tensor(queue.take(job.id, sequence, 0.0)).numpy().tobytes())
-    rig.reclaim(consumer)
+    for tensor in taken(rig, LEAVES[phase], job):
+        total.update(tensor.numpy().tobytes())
     return total.hexdigest()
 
 
-def attempt(rig: Rig, phase: Phase, job: Job, point: int) -> tuple[str, bool]:
-    """One request up to the end of `phase`, whose process dies at `point` and is replaced as the supervisor does it.
+def taken(rig: Rig, name: str, job: Job) -> list[Tensor]:
+    """Copies of what a request has in a queue, where it stays."""
+    consumer = CONSUMERS[name]
+    queue = rig.links(rig.start((consumer,))).inputs[name]
+    copies = [slot_tensor(queue.take(job.id, sequence, 0.0)).clone() for sequence in range(PARTS[name])]
+    rig.reclaim(consumer)
+    return copies
+
+
+def runs_of(job: Job) -> dict[Phase, list[Run]]:
+    return {phase: [run for run in quanta(job) if run.phase == phase] for phase in ORDER}
+
+
+def purge(rig: Rig, job: Job) -> None:
+    for name in STAGES:
+        rig.memory.purge(job.id, name)
+    assert is_empty(rig)
+
+
+def before(rig: Rig, phase: Phase, job: Job) -> Given:
+    """Run the phases before, undisturbed, each in a process of its own; what this one needs of what they leave."""
+    runs = runs_of(job)
+    for earlier in ORDER[: ORDER.index(phase)]:
+        assert in_child(rig, STAGE_OF_PHASE[earlier], job, runs[earlier]) is None
+    given = {name: taken(rig, name, job) for name in NEEDS[phase]}
+    purge(rig, job)
+    return given
+
+
+def hand_in(rig: Rig, job: Job, given: Given) -> None:
+    """What the phases before leave, as their stages leave it."""
+    for name, tensors in given.items():
+        producer = STAGE_OF_PHASE[MAKES[name]]
+        queue = rig.links(rig.start((producer,))).outputs[name]
+        for sequence, tensor in enumerate(tensors):
+            put_tensor(queue, job.id, sequence, tensor, 0.0)
+
+
+def attempt(rig: Rig, phase: Phase, job: Job, given: Given, point: int) -> tuple[str, bool]:
+    """One request from where the phases before have left it to the end of `phase`, whose process dies at `point` and is
+    replaced as the supervisor does it.
 
     Returns the digest of what the phase left, and whether there was such a point.
     """
-    runs = {p: [run for run in quanta(job) if run.phase == p] for p in ORDER}
-    for before in ORDER[: ORDER.index(phase)]:
-        assert in_child(rig, STAGE_OF_PHASE[before], job, runs[before]) is None
+    runs = runs_of(job)
+    hand_in(rig, job, given)
     stage = STAGE_OF_PHASE[phase]
     done = in_child(rig, stage, job, runs[phase], point, drop=True)
     if done is not None and done == len(runs[phase]):
@@ -141,9 +185,7 @@ def attempt(rig: Rig, phase: Phase, job: Job, point: int) -> tuple[str, bool]:
             assert in_child(rig, "vae", job, runs["decode"]) is None
         assert in_child(rig, stage, job, runs[phase][done:], drop=True) is None
     digest = left(rig, phase, job)
-    for name in STAGES:
-        rig.memory.purge(job.id, name)
-    assert is_empty(rig)
+    purge(rig, job)
     return digest, done is not None
 
 
@@ -162,11 +204,12 @@ def test_whatever_it_was_doing(rig: Rig, tmp_path: Path, phase: Phase) -> None:
     def job() -> Job:
         return make_job(folder / "v.mp4", init=str(init), start_step=2)
 
-    golden, killed = attempt(rig, phase, job(), 0)
+    given = before(rig, phase, job())
+    golden, killed = attempt(rig, phase, job(), given, 0)
     assert not killed
     for point in itertools.count(1):
         Path(folder / "v.mp4").unlink(missing_ok=True)
-        digest, killed = attempt(rig, phase, job(), point)
+        digest, killed = attempt(rig, phase, job(), given, point)
         assert digest == golden, f"killed at point {point} of {phase}"
         if not killed:
             break
