@@ -10,8 +10,32 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from engine import loader, process
+from engine.devices import resolve_device
+from engine.process import spawn
 from tests.engine.gpu_crew import GpuCrew
+from tests.engine.warm import WarmInterpreters
 from tests.engine.wire import EngineProcess
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_interpreters() -> Iterator[None]:
+    """What the engines of this process start has torch loaded (`tests/engine/warm.py`). Not where there is a GPU: a
+    process whose work is there is always a fresh interpreter."""
+    if resolve_device("auto") != "cpu":
+        yield
+        return
+    with WarmInterpreters() as warm, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(process, "spawn", warm.spawn)
+        patched.setattr(loader, "spawn", warm.spawn)
+        yield
+
+
+@pytest.fixture
+def fresh_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines of this test start fresh interpreters, as they do for users."""
+    monkeypatch.setattr(process, "spawn", spawn)
+    monkeypatch.setattr(loader, "spawn", spawn)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from ipc.errors import BadConfig
 from ipc.messages import Seat
 from tools.load import children
 
+pytestmark = pytest.mark.usefixtures("fresh_interpreters")
+
 Wait = Callable[..., Awaitable[None]]
 
 

@@ -18,6 +18,8 @@ from tests.engine.late_forks_worker import SECONDS
 from tests.engine.reloading import ask
 from tests.engine.test_forks import takes_orphans
 
+pytestmark = pytest.mark.usefixtures("fresh_interpreters")
+
 HOST = """
 import asyncio, os, time
 from engine import Supervisor, SystemParams

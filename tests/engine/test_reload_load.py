@@ -16,6 +16,7 @@ WORST = 3.0
 Reloads that each took the processor from the requests for as long as torch is imported would be at 4 and more."""
 
 
+@pytest.mark.usefixtures("fresh_interpreters")
 @pytest.mark.timeout(900)
 async def test_sixty_reloads_under_load(tmp_path: Path) -> None:
     """To and fro between two revisions: none fails, every video is of the version that it names, and few wait."""
