@@ -26,7 +26,7 @@ from stages.attention.backends import IMPLEMENTATIONS, Case
 from stages.graphs import Graphs
 from stages.lanes import Mark
 from stages.models.blank import blank
-from stages.models.transformer import Compute, WanTransformer, keeps_float32
+from stages.models.transformer import Compute, WanTransformer, distinct_rows, keeps_float32
 from stages.offload import Pools
 from stages.sampling import (
     GRAPH_TOKENS,
@@ -336,16 +336,18 @@ class DitStage:
     def _context(self, task: Denoising, model: WanTransformer, expert: int) -> Context:
         """Keys and values of the prompts and of the image's tokens for this expert, and all timesteps, embedded: once
         for all its steps."""
-        prompts = self._links.inputs["prompts"]
+        queue = self._links.inputs["prompts"]
         embeds = [
-            slot_tensor(prompts.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
+            slot_tensor(queue.take(task.job.id, sequence, QUEUE_TIMEOUT)).to(self._device)
             for sequence in range(2 if guided(scales(task.job)[expert]) else 1)
         ]
         image = None
         if self._start.image_encoder is not None:
             image = model.encode_image(self._init_latents(task.job, 1, self._device).unsqueeze(0))
         times = model.encode_time(timesteps_of(task.schedule, task.image.first_frame is not None, self._device))
-        return Context(model.encode_prompt(torch.stack(embeds)), model.rope(*task.latents.shape[1:]), times, image)
+        prompts = torch.stack(embeds)
+        encoded = model.encode_prompt(prompts, distinct_rows(prompts))
+        return Context(encoded, model.rope(*task.latents.shape[1:]), times, image)
 
 
 def scales(job: Job) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from engine.models import list_models, load_model
 from engine.params import ModelParams
 from ipc.architecture import TransformerConfig
 from stages.models.conditioning import Time
-from stages.models.transformer import WanTransformer, keeps_float32
+from stages.models.transformer import WanTransformer, distinct_rows, keeps_float32
 
 Harden = Callable[[nn.Module], nn.Module]
 Compare = Callable[[Tensor, Tensor], float]
@@ -203,6 +203,25 @@ def test_batch_is_independent(harden: Harden, relative_error: Compare) -> None:
     for i, context in enumerate(contexts):
         alone = model(latents[i : i + 1], timestep[i : i + 1], context, rope)
         assert relative_error(together[i : i + 1], alone) <= 1e-5
+
+
+def test_padding_is_encoded_once(harden: Harden, relative_error: Compare) -> None:
+    """Prompts of 3 and 5 rows, the first with a row of zeros inside: keys and values of 6 rows, the last of them for
+    all after it, are those of every row. A prompt as long as can be has no padding, an empty one nothing else, and a
+    NaN is no zero."""
+    config = CONFIGS[0]
+    model = make_model(config, harden(make_reference(config)).state_dict())
+    prompt = torch.randn(2, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(4))
+    assert distinct_rows(prompt) == config.text_len
+    prompt[0, 3:], prompt[1, 5:], prompt[0, 1] = 0, 0, 0
+    assert distinct_rows(prompt) == 6
+    encoded, expected = model.encode_prompt(prompt, 6), model.encode_prompt(prompt)
+    assert encoded.shape == expected.shape
+    assert relative_error(encoded, expected) <= 1e-6
+    assert relative_error(model.encode_prompt(prompt, 5), expected) > 1e-3
+    assert distinct_rows(torch.zeros_like(prompt)) == 1
+    prompt[1, 7, 0] = torch.nan
+    assert distinct_rows(prompt) == 9
 
 
 def test_one_product_of_q_k_and_v(harden: Harden, relative_error: Compare) -> None:
