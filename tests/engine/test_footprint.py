@@ -241,8 +241,8 @@ def test_a_refusal_names_what_would_fit(name: str, data: st.DataObject) -> None:
     else:
         assert size.frames == 1 or plan_for(model, msgspec.structs.replace(size, frames=1), budget) is None
     candidates = smaller_sizes(model, size)
-    fitting = [c for c in candidates if plan_for(model, c, budget)]
-    assert said.size == ((fitting[0].width, fitting[0].height) if fitting else None)
+    fitting = next((c for c in candidates if plan_for(model, c, budget)), None)
+    assert said.size == ((fitting.width, fitting.height) if fitting else None)
     for candidate in candidates:
         assert candidate.width % model.size_multiple == candidate.height % model.size_multiple == 0
 

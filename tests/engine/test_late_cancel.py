@@ -57,7 +57,7 @@ async def test_a_cancel_when_the_file_is_not_in_place(tmp_path: Path, wait_until
             with pytest.raises(Cancelled):
                 await asyncio.wait_for(supervisor.result(identity), 1)
         await wait_until(lambda: not len(supervisor._scheduler), "the task to be dropped")
-        async with writer_lost(supervisor, wait_until, tmp_path / "w.mp4", in_place=False, deadline=20) as identity:
+        async with writer_lost(supervisor, wait_until, tmp_path / "w.mp4", in_place=False, deadline=8) as identity:
             with pytest.raises(DeadlineExceeded):
                 await asyncio.wait_for(supervisor.result(identity), 30)
         await wait_until(lambda: not len(supervisor._scheduler), "the task to be dropped")
