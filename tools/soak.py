@@ -37,6 +37,8 @@ LIFE = (0.3, 5.0)
 """Seconds after which a client is killed: before it has connected, in the middle, after the end."""
 WARM_UP = 5
 """One part in so many of the time passes before the engine is measured."""
+STEADY = 2.0
+"""Seconds."""
 MOST_GROWTH = 16 << 20
 """Bytes of the supervisor's resident memory."""
 SLOPE = 1024
@@ -196,11 +198,12 @@ async def soak(tally: Tally, folder: Path, seconds: float, *options: str) -> Non
 
 
 async def footprint(engine: AsyncClient) -> Footprint:
-    """Of the supervisor, once it has noticed that its clients are gone."""
-    pid, deadline = (await quiet(engine)).pid, time.monotonic() + 5
-    least = Footprint.of(pid)
-    while time.monotonic() < deadline:
-        least = min(least, Footprint.of(pid), key=lambda footprint: footprint.fds)
+    """Of the supervisor, once it has noticed that its clients are gone: it has no fewer descriptors for `STEADY`."""
+    pid = (await quiet(engine)).pid
+    least, until = Footprint.of(pid), time.monotonic() + STEADY
+    while time.monotonic() < until:
+        if (now := Footprint.of(pid)).fds < least.fds:
+            least, until = now, time.monotonic() + STEADY
         await asyncio.sleep(0.1)
     return least
 
