@@ -155,8 +155,17 @@ class Journal:
         """Close the file, and nothing else: the next program is to open it. What ends meanwhile is kept for that."""
         assert self._connection is not None, "the journal is not open"
         self._paused = True
-        await self._on_thread(self._close, self._connection)
+        try:
+            await self._on_thread(self._close, self._connection)
+        except Exception:
+            self._paused = False
+            raise
         self._connection = None
+
+    @property
+    def is_paused(self) -> bool:
+        """The file is closed, and wanted again."""
+        return self._paused
 
     async def resume(self) -> None:
         """After `pause`: there is no next program."""

@@ -149,6 +149,8 @@ class Supervisor:
         self._loras = Loras(self.model, lambda: self._running.jobs(), self._keep_adapters)
         self._phase: Literal["new", "open", "draining", "closing", "closed"] = "new"
         self._closed = asyncio.Event()
+        self._handing_over = asyncio.Lock()
+        """From `pause` to `unpause`; and by the end, which neither waits within nor is disturbed by one."""
         self._timer: asyncio.TimerHandle | None = None
         self._started_at = time.time()
         self._resident = Resident(os.getpid())
@@ -254,6 +256,7 @@ class Supervisor:
 
     async def _shut_down(self) -> None:
         """The end of every task, process, memory and file; runs to its end whoever waits for it."""
+        await self._handing_over.acquire()
         self._requests.abandon()
         if self._timer is not None:
             self._timer.cancel()
@@ -269,6 +272,7 @@ class Supervisor:
             if self._journal is not None:
                 await self._journal.close()
             self._phase = "closed"
+            self._handing_over.release()
             self._closed.set()
 
     def kill(self) -> None:
@@ -337,17 +341,29 @@ class Supervisor:
 
     async def pause(self) -> None:
         """Before the hand-over: put everything on disk and close the journal; end the processes that read weights, of
-        which the next program knows nothing. Requests must be held back."""
-        await self._levels.end()
-        await self._reloader.end()
-        if self._journal is not None:
-            await self._journal.pause()
+        which the next program knows nothing. Requests must be held back. Raises `ServerUnavailable` if somebody has
+        asked for the end, which from here on waits for `unpause`."""
+        await self._handing_over.acquire()
+        if not self.is_serving:
+            self._handing_over.release()
+            self.check_serving()
+        try:
+            await self._levels.end()
+            await self._reloader.end()
+            if self._journal is not None:
+                await self._journal.pause()
+        except BaseException:
+            await self.unpause()
+            raise
 
     async def unpause(self) -> None:
         """There is no next program: go on."""
-        self._levels.start()
-        if self._journal is not None:
-            await self._journal.resume()
+        try:
+            self._levels.start()
+            if self._journal is not None and self._journal.is_paused:
+                await self._journal.resume()
+        finally:
+            self._handing_over.release()
 
     async def resume(self) -> None:
         """Go on where the program before this one was. `BadConfig` if the journal cannot be opened."""

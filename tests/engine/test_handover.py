@@ -47,6 +47,7 @@ from engine.tasks import Task, TaskPool
 from engine.trace import Trace
 from engine.vault import Vault
 from engine.weights import Versions, WeightStore
+from ipc.errors import ServerUnavailable
 from ipc.frames import FrameReader
 from ipc.messages import AnyServerMessage, Status
 from tests.conftest import until
@@ -57,7 +58,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Supervisor: (
         "params model device dit_devices checkpoint _pool _phase _started_at _journal _memory _crew _scheduler _trace "
         "_loras _levels _vault",
-        "_closed _timer _loop _running _requests _reloader _resident",
+        "_closed _timer _loop _running _requests _reloader _resident _handing_over",
     ),
     Requests: (
         "_pool _outputs idle _scheduler _journal _loras",
@@ -131,6 +132,36 @@ async def service(short_dir: Path) -> AsyncIterator[Service]:
         finally:
             await service.supervisor.stop()
             await service.server.stop()
+
+
+async def test_an_end_that_is_asked_for_beside_a_hand_over(service: Service, wait_until: Any) -> None:
+    """It waits until the hand-over has failed, which is undone whole; once it has begun there is no hand-over; and one
+    that cannot close the journal is as if there had been none."""
+    supervisor = service.supervisor
+    await supervisor.ready()
+    journal = supervisor._journal
+    assert journal is not None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(journal, "_close", failing)
+        with pytest.raises(OSError, match="on purpose"):
+            await supervisor.pause()
+    assert not journal.is_paused and supervisor.is_serving
+    await supervisor.pause()
+    stopping = asyncio.create_task(supervisor.stop())
+    await wait_until(lambda: not supervisor.is_serving, "the beginning of the end")
+    await asyncio.sleep(0.05)
+    assert not stopping.done() and journal.is_paused
+    later = asyncio.create_task(supervisor.pause())
+    await supervisor.unpause()
+    with pytest.raises(ServerUnavailable, match="stopping"):
+        await asyncio.wait_for(later, 30)
+    await asyncio.wait_for(stopping, 30)
+    with pytest.raises(ServerUnavailable, match="stopping"):
+        await supervisor.pause()
+
+
+def failing(connection: object) -> None:
+    raise OSError("on purpose")
 
 
 async def with_a_client(service: Service, short_dir: Path) -> RawClient:
