@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from hotreload.files import regular_file
 from ipc.messages import AttentionBackend
 from stages import cache
 from stages.attention.backends import IMPLEMENTATIONS, Case
@@ -22,6 +23,8 @@ NAME = "attention.json"
 """File of choices: `identity` -> backend."""
 MAX_CHOICES = 1000
 """Of a file that is read: more were not written by this."""
+MAX_BYTES = 1 << 20
+"""Likewise; a choice takes some 300."""
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +62,17 @@ def remember(case: Case, heads: int, backend: AttentionBackend) -> None:
 
 
 def _read(path: Path) -> dict[str, AttentionBackend]:
-    """Empty if it is not there, or not what this writes."""
+    """Empty if it is not there, or not what this writes: nothing that is there in its place may keep a dit from
+    starting, or have it wait."""
     try:
-        choices = msgspec.json.decode(path.read_bytes(), type=dict[str, AttentionBackend])
+        with regular_file(path) as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        choices = msgspec.json.decode(text, type=dict[str, AttentionBackend])
     except FileNotFoundError:
         return {}
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: text that is not UTF-8, too
         log.warning("%s is not read, attention is chosen anew: %s", path, error)
         return {}
     return choices if len(choices) <= MAX_CHOICES else {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,15 +64,48 @@ def test_what_was_taken_and_is_wrong_now_is_not_taken(home: Path, monkeypatch: p
     assert kept.recall(CPU, 2) == "sdpa"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": "no such backend"}', '{"a": 3}', "\x00", "{" * 5000])
-def test_a_file_that_this_has_not_written(home: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"{", b"[]", b'{"a": "no such backend"}', b'{"a": 3}', b"\x00", b"{" * 5000, b'{"\xff": "math"}',
+        b'{"a": "\xff"}', b"{" + b" " * kept.MAX_BYTES + b"}",
+    ],
+    ids=lambda text: repr(text[:16]),
+)  # fmt: skip
+def test_a_file_that_this_has_not_written(home: Path, text: bytes) -> None:
     """It is measured again, and the file is whole afterwards."""
     home.mkdir()
-    (home / kept.NAME).write_text(text)
+    (home / kept.NAME).write_bytes(text)
     assert kept.recall(CPU, 2) is None
     assert choice.automatic(CPU, 2) == "sdpa"
     assert kept.recall(CPU, 2) == "sdpa"
     assert sorted(path.name for path in home.iterdir()) == [kept.NAME]
+
+
+def test_a_fifo_in_the_place_of_the_file(home: Path) -> None:
+    """Nobody writes to it: a dit that read it would wait for good. The file is in its place afterwards."""
+    home.mkdir()
+    os.mkfifo(home / kept.NAME)
+    reading = threading.Thread(target=kept.recall, args=(CPU, 2), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert not reading.is_alive()
+    assert choice.automatic(CPU, 2) == "sdpa"
+    assert (home / kept.NAME).is_file() and kept.recall(CPU, 2) == "sdpa"
+
+
+def test_a_link_to_what_has_no_end(home: Path) -> None:
+    """Nothing of it is read, and what it leads to stays as it is; so does a file elsewhere."""
+    home.mkdir()
+    elsewhere = home.parent / "elsewhere"
+    elsewhere.write_text("something else")
+    for target in (Path("/dev/zero"), elsewhere):
+        (home / kept.NAME).symlink_to(target)
+        assert kept.recall(CPU, 2) is None
+        kept.remember(CPU, 2, "math")
+        assert not (home / kept.NAME).is_symlink() and kept.recall(CPU, 2) == "math"
+        (home / kept.NAME).unlink()
+    assert elsewhere.read_text() == "something else"
 
 
 def test_a_disk_that_takes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
