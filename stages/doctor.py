@@ -36,10 +36,9 @@ def examine(asked: DoctorAsked) -> DoctorReport:
     case = Case(device, dtype, head_dim)
     backends = survey(case, heads, with_lse=True)
     chosen: AttentionBackend | None = None
-    if asked.attention == "auto":
+    if asked.attention == "auto" and device.type == "cuda":
         chosen = best(backends)
-        if device.type == "cuda":
-            kept.remember(case, heads, chosen)
+        kept.remember(case, heads, chosen)
     else:
         with contextlib.suppress(BadConfig):  # the table says why
             chosen = choose(asked.attention, case, heads)

@@ -9,6 +9,7 @@ machine takes the same (`stages/attention/kept.py`).
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +37,8 @@ MARGIN = 0.20
 """By how much faster, as a share, a backend must be to be taken before one that is preferred. Half a minute of a warm
 card tells more than a few milliseconds of a cool one: at 12 heads on an H100 cuDNN measures 10 % faster here than
 FlashAttention-4, with which a whole forward of 32,760 tokens is 13 % faster."""
+
+log = logging.getLogger(__name__)
 
 
 def try_backend(
@@ -119,12 +122,20 @@ def automatic(case: Case, heads: int) -> AttentionBackend:
     return chosen
 
 
+def on_cpu(case: Case, heads: int) -> AttentionBackend:
+    """torch's own, if it is right here, else the formula. They are not timed: torch's is several times as fast, and
+    what is taken must not depend on what else runs on the cores."""
+    tested = try_backend("sdpa", case, heads, with_lse=False, lengths=COMMON_LENGTHS)
+    if not tested.problem:
+        return "sdpa"
+    log.warning("torch's attention is not used: %s", tested.problem)
+    return "math"
+
+
 def choose(wanted: str, case: Case, heads: int) -> AttentionBackend:
     """The backend for `wanted`: `auto` or a name. Raises `BadConfig` if that one does not work here."""
     if wanted == "auto":
-        if case.device.type == "cpu":
-            return "sdpa"
-        return automatic(case, heads)
+        return on_cpu(case, heads) if case.device.type == "cpu" else automatic(case, heads)
     names = {str(name): name for name in IMPLEMENTATIONS}
     tested = try_backend(names[wanted], case, heads, with_lse=False, lengths=COMMON_LENGTHS)
     if tested.problem:

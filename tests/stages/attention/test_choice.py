@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.models import load_model
 from ipc.errors import BadConfig
-from ipc.messages import AttentionMeasured
-from stages.attention import backends
+from ipc.messages import AttentionMeasured, DoctorAsked
+from stages import doctor
+from stages.attention import backends, choice
 from stages.attention.backends import IMPLEMENTATIONS, Case, Implementation
 from stages.attention.choice import best, choose, measure, survey, try_backend
 
@@ -109,6 +111,39 @@ def test_the_choice_on_a_cpu() -> None:
     assert choose("math", CPU, 12) == "math"
     with pytest.raises(BadConfig, match=r"attention_backend is cudnn, .* needs a GPU; use auto, or one that"):
         choose("cudnn", CPU, 12)
+
+
+def test_a_wrong_attention_on_a_cpu_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If torch's is wrong here, the formula is taken; an engine's log and `engine doctor` both say so."""
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, lse: bool) -> backends.Result:
+        return backends._run_math(1.01 * q, k, v, lse)
+
+    replace(monkeypatch, "sdpa", wrong)
+    assert choose("auto", CPU, 3) == "math"
+    assert "torch's attention is not used: wrong: " in caplog.text
+    model = load_model("wan-demo")
+    report = doctor.examine(
+        DoctorAsked(
+            device="cpu", dtype="float32", transformer=model.transformer, block_bytes=1, vae=model.vae, attention="auto"
+        )
+    )
+    assert report.attention == "math"
+    assert {e.backend: e.problem.partition(":")[0] for e in report.backends}["sdpa"] == "wrong"
+
+
+def test_a_busy_cpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `engine doctor` says an engine takes on a CPU does not depend on what it has measured."""
+    monkeypatch.setattr(choice, "measure", lambda names, case, heads: {"sdpa": 2.0, "math": 1.0})
+    model = load_model("wan-demo")
+    report = doctor.examine(
+        DoctorAsked(
+            device="cpu", dtype="float32", transformer=model.transformer, block_bytes=1, vae=model.vae, attention="auto"
+        )
+    )
+    assert report.attention == choose("auto", CPU, 3) == "sdpa"
 
 
 @pytest.mark.gpu
