@@ -18,7 +18,7 @@ from ipc.errors import BadCheckpoint, BadRequest, NumericalError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
-from stages.models.text_encoder import build
+from stages.models.text_encoder import TextEncoder, build, encode
 from stages.prompt import load_tokenizer
 from stages.stage import Stage
 from stages.text import KEPT_PROMPTS, TextStage
@@ -157,6 +157,25 @@ def test_loading_is_told_to_its_end(rig: Rig) -> None:
     rig.load("text")
     done, total = rig.loaded["text_encoder"]
     assert done == total > 0
+
+
+def test_what_was_embedded_is_not_embedded_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text goes through the encoder once, whether it is a prompt or a negative prompt, and beside whatever other
+    text; what is found in memory is what a new process makes."""
+    encoded: list[int] = []
+
+    def counted(encoder: TextEncoder, *texts: tuple[int, ...]) -> list[torch.Tensor]:
+        encoded.append(len(texts))
+        return encode(encoder, *texts)
+
+    monkeypatch.setattr("stages.text.encode", counted)
+    stage = rig.load("text")
+    pairs = [("a red circle", "a"), ("blue", "a"), ("a red circle", "blue"), ("a", "a red circle"), ("left", "left")]
+    found = [embed(rig, stage, make_job(prompt=p, negative_prompt=n, guidance_scale=3.0)) for p, n in pairs]
+    assert encoded == [2, 1, 1]
+    for (prompt, negative), kept in zip(pairs, found, strict=True):
+        job = make_job(prompt=prompt, negative_prompt=negative, guidance_scale=3.0)
+        assert all(torch.equal(a, b) for a, b in zip(kept, embed(rig, rig.load("text"), job), strict=True))
 
 
 def test_few_embeddings_are_kept(rig: Rig) -> None:
