@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -361,6 +361,36 @@ def test_two_experts_share_the_schedule(two_experts_checkpoint: Path) -> None:
             stage.begin(job)
             step(stage, job, index)
         assert torch.equal(take_latents(rig, job), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_what_is_the_same_at_every_step_is_made_once(
+    experts: int, checkpoint: Path, two_experts_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of the prompts, and the embeddings of all timesteps: once per request, and once more for the
+    second expert, whatever the number of steps."""
+    made: dict[str, list[int]] = {"encode_prompt": [], "encode_time": []}
+    for name, sizes in made.items():
+        original = getattr(WanTransformer, name)
+
+        def counted(
+            model: WanTransformer,
+            given: torch.Tensor,
+            *rest: object,
+            original: Callable[..., object] = original,
+            sizes: list[int] = sizes,
+        ) -> object:
+            sizes.append(len(given))
+            return original(model, given, *rest)
+
+        monkeypatch.setattr(WanTransformer, name, counted)
+    with Rig(two_experts_checkpoint, TWO_EXPERTS) if experts == 2 else Rig(checkpoint) as rig:
+        stage = rig.load("dit")
+        for steps in (4, 6):
+            for sizes in made.values():
+                sizes.clear()
+            denoise(rig, make_job(steps=steps, guidance_scale=3.0, guidance_scale_2=3.0), stage)
+            assert made == {"encode_prompt": [2] * experts, "encode_time": [steps] * experts}
 
 
 def first_state(rig: Rig, **fields: object) -> torch.Tensor:
