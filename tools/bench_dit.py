@@ -1,6 +1,7 @@
 """The DiT against Diffusers on one device, in one process, in turns: eager, with cuDNN's attention, compiled per block.
 
     python -m tools.bench_dit attention kernels error
+    python -m tools.bench_dit split-1.3b split-14b       # where the time of a forward goes
     python -m tools.bench_dit 1.3b-480p 1.3b-256 1.3b-1560 branches-1.3b
     python -m tools.bench_dit 14b-480p 14b-256 branches-14b
     python -m tools.bench_dit 14b-720p        # under 170 s on an H100
@@ -36,6 +37,7 @@ from stages.attention.choice import choose
 from stages.graphs import Graphs
 from stages.models.transformer import Compute, WanTransformer, keeps_float32
 from stages.weights import own_memory
+from tools import bench_dit_split
 from tools.bench_dit_parts import Setup, attention_table, config_of, kernel_sweep
 from tools.gpu_timing import WARM_SECONDS, Card, Timing, in_turns, machine_lines, milliseconds, synchronize
 from tools.random_weights import law
@@ -248,6 +250,17 @@ def _judge(setup: Setup, name: str, size: str, timed: Mapping[str, Timing]) -> N
         setup.check(got >= MUST_SMALL, f"{got:.1f}x of eager, must {MUST_SMALL}")
 
 
+def split(setup: Setup, name: str, size: str) -> None:
+    """Where the time of one forward of ours goes."""
+    config, device = config_of(name, setup.device), setup.device
+    with torch.device("meta"):
+        shell = WanTransformer(config)
+    ours = Ours(
+        our_model(config, random_state(shell, device), compute_for(setup, config)), make_inputs(config, size, device)
+    )
+    bench_dit_split.report(setup, config, len(ours.rope), ours.eager, setup.rounds or ROUNDS[name, size])
+
+
 def branches(setup: Setup, name: str) -> None:
     """Both branches of guidance as one forward and as two, with a graph and without; and that graphs keep the bits."""
     config, device = config_of(name, setup.device), setup.device
@@ -330,6 +343,8 @@ PARTS: dict[str, Callable[[Setup], None]] = {
             ("14b", "256"), ("14b", "1560"),
         )
     },
+    "split-1.3b": lambda setup: split(setup, "1.3b", "480p"),
+    "split-14b": lambda setup: split(setup, "14b", "480p"),
     "branches-1.3b": lambda setup: branches(setup, "1.3b"),
     "branches-14b": lambda setup: branches(setup, "14b"),
 }  # fmt: skip
