@@ -16,7 +16,7 @@ from tools.bench_dit_split import KINDS, Brackets
 TOKENS = 32760
 
 
-@pytest.mark.parametrize(("name", "tflop"), [("wan2.1-t2v-1.3b", 283.0), ("wan2.1-t2v-14b", 1678.0)])
+@pytest.mark.parametrize(("name", "tflop"), [("wan2.1-t2v-1.3b", 282.8), ("wan2.1-t2v-14b", 1676.2)])
 def test_the_work_of_a_forward(name: str, tflop: float) -> None:
     """What the widths say of 832x480x81: the parts, and their sum, which docs/performance.md takes; afterwards products
     are plain again."""
@@ -40,4 +40,4 @@ def test_the_work_of_a_forward(name: str, tflop: float) -> None:
     in_blocks = 2 * TOKENS * (6 * dim**2 + 2 * dim * config.ffn_dim) * layers
     at_ends = 2 * TOKENS * 4 * dim * (config.in_channels + config.out_channels)
     assert found.flop["products"] == in_blocks + at_ends
-    assert sum(found.flop.values()) / 1e12 == pytest.approx(tflop, rel=2e-3)
+    assert sum(found.flop.values()) / 1e12 == pytest.approx(tflop, rel=5e-4)
