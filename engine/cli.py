@@ -415,7 +415,8 @@ def trace(
         raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
     requests = len({span.task for span in spans})
     of = "1 request" if requests == 1 else f"{requests} requests"
-    print(f"{out}: {len(spans)} quanta of {of}; open it in ui.perfetto.dev")
+    quanta = "1 quantum" if len(spans) == 1 else f"{len(spans)} quanta"
+    print(f"{out}: {quanta} of {of}; open it in ui.perfetto.dev")
 
 
 @app.command()
