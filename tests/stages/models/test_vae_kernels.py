@@ -79,6 +79,35 @@ def test_a_clip_on_a_gpu(vae: WanVae, relative_error: Compare) -> None:
 @pytest.mark.gpu
 @needs_triton
 @torch.inference_mode()
+def test_a_longer_clip_takes_no_more_memory_on_a_gpu(vae: WanVae) -> None:
+    """Decoded and encoded with the kernels, whose chunks go as they come: the peak of 17 latent frames is that of 5."""
+    from stages.kernels.vae_launch import Kernels
+
+    codec = FastCodec(vae, Kernels(torch.cuda.get_device_capability()[0] >= 9), torch.bfloat16)
+    latent = torch.randn(1, 16, 1, 10, 13, device="cuda")
+    height, width = (side * codec.config.spatial_stride for side in (10, 13))
+    frames = torch.rand(1, 3, codec.config.temporal_stride, height, width, device="cuda")
+
+    def peak(decode: bool, chunks: int) -> int:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        clip = codec.clip(10, 13)
+        for number in range(chunks):
+            if decode:
+                clip.decode(latent)
+            else:
+                clip.encode(frames if number else frames[:, :, :1])
+        return torch.cuda.max_memory_allocated() - before
+
+    for decode in (True, False):
+        peak(decode, 3)  # what is made once, and scratch memory of libraries
+        assert 0 < peak(decode, 17) <= peak(decode, 5)
+
+
+@pytest.mark.gpu
+@needs_triton
+@torch.inference_mode()
 def test_tiles_on_a_gpu(vae: WanVae) -> None:
     """A clip in tiles with the kernels is the clip untiled: at most 1 of 255 in 0.01 % of values."""
     from stages.kernels.vae_launch import Kernels
