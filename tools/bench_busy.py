@@ -5,8 +5,8 @@
 
 After one request to warm up, all are handed in at once, each with a prompt of its own, so that all are encoded. The
 time is from then to the last finished file, so the writing of the last video is in it, which no device has part in.
-Random weights of the full size are made below --work (but for wan-demo). The text and the trace, which opens in Perfetto,
-go to OUT/busy-MODEL.txt and .json; exit status 1 if a GPU was busy for less than it must.
+Random weights of the full size are made below --work (but for wan-demo). The text and the trace, which opens in
+Perfetto, go to OUT/busy-MODEL.txt and .json; exit status 1 if a GPU was busy for less than it must.
 """
 
 from __future__ import annotations
