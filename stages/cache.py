@@ -10,11 +10,11 @@ log = logging.getLogger(__name__)
 
 
 def directory() -> Path | None:
-    """`$XDG_CACHE_HOME/engine`, else `~/.cache/engine`, made if need be. None if it cannot be written to, or if others
-    can, too: what is in it is code."""
-    base = os.environ.get("XDG_CACHE_HOME")
+    """`$XDG_CACHE_HOME/engine`, else `~/.cache/engine`, made if need be; a relative path counts as none, as the XDG
+    specification wants it. None if it cannot be written to, or if others can, too: what is in it is code."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        path = (Path(base) if base else Path.home() / ".cache") / "engine"
+        path = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "engine"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home

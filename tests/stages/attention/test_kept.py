@@ -134,3 +134,16 @@ def test_a_directory_that_others_can_write_to_is_not_used(home: Path) -> None:
     home.write_text("a file")
     assert cache.directory() is None
     assert choice.automatic(CPU, 2) == "sdpa"
+
+
+def test_a_relative_directory_counts_as_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or an engine would keep code in whatever directory it is started in."""
+    monkeypatch.chdir(home.parent)
+    monkeypatch.setenv("HOME", str(home.parent / "user"))
+    for base in ("cache", "", None):
+        if base is None:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert cache.directory() == home.parent / "user" / ".cache" / "engine"
+    assert not (home.parent / "cache").exists()
