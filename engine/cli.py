@@ -79,25 +79,38 @@ def generate(
         ),
     ] = None,
     placement: Annotated[str | None, typer.Option(help="split or fused, without a server.")] = None,
+    trace_to: Annotated[
+        Path | None, typer.Option("--trace", help="Also write when each stage worked on it, as `engine trace` does.")
+    ] = None,
     socket: Socket = None,
     as_json: Json = False,
 ) -> None:
     """Make a video: on the running engine, or on one just for this."""
-    fields = _given(locals(), leave_out=("out", "model", "checkpoint", "lora", "placement", "socket", "as_json"))
+    fields = _given(
+        locals(), leave_out=("out", "model", "checkpoint", "lora", "placement", "trace_to", "socket", "as_json")
+    )
     from engine.decode import decode_strictly
     from engine.display import progress_view, summary
     from engine.generate import Order, run, suggestions
     from engine.params import UserParams
 
     params = decode_strictly(UserParams, {**fields, "output": str(out)}, BadRequest, "the request")
+    if trace_to is not None and not trace_to.absolute().parent.is_dir():
+        raise OutputError(f"the trace cannot be written to {trace_to}: there is no such directory")
     order = Order(
         params=params, socket=socket, model=model, checkpoint=checkpoint, lora=tuple(lora or ()), placement=placement
     )  # fmt: skip
-    outcome = run(order, progress_view(quiet=as_json))
+    outcome = run(order, progress_view(quiet=as_json), with_trace=trace_to is not None)
+    if trace_to is not None and outcome.traced is not None:
+        from engine.trace_file import write_trace
+
+        written = write_trace(trace_to, outcome.traced, outcome.done.id)
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
     else:
         lines = summary(outcome.done, outcome.seconds, outcome.loading, outcome.waiting)
+        if trace_to is not None:
+            lines.append(written)
         print("\n".join([*lines, "next:", *(f"  {line}" for line in suggestions(order, outcome))]))
 
 
@@ -400,23 +413,12 @@ def trace(
     socket: Socket = None,
 ) -> None:
     """When each stage and device worked on what, as a file for https://ui.perfetto.dev."""
-    import msgspec
-
     from engine.client import Client
-    from engine.trace import chrome_trace, of_tasks
+    from engine.trace_file import write_trace
 
     if last and identity is not None:
         raise BadRequest("give either the ID of a request or --last")
-    traced = Client(socket).trace()
-    spans = of_tasks(traced.spans, identity, last)
-    try:
-        out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock, traced.changes)))
-    except OSError as error:
-        raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
-    requests = len({span.task for span in spans})
-    of = "1 request" if requests == 1 else f"{requests} requests"
-    quanta = "1 quantum" if len(spans) == 1 else f"{len(spans)} quanta"
-    print(f"{out}: {quanta} of {of}; open it in ui.perfetto.dev")
+    print(write_trace(out, Client(socket).trace(), identity, last))
 
 
 @app.command()

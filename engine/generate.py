@@ -12,7 +12,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import msgspec
@@ -27,10 +27,12 @@ from engine.requests import Requests
 from engine.supervisor import Supervisor
 from hotreload.lora_options import EXTENSION
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
-from ipc.messages import Accepted, Done, Failed, Progress, TaskEvent
+from ipc.messages import Accepted, Done, Failed, Progress, TaskEvent, Traced
 
 LOOK_INTERVAL = 0.5
 """Seconds between looks at an engine that is loading."""
+LAST_QUANTUM = 1.0
+"""Seconds that a trace waits for the end of the quantum that wrote the file."""
 LEAVE_DEADLINE = 1.0
 """Seconds that a second Ctrl-C gives the cancel of the first to arrive."""
 
@@ -64,14 +66,16 @@ class Outcome(msgspec.Struct, frozen=True):
     loading: float
     embedded: bool
     waiting: float = 0.0
+    traced: Traced | None = None
+    """If that was wanted."""
 
 
-def run(order: Order, view: ProgressView) -> Outcome:
+def run(order: Order, view: ProgressView, *, with_trace: bool = False) -> Outcome:
     """Generate one video. Raises the `EngineError` that it ended with; `Cancelled` after Ctrl-C."""
-    return uvloop.run(generate(order, view))
+    return uvloop.run(generate(order, view, with_trace))
 
 
-async def generate(order: Order, view: ProgressView) -> Outcome:
+async def generate(order: Order, view: ProgressView, with_trace: bool) -> Outcome:
     started = time.monotonic()
     order = msgspec.structs.replace(order, params=absolute_params(order.params))
     with view, Interrupts(view) as interrupts:
@@ -80,11 +84,13 @@ async def generate(order: Order, view: ProgressView) -> Outcome:
             if client is not None:
                 params = msgspec.structs.replace(order.params, lora=order.lora)
                 done = await _served(client, params, wait, interrupts)
+                traced = await _traced(client.trace, done.id) if with_trace else None
             else:
-                done = await _embedded(order, view, wait, interrupts)
+                done, traced = await _embedded(order, view, wait, interrupts, with_trace)
         except asyncio.CancelledError:
             raise Cancelled("left at once; no video was made") from None
-    return Outcome(done, time.monotonic() - started, wait.loading, client is None, wait.queued)
+    seconds = time.monotonic() - started
+    return Outcome(done, seconds, wait.loading, client is None, wait.queued, traced)
 
 
 def suggestions(order: Order, outcome: Outcome) -> list[str]:
@@ -236,7 +242,9 @@ async def _server(order: Order) -> AsyncClient | None:
     return client
 
 
-async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: Interrupts) -> Done:
+async def _embedded(
+    order: Order, view: ProgressView, wait: Wait, interrupts: Interrupts, with_trace: bool
+) -> tuple[Done, Traced | None]:
     """On a supervisor of our own, which is started only for a request that it will accept. All stages share a process
     unless that was asked otherwise: one request has little to overlap, and torch is loaded once instead of three
     times."""
@@ -253,10 +261,26 @@ async def _embedded(order: Order, view: ProgressView, wait: Wait, interrupts: In
     view.note(f"loading {supervisor.model.name} for this request (no engine is running)")
     interrupts.leave_at_once = supervisor.kill
     logging.getLogger(Requests.__module__).setLevel(logging.ERROR)  # how the request ends, the command says itself
+
+    async def trace() -> Traced:
+        return supervisor.trace()
+
     async with supervisor:
         await _load(supervisor, view, interrupts)
         wait.loaded()
-        return await _follow(supervisor, order.params, wait, interrupts)
+        done = await _follow(supervisor, order.params, wait, interrupts)
+        return done, await _traced(trace, done.id) if with_trace else None
+
+
+async def _traced(trace: Callable[[], Awaitable[Traced]], identity: str) -> Traced:
+    """With the last quantum of the request, of which the engine hears a moment after the file is in its place."""
+    end = time.monotonic() + LAST_QUANTUM
+    while True:
+        traced = await trace()
+        last = {span.phase: span.index for span in traced.spans if span.task == identity}
+        if last.get("write") == last.get("decode") or time.monotonic() > end:
+            return traced
+        await asyncio.sleep(LAST_QUANTUM / 50)
 
 
 async def _load(supervisor: Supervisor, view: ProgressView, interrupts: Interrupts) -> None:

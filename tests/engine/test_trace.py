@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from engine import Client
 from engine.levels import MAX_REASON
 from engine.trace import KEPT_CHANGES, KEPT_QUANTA, Trace, chrome_trace, of_tasks
+from engine.trace_file import write_trace
 from ipc.errors import Failure, NotFound
 from ipc.frames import MAX_FRAME, encode_frame
 from ipc.messages import (
@@ -139,6 +141,39 @@ def test_one_request(ran: Ran, tmp_path: Path) -> None:
     for words in (("nonsense",), (first, "--last"), ("-o", str(tmp_path / "no" / "where.json"))):
         refused = run_engine("trace", *words, "--socket", ran.socket)
         assert refused.returncode in (1, 2) and refused.stderr.startswith("engine: "), refused.stderr
+
+
+def test_a_request_writes_its_own(ran: Ran, tmp_path: Path) -> None:
+    """`generate --trace`, on a server and without one: every quantum of the request, the last one too, and no other;
+    where it cannot be written is said before anything is computed."""
+    words = ("generate", "a red circle", "--steps", STEPS, "--num-frames", 17, "--out", tmp_path / "v.mp4")
+    for socket in (ran.socket, tmp_path / "nobody.sock"):
+        out = tmp_path / "own.json"
+        said = run_engine(*map(str, words), "--trace", str(out), "--socket", str(socket))
+        assert said.returncode == 0 and f"{out}: " in said.stdout and "of 1 request;" in said.stdout, said.stderr
+        found = [e["args"] for row, its in slices(out).items() if row.startswith("stages") for e in its]
+        counted = Counter(args["phase"] for args in found)
+        assert counted["text"] == 1 and counted["denoise"] == STEPS
+        assert counted["write"] == counted["decode"] > 1
+        assert len({args["task"] for args in found}) == 1
+        out.unlink()
+    refused = run_engine(*map(str, words), "--trace", str(tmp_path / "no" / "t.json"), "--socket", str(ran.socket))
+    assert refused.returncode == 1 and refused.stderr.startswith("engine: the trace cannot be written to")
+
+
+def test_a_trace_that_is_cut_off_says_so(tmp_path: Path) -> None:
+    """The engine keeps a number of quanta; of a request whose first ones are gone, that is said."""
+    trace = Trace({"dit": None})
+    for index in range(KEPT_QUANTA + 1):
+        trace.grant("dit", TASK, "denoise", index, float(index))
+        trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=index, begin=float(index), seconds=0.5))
+    *before, last = trace.spans()
+    other = msgspec.structs.replace(last, task="f" * 32)
+    out = tmp_path / "t.json"
+    whole = Traced(ref=0, spans=[*before, other], clock=0.0)
+    assert f"(the engine keeps {KEPT_QUANTA}: what ran before is not in it)" in write_trace(out, whole, TASK[:8])
+    assert "keeps" not in write_trace(out, whole, other.task)
+    assert "keeps" not in write_trace(out, Traced(ref=0, spans=before, clock=0.0))
 
 
 def test_what_is_remembered() -> None:

@@ -1,0 +1,27 @@
+"""Writes a trace, and says what is in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from engine.trace import KEPT_QUANTA, chrome_trace, of_tasks
+from ipc.errors import OutputError
+from ipc.messages import Traced
+
+
+def write_trace(out: Path, traced: Traced, identity: str | None = None, last: bool = False) -> str:
+    """Of the tasks that `of_tasks` finds; a line for people. Raises `NotFound`, or `OutputError` if the file cannot be
+    written."""
+    spans = of_tasks(traced.spans, identity, last)
+    try:
+        out.write_bytes(msgspec.json.encode(chrome_trace(spans, traced.clock, traced.changes)))
+    except OSError as error:
+        raise OutputError(f"the trace cannot be written to {out}: {error.strerror}") from error
+    requests = len({span.task for span in spans})
+    of = "1 request" if requests == 1 else f"{requests} requests"
+    quanta = "1 quantum" if len(spans) == 1 else f"{len(spans)} quanta"
+    cut = len(traced.spans) == KEPT_QUANTA and traced.spans[0] in spans
+    older = f" (the engine keeps {KEPT_QUANTA}: what ran before is not in it)" if cut else ""
+    return f"{out}: {quanta} of {of}{older}; open it in ui.perfetto.dev"
