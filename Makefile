@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # Tests side by side. Each takes a core now and then, and up to 2 GB with the engine that it starts.
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test lint types check chaos gpu-test clean
 
@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# Two workers, one compute thread each: what a test computes is the same whatever runs beside it. Then, one at a time,
+# More workers than cores, as tests wait much; one compute thread each: what a test computes is the same whatever runs beside it. Then, one at a time,
 # the tests whose bounds on time hold on a quiet machine only. Bytecode is written, whatever the machine says: each of
 # hundreds of processes would compile the engine anew, in a sixth of a second of a core.
 check: $(VENV)/.installed-dev

@@ -202,8 +202,8 @@ class Policy:
         there = None if sample is None else self._there(sample)
         if there is not None:
             self._remember(now, there)
-        there = self._seen[-1][1] if self._seen else 0
-        self._failed[running, self.plan] = there, now
+        there = self._seen[-1][1] if self._seen else None
+        self._failed[running, self.plan] = there or 0, now
         while len(self._failed) > REMEMBERED:
             del self._failed[next(iter(self._failed))]
         higher = [p for p in self._allowed() if order(p) > order(self.plan)]
@@ -211,6 +211,8 @@ class Policy:
             return None
         if higher[0].level == self.plan.level:
             return self._higher(higher[-1])
+        if there is None:
+            return self._higher(higher[0])
         wanted = next((p for p in higher if not self._short(p, there)), higher[-1])
         return self._higher(self._frugal(wanted, there) if self._is_taken() else wanted)
 
