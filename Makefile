@@ -27,7 +27,8 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# More workers than cores, as tests wait much; one compute thread each: what a test computes is the same whatever runs beside it. Then, one at a time,
+# More workers than cores, as tests wait much; one compute thread each: what a test computes is the same whatever runs
+# beside it. Then, one at a time,
 # the tests whose bounds on time hold on a quiet machine only. Bytecode is written, whatever the machine says: each of
 # hundreds of processes would compile the engine anew, in a sixth of a second of a core.
 check: $(VENV)/.installed-dev

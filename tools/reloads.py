@@ -110,9 +110,11 @@ def ask(path: Path) -> UserParams:
     )
 
 
-async def reloads(tally: Tally, folder: Path, requests: int, count: int, worst: float) -> None:
-    """`count` reloads over `requests` requests, in turns with as many requests without. `Broken` if p99 is more than
-    `worst` times that of these."""
+async def reloads(
+    tally: Tally, folder: Path, requests: int, count: int, worst: float, without: int | None = None
+) -> None:
+    """`count` reloads over `requests` requests, in turns with `without` requests without; None: as many. `Broken` if
+    p99 is more than `worst` times that of these."""
     before = Footprint.of_this_process()
     calm, disturbed, took = Latencies(), Latencies(), list[float]()
     async with Supervisor(SystemParams(model="wan-demo", device="cpu")) as supervisor:
@@ -120,7 +122,7 @@ async def reloads(tally: Tally, folder: Path, requests: int, count: int, worst: 
         rounds = Rounds(supervisor, folder, tally)
         await rounds.calm()
         for _ in range(TURNS):
-            alone, _ = await rounds.requests(requests // TURNS, 0)
+            alone, _ = await rounds.requests((requests if without is None else without) // TURNS, 0)
             beside, seconds = await rounds.requests(requests // TURNS, count // TURNS)
             calm.seconds += alone.seconds
             disturbed.seconds += beside.seconds
