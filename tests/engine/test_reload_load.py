@@ -1,4 +1,4 @@
-"""Reloads under constant load. `make chaos`: the same with as many requests without, and p99 within 1.15 times theirs."""
+"""Reloads under constant load. `make chaos`: as many requests without, and p99 within 1.15 times theirs."""
 
 from __future__ import annotations
 
