@@ -391,7 +391,8 @@ def doctor(
     attention_backend: Annotated[str, typer.Option(help="As for `engine serve`.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What this machine computes with: which attention backends are right, how fast they are, and which kernels."""
+    """What this machine computes with: which attention backends are right, how fast they are, and which kernels. On a
+    GPU, engines that are started later take the attention that is found best here."""
     from engine.decode import decode_strictly
     from engine.doctor import examine, print_doctor
     from engine.params import SystemParams
