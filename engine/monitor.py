@@ -299,9 +299,10 @@ class Policy:
         and none that is lower still is about to have fitted for as long, as when others give back bit by bit."""
         if self._slope() or not (free := self._least_since(now - DWELL)):
             return None
-        wanted, soon = self._fitting(free - self._noise), self._fitting(self._seen[-1][1] - self._noise)
+        wanted = self._fitting(free - self._noise)
         if wanted is None or order(wanted) >= order(self.plan) or not self._is_better(wanted):
             return None
+        soon = self._fitting(self._seen[-1][1] - self._noise)
         if soon is not None and order(soon) < order(wanted):
             return None
         back = bool(self._left) and order(wanted) <= order(self._left[-1])
