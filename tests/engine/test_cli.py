@@ -303,7 +303,8 @@ def test_ctrl_c_cancels_on_the_engine_too(engine_process: EngineProcess, tmp_pat
             read_until(process, "cancelling")
             os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
-        assert process.returncode == 130
+        # A second signal in the last moment, when nothing is left to cancel, is the end; a shell calls that 130, too.
+        assert process.returncode == 130 or (signals == 2 and process.returncode == -signal.SIGINT)
     client = Client(engine_process.socket)
     [task] = [task for task in client.tasks() if task.path == str(tmp_path / "v.mp4")]
     wait_for(lambda: {t.id: t.state for t in client.tasks()}[task.id] == "cancelled", "the cancel to arrive")

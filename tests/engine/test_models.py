@@ -173,6 +173,7 @@ def test_a_request_is_checked_before_the_engine_is_started(tmp_path: Path) -> No
         supervisor.check(ask(tmp_path / "v.mp4", noise_device="cuda"))
 
 
+@pytest.mark.usefixtures("fresh_interpreters")
 async def test_a_stage_that_stops_while_it_loads_is_replaced(monkeypatch: pytest.MonkeyPatch, wait_until: Wait) -> None:
     """SIGSTOP of the writer, a fresh interpreter, before it is up: when it has shown no progress for the start deadline
     it is replaced, and all stages come up."""
