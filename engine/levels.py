@@ -274,6 +274,7 @@ class Levels:
         return True
 
     def _above_failed(self, level: DeviceLevel, policy: Policy) -> MemoryPlan | None:
+        """What to keep to after an allocation failed, by what the device has left just now."""
         if level.sampler is not None and (sample := level.sampler.sample()).total is not None:
             level.sample = sample
         now = time.monotonic() if level.sample is None else level.sample.at

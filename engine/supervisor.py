@@ -256,24 +256,23 @@ class Supervisor:
 
     async def _shut_down(self) -> None:
         """The end of every task, process, memory and file; runs to its end whoever waits for it."""
-        await self._handing_over.acquire()
-        self._requests.abandon()
-        if self._timer is not None:
-            self._timer.cancel()
-        try:
-            await self._levels.end()
-            await self._reloader.end()
-            await self._loras.end()
-            await self._crew.stop()
-            await self._requests.close()
-        finally:
-            self._memory.close()
-            self._loras.close()
-            if self._journal is not None:
-                await self._journal.close()
-            self._phase = "closed"
-            self._handing_over.release()
-            self._closed.set()
+        async with self._handing_over:
+            self._requests.abandon()
+            if self._timer is not None:
+                self._timer.cancel()
+            try:
+                await self._levels.end()
+                await self._reloader.end()
+                await self._loras.end()
+                await self._crew.stop()
+                await self._requests.close()
+            finally:
+                self._memory.close()
+                self._loras.close()
+                if self._journal is not None:
+                    await self._journal.close()
+                self._phase = "closed"
+                self._closed.set()
 
     def kill(self) -> None:
         """Kill the stage processes now; `stop`, under way or to come, then returns at once. For a host in a hurry."""

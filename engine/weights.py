@@ -57,8 +57,7 @@ class WeightStore:
         """A process that was given these did not come up. Let go of those that nobody has bound to yet; False if there
         are none."""
         doubted = self._doubted & {(place, component, content) for component, content, place in known}
-        for key in doubted & self._placed.keys():
-            close_memory([self._placed.pop(key).fd])
+        close_memory(self._placed.pop(key).fd for key in doubted & self._placed.keys())
         if doubted:
             self.on_change(self)
         return bool(doubted)
@@ -95,8 +94,8 @@ class WeightStore:
 
     def let_go(self, component: str, content: str, device: str | None = None) -> None:
         """Close a version's descriptors, of one device, or of all."""
-        for key in [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]:
-            close_memory([self._placed.pop(key).fd])
+        keys = [key for key in self._placed if key[1:] == (component, content) and device in (None, key[0])]
+        close_memory(self._placed.pop(key).fd for key in keys)
         self.on_change(self)
 
     def holdings(self) -> list[Holding]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
-from hotreload.files import regular_file
+from hotreload.files import small_json
 from hotreload.shown import shown
 from hotreload.tables import label_of
 from ipc.architecture import TransformerConfig
@@ -39,16 +37,12 @@ def check_config(transformer: Component, expected: TransformerConfig) -> None:
     path = Path(transformer.files[0]).with_name("config.json")
     label = label_of(transformer, path)
     try:
-        with regular_file(path) as file:
-            content = file.read(MAX_CONFIG + 1)
-        if len(content) > MAX_CONFIG:
-            raise BadCheckpoint(f"{label} has more than {MAX_CONFIG} bytes: it is no model's; download it again")
-        said = msgspec.json.decode(content, type=dict[str, object])
+        said = small_json(path, MAX_CONFIG, dict[str, object])
     except FileNotFoundError:
         return
     except OSError as error:
         raise BadCheckpoint(f"{label} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise BadCheckpoint(f"{label} is not a JSON object: {error}; download it again") from error
     for key, number in KEYS.get(str(said.get("_class_name")), {}).items():
         if key in said and (got := said[key]) != number(expected):

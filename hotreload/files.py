@@ -6,7 +6,11 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
@@ -35,6 +39,18 @@ def open_regular(path: Path) -> int:
 def regular_file(path: Path) -> BinaryIO:
     """The same as a file object, which closes the fd."""
     return os.fdopen(open_regular(path), "rb")
+
+
+def small_json(path: Path, most: int, type_: type[T]) -> T:
+    """What a file of at most so many bytes says. OSError; ValueError for one that is larger, or says something else."""
+    with regular_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    try:
+        return msgspec.json.decode(content, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 class Stamp(NamedTuple):

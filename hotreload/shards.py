@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotreload.files import regular_file
+from hotreload.files import small_json
 from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
 
@@ -76,14 +76,10 @@ def _check_complete(shards: list[str], count: int) -> None:
 
 def _indexed(directory: Path, index: str, label: str) -> list[Path]:
     try:
-        with regular_file(directory / index) as file:
-            content = file.read(MAX_INDEX + 1)
-        if len(content) > MAX_INDEX:
-            raise BadCheckpoint(f"{label}{shown(index)} has more than {MAX_INDEX} bytes: it is not an index")
-        names = sorted(set(msgspec.json.decode(content, type=_Index).weight_map.values()))
+        names = sorted(set(small_json(directory / index, MAX_INDEX, _Index).weight_map.values()))
     except OSError as error:
         raise BadCheckpoint(f"{label}{shown(index)} cannot be read: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise BadCheckpoint(f"{label}{shown(index)} is not an index: {error}") from error
     if not names:
         raise BadCheckpoint(f"{label}{shown(index)} names no shards")

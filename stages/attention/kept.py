@@ -14,17 +14,15 @@ from pathlib import Path
 import msgspec
 import torch
 
-from hotreload.files import regular_file
+from hotreload.files import small_json
 from ipc.messages import AttentionBackend
 from stages import cache
 from stages.attention.backends import IMPLEMENTATIONS, Case
 
 NAME = "attention.json"
 """File of choices: `identity` -> backend."""
-MAX_CHOICES = 1000
-"""Of a file that is read: more were not written by this."""
 MAX_BYTES = 1 << 20
-"""Likewise; a choice takes some 300."""
+"""Of a file that is read; a choice takes some 300."""
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +63,9 @@ def _read(path: Path) -> dict[str, AttentionBackend]:
     """Empty if it is not there, or not what this writes: nothing that is there in its place may keep a dit from
     starting, or have it wait."""
     try:
-        with regular_file(path) as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-        choices = msgspec.json.decode(text, type=dict[str, AttentionBackend])
+        return small_json(path, MAX_BYTES, dict[str, AttentionBackend])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: text that is not UTF-8, too
+    except (OSError, ValueError) as error:
         log.warning("%s is not read, attention is chosen anew: %s", path, error)
         return {}
-    return choices if len(choices) <= MAX_CHOICES else {}

@@ -299,7 +299,7 @@ def test_an_index_is_limited(tmp_path: Path, content: dict[str, Tensors]) -> Non
     index = directory / "vae" / f"{DIT}.safetensors.index.json"
     with index.open("wb") as hole:
         hole.truncate(3 << 30)
-    assert f"vae/{index.name} has more than 67108864 bytes" in refusal(directory, ONE)
+    assert f"vae/{index.name} is not an index: it has more than 67108864 bytes" in refusal(directory, ONE)
     index.write_text(json.dumps({"weight_map": {f"{i}": f"{i}.safetensors" for i in range(10_000)}}))
     assert "names 10000 shards, expected at most 1000" in refusal(directory, ONE)
 

@@ -58,7 +58,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match=r"^transformer: config\.json is not a JSON object"):
             check_config(component, transformer)
     os.truncate(config, 3 << 30)
-    with pytest.raises(BadCheckpoint, match=r"^transformer: config\.json has more than 1048576 bytes"):
+    with pytest.raises(BadCheckpoint, match=r"^transformer: config\.json is not a JSON object: it has more than 1048576 bytes"):
         check_config(component, transformer)
     config.unlink()
     os.mkfifo(config)
