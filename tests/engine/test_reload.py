@@ -246,7 +246,7 @@ async def test_of_reloads_at_once_the_last_wins(supervisor: Supervisor, golden: 
     reading = asyncio.create_task(supervisor.reload(order(other, "transformer", "vae")))
     await until(lambda: bool(supervisor._reloader.loading), "the loader reads")
     waiting = asyncio.create_task(supervisor.reload(order(other)))
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0)
     done = await supervisor.reload(order())
     for overtaken in (reading, waiting):
         with pytest.raises(Superseded):
