@@ -58,7 +58,8 @@ def test_what_is_no_config_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match=r"^transformer: config\.json is not a JSON object"):
             check_config(component, transformer)
     os.truncate(config, 3 << 30)
-    with pytest.raises(BadCheckpoint, match=r"^transformer: config\.json is not a JSON object: it has more than 1048576 bytes"):
+    too_long = r"^transformer: config\.json is not a JSON object: it has more than 1048576 bytes"
+    with pytest.raises(BadCheckpoint, match=too_long):
         check_config(component, transformer)
     config.unlink()
     os.mkfifo(config)
