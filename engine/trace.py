@@ -53,6 +53,7 @@ class Trace:
                 granted=report.begin if granted is None else granted, begin=report.begin,
                 end=report.begin + report.seconds, failed=isinstance(report, QuantumFailed),
                 copied=report.copied if isinstance(report, QuantumDone) else None,
+                delivered=report.delivered if isinstance(report, QuantumDone) else None,
             )
         )  # fmt: skip
 
@@ -95,15 +96,15 @@ def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryCh
 
     A row for each seat, and one for each compute token with whatever ran with it; a slice for each quantum, in
     microseconds since the first grant or copy. Where weights come from host memory, a row for the copies to each
-    device, with a slice for those of each quantum. In a row for each device an instant for each change, of those
-    between the first grant and the last end.
+    device, with a slice for those of each quantum; another for the copies of what quanta made, such as frames. In a row
+    for each device an instant for each change, of those between the first grant and the last end.
     """
     spans = sorted(spans, key=lambda span: span.begin)
-    begins = [span.granted for span in spans] + [span.copied.begin for span in spans if span.copied is not None]
+    copies = [copies for span in spans for copies in _copies_of(span)]
+    begins = [span.granted for span in spans] + [copied.begin for _, copied, _ in copies]
     zero, end = min(begins), max(span.end for span in spans)
     changes = [change for change in changes if zero <= change.at <= end]
-    copies = [(_copies_row(span), span) for span in spans if span.copied is not None]
-    places = [place for span in spans for place in _places(span)] + [row for row, _ in copies]
+    places = [place for span in spans for place in _places(span)] + [row for row, _, _ in copies]
     rows = _rows(places + [_row(change) for change in changes])
     events = _titles(rows)
     for change in changes:
@@ -112,9 +113,8 @@ def chrome_trace(spans: Sequence[Span], clock: float, changes: Sequence[MemoryCh
     for span in spans:
         for group, name in _places(span):
             events.append(_slice(span, zero) | {"pid": group, "tid": rows[group, name]})
-    for (group, name), span in copies:
-        assert span.copied is not None
-        events.append(_copies_slice(span, span.copied, zero) | {"pid": group, "tid": rows[group, name]})
+    for (group, name), copied, span in copies:
+        events.append(_copies_slice(span, copied, zero) | {"pid": group, "tid": rows[group, name]})
     began = datetime.datetime.fromtimestamp(zero + clock, datetime.UTC)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"began": began.isoformat()}}
 
@@ -125,8 +125,11 @@ def _places(span: Span) -> list[tuple[int, str]]:
     return [stage] if span.device is None else [stage, (DEVICES, span.device)]
 
 
-def _copies_row(span: Span) -> tuple[int, str]:
-    return (DEVICES, f"{span.device or span.seat} copies")
+def _copies_of(span: Span) -> list[tuple[tuple[int, str], Copied, Span]]:
+    """Its copies, each with its row."""
+    device = span.device or span.seat
+    copies = ((f"{device} copies", span.copied), (f"{device} copies out", span.delivered))
+    return [((DEVICES, row), copied, span) for row, copied in copies if copied is not None]
 
 
 def _row(change: MemoryChange) -> tuple[int, str]:

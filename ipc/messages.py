@@ -404,7 +404,7 @@ class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Copied(msgspec.Struct, frozen=True, array_like=True):
-    """What was copied from host memory to a device, beside what is computed. Times as in `Span`."""
+    """What was copied from host memory to a device, or from there, beside what is computed. Times as in `Span`."""
 
     begin: float
     """Of the first copy."""
@@ -431,6 +431,8 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     failed: bool = False
     copied: Copied | None = None
     """Of the weights that it needed, or the next one needs; done when it ended."""
+    delivered: Copied | None = None
+    """What it made, to where it is read; perhaps while the next one computed."""
 
 
 class MemoryChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -974,6 +976,8 @@ class QuantumDone(StageReport, frozen=True, tag="done", kw_only=True):
     metadata: dict[str, Any] | None = None
     parts: Parts | None = None
     copied: Copied | None = None
+    delivered: Copied | None = None
+    """The copy of what it made, if that waited for the end of the quantum."""
 
 
 class PlacingFile(StageReport, frozen=True, tag="placing_file", kw_only=True):

@@ -24,6 +24,7 @@ from ipc.messages import (
 from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue
+from stages.outbox import Delivery
 
 PRODUCERS: dict[str, StageName] = {"prompts": "text", "init_latents": "vae", "latents": "dit", "frames": "vae"}
 CONSUMERS: dict[str, StageName] = {"prompts": "dit", "init_latents": "dit", "latents": "vae", "frames": "writer"}
@@ -53,6 +54,9 @@ class Links(NamedTuple):
     """Tells the supervisor what the dit, or the vae, computes with."""
     placing: Callable[[str], None]
     """Tells the supervisor that the file of a task is given its name now."""
+    deliver: Callable[[Delivery], None]
+    """Has the result of a quantum brought to where it is read, after its step; while the next quantum computes, if
+    there is one. The quantum counts as done after that."""
 
 
 Left: TypeAlias = list[tuple[str, str]]
@@ -128,6 +132,7 @@ def attach_links(
     place: Callable[[WeightVersion, str, int], None],
     choose: Callable[[Chosen | VaeChosen], None],
     placing: Callable[[str], None],
+    deliver: Callable[[Delivery], None],
 ) -> Links:
     """Map what `start` names. `fds`: those of each queue, then those of the state slots, then one of each placed
     component; they stay the caller's."""
@@ -141,7 +146,7 @@ def attach_links(
     placed: dict[str, list[tuple[WeightVersion, int]]] = collections.defaultdict(list)
     for version, fd in zip(start.placed, fds, strict=True):
         placed[version.component].append((version, fd))
-    return Links(inputs, outputs, states, beat, loading, placed, place, choose, placing)
+    return Links(inputs, outputs, states, beat, loading, placed, place, choose, placing, deliver)
 
 
 def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ipc.messages import OFFLOADED, Copied, Job, KernelKind, MemoryPlan, Parts, Run, Start, VaeChosen
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
+from stages.leaving import Leaving
 from stages.media import read_image, upright
 from stages.models import vae_check
 from stages.models.blank import blank
@@ -190,8 +191,9 @@ class VaeStage:
             put_tensor(queue, job.id, 1, tokens, QUEUE_TIMEOUT)
 
     def _decode(self, identity: str, index: int) -> Parts | None:
-        """Put chunk `index`; in tiles, do one part, and put it only after the last. A clip of which nothing is there,
-        as a chunk has failed, is begun as the level wants it now: one that lacked memory untiled may fit in tiles."""
+        """Have chunk `index` delivered; in tiles, do one part, and that only after the last. A clip of which nothing is
+        there, as a chunk has failed, is begun as the level wants it now: one that lacked memory untiled may fit in
+        tiles."""
         latents = slot_tensor(self._links.inputs["latents"].take(identity, 0, QUEUE_TIMEOUT))
         decoding = self._decodings.get(identity)
         if decoding is None or not decoding.begun:
@@ -199,7 +201,7 @@ class VaeStage:
             decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
         frames = decoding.chunk(lambda: self._codec_of(self._jobs[identity]), latents, index)
         if frames is not None:
-            put_tensor(self._links.outputs["frames"], identity, index, frames, QUEUE_TIMEOUT)
+            self._links.deliver(Leaving(self._links.outputs["frames"], identity, index, frames, QUEUE_TIMEOUT))
         return decoding.parts
 
 

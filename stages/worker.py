@@ -2,9 +2,9 @@
 
 `Start` makes it one stage (`split`) or all of them (`fused`); a spare process gets `Prepare` before. One that gets
 `ServeForks` instead is what others are forked from (`stages/forks.py`). Then, until it is told to stop: all messages
-that are here, then one quantum, then its answer. Answers come in the order of the grants; a dropped task's quanta are
-answered in their turn without being run. A fresh interpreter imports torch when a stage needs it: the writer's never
-does.
+that are here, then one quantum, then its answer; one that waits for a copy is given while the next quantum computes.
+Answers come in the order of the grants; a dropped task's quanta are answered in their turn without being run. A fresh
+interpreter imports torch when a stage needs it: the writer's never does.
 
 Error handling: an `EngineError` fails the quantum's request; so does any other exception, with a traceback on stderr;
 the process goes on. After an error that leaves the CUDA context dead it exits. It exits at once when the supervisor
@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
+
+import msgspec
 
 from ipc.channel import Channel, ChannelClosed, Received, close_fds
 from ipc.counters import ProgressCounter
@@ -72,6 +74,7 @@ from ipc.messages import (
     WeightVersion,
 )
 from stages.forks import serve_forks
+from stages.outbox import Delivery, Outbox
 from stages.stage import AnyNetwork, Left, Links, Stage, attach_links
 
 EXIT_START_FAILED = 3
@@ -118,9 +121,10 @@ class Worker:
         plan: MemoryPlan,
         device: str,
         rest: Callable[[], None],
+        deliveries: list[Delivery],
     ) -> None:
         """`plan` is what the stages were loaded with. `rest` is called when there is nothing to do, before the
-        supervisor hears that the last thing is done."""
+        supervisor hears that the last thing is done. `deliveries` is where a step leaves what its answer waits for."""
         self._channel = channel
         self._counter = counter
         self._stages = stages
@@ -128,6 +132,8 @@ class Worker:
         self._plan = plan
         self._device = device
         self._rest = rest
+        self._deliveries = deliveries
+        self._outbox = Outbox(partial(channel.send, timeout=SEND_TIMEOUT))
         self._entries: collections.deque[Entry] = collections.deque()
         self._begun: set[tuple[StageName, str]] = set()
         self._stopping = False
@@ -137,11 +143,26 @@ class Worker:
         """Work until `Stop`, SIGTERM or the end of the channel."""
         while self._listen():
             if self._entries:
-                report = self._carry_out(self._entries.popleft())
-                self._take_in_waiting()
-                if not self._entries:
-                    self._rest()
-                self._channel.send(report, timeout=SEND_TIMEOUT)
+                self._do(self._entries.popleft())
+        self._outbox.flush()
+
+    def _do(self, entry: Entry) -> None:
+        """Carry out, and answer: at once, or, if the answer waits for something, while the next quantum computes."""
+        if not isinstance(entry.message, Run):
+            self._outbox.flush()
+        report = self._carry_out(entry)
+        answer = partial(delivered, report, self._deliveries.copy())
+        waits = bool(self._deliveries) or not self._outbox.is_empty
+        self._deliveries.clear()
+        self._take_in_waiting()
+        if self._entries and waits:
+            self._outbox.put(answer)
+            return
+        self._outbox.flush()
+        report = answer()
+        if not self._entries:
+            self._rest()
+        self._channel.send(report, timeout=SEND_TIMEOUT)
 
     def handle_sigterm(self, number: int, frame: FrameType | None) -> None:
         """Leave after the quantum in hand; at once if there is none."""
@@ -275,6 +296,22 @@ class Worker:
             parts=result if isinstance(result, Parts) else None,
             metadata=result if isinstance(result, dict) else None, copied=self._stages[name].copied(),
         )  # fmt: skip
+
+
+def delivered(report: AnyStageReport, deliveries: Sequence[Delivery]) -> AnyStageReport:
+    """The answer to a quantum once what it made is where it is read; of one that failed, nothing is to be delivered."""
+    if not isinstance(report, QuantumDone):
+        return report
+    try:
+        for delivery in deliveries:
+            report = msgspec.structs.replace(report, delivered=delivery())
+    except Exception as error:
+        failure = describe(error, STAGE_OF_PHASE[report.phase])
+        return QuantumFailed(
+            id=report.id, phase=report.phase, index=report.index, begin=report.begin, seconds=report.seconds,
+            error=failure,
+        )  # fmt: skip
+    return report
 
 
 class LoadingReporter:
@@ -461,7 +498,7 @@ def rehearse(start: Start, fds: list[int]) -> Failure | None:
     try:
         links = attach_links(
             start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None,
-            lambda chosen: None, lambda identity: None,
+            lambda chosen: None, lambda identity: None, lambda delivery: None,
         )  # fmt: skip
         for stage in load_stages(start, links).values():
             stage.rehearse()
@@ -532,9 +569,10 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
         if not is_watched:
             watch_supervisor(start.supervisor_pid)
         loading = LoadingReporter(channel, counter.increment)
+        deliveries: list[Delivery] = []
         links = attach_links(
             start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel),
-            partial(tell_placing, channel),
+            partial(tell_placing, channel), deliveries.append,
         )  # fmt: skip
         limit_memory(device, start.stages, start.limits)
         stages = load_stages(start, links)
@@ -545,7 +583,7 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
     close_fds(fds)
     rest = rest_of(start)
     rest()
-    worker = Worker(channel, counter, stages, start.threads, start.memory, device, rest)
+    worker = Worker(channel, counter, stages, start.threads, start.memory, device, rest, deliveries)
     signal.signal(signal.SIGTERM, worker.handle_sigterm)
     channel.send(ready(start, stages, time.perf_counter() - began), timeout=SEND_TIMEOUT)
     worker.serve()

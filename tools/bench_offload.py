@@ -104,7 +104,7 @@ class Held:
             self.placed += version.bytes
 
         nothing: Any = None
-        return Links({}, {}, None, lambda: None, nothing, {}, place, nothing, nothing)
+        return Links({}, {}, None, lambda: None, nothing, {}, place, nothing, nothing, nothing)
 
 
 def fill(setup: Setup, name: str, shapes: Shapes, runs: Any) -> Placement:

@@ -92,18 +92,24 @@ def test_changes_of_memory_levels_are_instants() -> None:
 
 
 def test_copies_have_a_row_of_their_own() -> None:
-    """Beside what computes on the device; with what was copied, and how fast."""
+    """Beside what computes on the device, those to it and those out of it; with what was copied, and how fast."""
     trace = Trace({"dit": "cuda:0"})
     trace.grant("dit", TASK, "denoise", 4, 9.9)
     copied = Copied(begin=9.5, end=11.0, seconds=0.5, bytes=25_000_000_000)
-    trace.answer("dit", QuantumDone(id=TASK, phase="denoise", index=4, begin=10.0, seconds=2.0, copied=copied))
+    out = Copied(begin=12.0, end=12.25, seconds=0.25, bytes=1_000_000_000)
+    trace.answer(
+        "dit",
+        QuantumDone(id=TASK, phase="denoise", index=4, begin=10.0, seconds=2.0, copied=copied, delivered=out),
+    )
     events = chrome_trace(trace.spans(), 0.0)["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert sorted(names.values()) == ["cuda:0", "cuda:0 copies", "dit"]
-    (found,) = [e for e in events if e.get("cat") == "copies"]
+    assert sorted(names.values()) == ["cuda:0", "cuda:0 copies", "cuda:0 copies out", "dit"]
+    found, delivered = (e for e in events if e.get("cat") == "copies")
     assert (names[found["tid"]], found["name"], found["ts"], found["dur"]) == ("cuda:0 copies", "25.0 GB", 0, 1.5e6)
     assert found["args"]["gigabytes_per_second"] == 50.0 and found["args"]["milliseconds"] == 500.0
     assert found["args"] | {"task": TASK, "phase": "denoise", "index": 4} == found["args"]
+    assert (names[delivered["tid"]], delivered["name"], delivered["dur"]) == ("cuda:0 copies out", "1.0 GB", 0.25e6)
+    assert delivered["ts"] == 2.5e6 and delivered["args"]["gigabytes_per_second"] == 4.0
 
 
 def test_the_file(ran: Ran, tmp_path: Path) -> None:
@@ -113,7 +119,10 @@ def test_the_file(ran: Ran, tmp_path: Path) -> None:
     said = run_engine("trace", "--out", out, "--socket", ran.socket)
     assert said.returncode == 0 and "2 requests" in said.stdout, said.stderr
     rows = slices(out)
-    assert {"stages text", "stages dit", "stages vae", "stages writer", "devices cpu:dit"} <= set(rows)
+    copies = "devices cpu:vae copies out"
+    assert {"stages text", "stages dit", "stages vae", "stages writer", "devices cpu:dit", copies} <= set(rows)
+    decoded = sorted((e["args"]["task"], e["args"]["index"]) for e in rows["stages vae"])
+    assert sorted((e["args"]["task"], e["args"]["index"]) for e in rows[copies]) == decoded
     for found in rows.values():
         for before, after in itertools.pairwise(found):
             assert before["ts"] + before["dur"] <= after["ts"] + 0.002, "microseconds, rounded to thousandths"

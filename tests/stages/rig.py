@@ -39,6 +39,7 @@ from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
 from stages.models.vae import WanVae
+from stages.outbox import Delivery
 from stages.stage import Links, Stage, attach_links
 from stages.worker import load_stage
 
@@ -192,8 +193,9 @@ class Rig:
 
     def links(self, start: Start) -> Links:
         return attach_links(
-            start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append, self.placing.append
-        )
+            start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append, self.placing.append,
+            self._deliver,
+        )  # fmt: skip
 
     def load(self, name: StageName, **fields: Any) -> Stage:
         """This stage, as in a process of its own. Loading it again stands for a new process: `reclaim` comes before."""
@@ -216,6 +218,9 @@ class Rig:
 
     def _beat(self) -> None:
         self.beats += 1
+
+    def _deliver(self, delivery: Delivery) -> None:
+        delivery()
 
     def _loading(self, component: str, done: int, total: int) -> None:
         self.loaded[component] = (done, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from hotreload.checkpoint import open_checkpoint
 from hotreload.reading import BUFFERS
 from hotreload.weights import load_weights
 from ipc.messages import Begin, QuantumDone, Run
+from ipc.tensor_queue import TensorQueue
 from stages import kernels
 from stages.attention import choice
 from stages.attention.backends import Case
 from stages.graphs import Graphs
+from stages.leaving import Leaving
 from stages.models import text_encoder
 from stages.models.image_encoder import ImageEncoder
 from stages.models.transformer import Block, Compute, Stream, WanTransformer, keeps_float32
@@ -31,6 +34,7 @@ from stages.sampling import Context, get_noise, predict
 from stages.worker import limit_memory
 from tests.stages.process import WorkerProcess
 from tests.stages.rig import Rig, make_job
+from tests.stages.test_vae import take
 from tools.make_checkpoint import TOKENIZER, make_checkpoint, shrink
 
 pytestmark = pytest.mark.gpu
@@ -331,3 +335,20 @@ def test_a_process_allocates_no_more_than_it_may() -> None:
     finally:
         limit_memory("cuda:0", ["dit"], {"dit": 1 << 50})
     assert torch.empty(bound, dtype=torch.uint8, device="cuda").numel() == bound
+
+
+def test_frames_leave_the_gpu_while_it_computes(tiny: Callable[[str], tuple[ModelParams, Path]]) -> None:
+    """A tensor is made, and then the GPU is given something to do for a second: another thread has the tensor in the
+    queue, in host memory and right, long before that is over."""
+    model, directory = tiny("wan2.1-t2v-1.3b")
+    with Rig(directory, model) as rig, ThreadPoolExecutor(1) as thread:
+        queue, job = rig.memory.queues["frames"], make_job()
+        with TensorQueue.attach(queue.spec, queue.fds, "producer", 1) as producer:
+            frames = torch.arange(3 * 16 * 16 * 3, device="cuda").remainder(251).to(torch.uint8).reshape(3, 16, 16, 3)
+            leaving = Leaving(producer, job.id, 0, frames, 1.0)
+            torch.cuda._sleep(int(1.5e9))
+            busy = torch.cuda.current_stream().record_event()
+            copied = thread.submit(leaving).result()
+            assert not busy.query(), "the copy waited for what was computed after it"
+            assert copied is not None and copied.bytes == frames.nbytes
+        assert torch.equal(take(rig, "frames", job), frames.cpu())
