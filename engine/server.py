@@ -15,6 +15,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from engine.pace import Turnstile
 from engine.params import SystemParams
 from engine.paths import SocketClaim, peer_ids
 from engine.session import Limits, Session, SessionState, refusal
@@ -89,6 +90,7 @@ class Server:
         self.gate = asyncio.Event()
         """While it is not set, no message of a client is taken up: `hold`."""
         self.gate.set()
+        self.turnstile = Turnstile()
         self.sessions: dict[asyncio.Task[None], Session] = {}
 
     async def start(self, listener: socket.socket | None = None) -> None:

@@ -22,6 +22,7 @@ import msgspec
 
 from engine.decode import decode_strictly
 from engine.listing import fitting, shortened
+from engine.pace import Pace, Turnstile
 from engine.params import UserParams
 from engine.receiving import Incoming
 from engine.settings import read_attention
@@ -105,6 +106,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     burst: int = 256
     """Messages that are answered as fast as they come; `rate` more per second."""
     rate: float = 32.0
+    calm: int = 8
+    """Messages at once, and `rate` more per second, of a client that goes before those who ask more."""
     handshake: float = 5.0
     frame: float = 10.0
     """From the first byte of a frame to its last."""
@@ -114,37 +117,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """For last words to reach the clients when the server stops."""
 
 
-class Pace:
-    """How fast one client is answered: `burst` messages at once, then `rate` per second. Who asks more often waits,
-    so that it takes next to nothing of the loop from the others."""
-
-    def __init__(self, burst: int, rate: float, now: float) -> None:
-        self._burst, self._rate = burst, rate
-        self._left, self._since = float(burst), now
-
-    def delay(self, now: float) -> float:
-        """Count a message; the seconds until the next one may be answered."""
-        self._left = min(self._burst, self._left + (now - self._since) * self._rate) - 1
-        self._since = now
-        return max(0.0, -self._left / self._rate)
-
-    def wait(self, now: float) -> float:
-        """The seconds until the next message may be answered."""
-        return max(0.0, -self.left(now) / self._rate)
-
-    def left(self, now: float) -> float:
-        """Messages that may be answered at once; below zero: that must be waited for."""
-        return min(self._burst, self._left + (now - self._since) * self._rate)
-
-    def set_left(self, left: float) -> None:
-        self._left = left
-
-
 class Host(Protocol):
     """What a session asks of the server that it belongs to."""
 
     gate: asyncio.Event
     """While it is not set, no message is taken up."""
+    turnstile: Turnstile
+    """For those who ask much."""
 
     def handle_shutdown(self, drain: bool) -> None:
         """A client asked for the end."""
@@ -194,6 +173,7 @@ class Session:
         self.pid, self._uid = peer
         self._host = host
         self._pace = Pace(self._limits.burst, self._limits.rate, self._loop.time())
+        self._calm = Pace(self._limits.calm, self._limits.rate, self._loop.time())
         self._frames: FrameReader[AnyClientMessage] = FrameReader(AnyClientMessage)
         self._decoded: Iterator[AnyClientMessage] = iter(())
         self._sending = asyncio.Lock()
@@ -243,7 +223,8 @@ class Session:
         if message is None:
             return False
         await self._handle(message)
-        self._pace.delay(self._loop.time())
+        for pace in (self._pace, self._calm):
+            pace.count(self._loop.time())
         return True
 
     async def _greet(self) -> bool:
@@ -272,6 +253,8 @@ class Session:
     async def _receive(self) -> AnyClientMessage | None:
         """The next message; None when the client has closed its side."""
         while True:
+            if self._calm.left(self._loop.time()) <= 0:
+                await self._host.turnstile.wait()
             await self._host.gate.wait()
             if (message := next(self._decoded, None)) is not None:
                 if self._incoming.has_descriptor and not isinstance(message, UpdateWeights):
