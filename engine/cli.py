@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.version import VERSION
-from ipc.errors import BadCheckpoint, BadConfig, BadRequest, Cancelled, EngineError, NotFound, OutputError
+from ipc.errors import BadCheckpoint, BadConfig, BadRequest, Cancelled, EngineError, NotFound
 
 app = typer.Typer(
     name="engine", help="Text to video with Wan models: a server, its clients, and one-off runs.", no_args_is_help=True,
@@ -93,25 +93,24 @@ def generate(
     from engine.display import progress_view, summary
     from engine.generate import Order, run, suggestions
     from engine.params import UserParams
+    from engine.trace_file import check_target, write_trace
 
     params = decode_strictly(UserParams, {**fields, "output": str(out)}, BadRequest, "the request")
-    if trace_to is not None and not trace_to.absolute().parent.is_dir():
-        raise OutputError(f"the trace cannot be written to {trace_to}: there is no such directory")
+    if trace_to is not None:
+        check_target(trace_to)
     order = Order(
         params=params, socket=socket, model=model, checkpoint=checkpoint, lora=tuple(lora or ()), placement=placement
     )  # fmt: skip
     outcome = run(order, progress_view(quiet=as_json), with_trace=trace_to is not None)
-    if trace_to is not None and outcome.traced is not None:
-        from engine.trace_file import write_trace
-
-        written = write_trace(trace_to, outcome.traced, outcome.done.id)
     if as_json:
         _print_json({"id": outcome.done.id, "path": outcome.done.path, "metadata": outcome.done.metadata})
     else:
         lines = summary(outcome.done, outcome.seconds, outcome.loading, outcome.waiting)
-        if trace_to is not None:
-            lines.append(written)
         print("\n".join([*lines, "next:", *(f"  {line}" for line in suggestions(order, outcome))]))
+    if trace_to is not None and outcome.traced is not None:
+        written = write_trace(trace_to, outcome.traced, outcome.done.id)
+        if not as_json:
+            print(written)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,20 @@ import msgspec
 from engine.trace import KEPT_QUANTA, chrome_trace, of_tasks
 from ipc.errors import OutputError
 from ipc.messages import Traced
+
+
+def check_target(out: Path) -> None:
+    """Before something takes its time: `OutputError` if it can be told now that the file cannot be written."""
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        problem = "there is no such directory"
+    elif out.is_dir():
+        problem = "it is a directory"
+    elif not os.access(out if out.exists() else folder, os.W_OK):
+        problem = "this user may not write there"
+    else:
+        return
+    raise OutputError(f"the trace cannot be written to {out}: {problem}")
 
 
 def write_trace(out: Path, traced: Traced, identity: str | None = None, last: bool = False) -> str:

@@ -166,8 +166,13 @@ def test_a_request_writes_its_own(ran: Ran, tmp_path: Path) -> None:
         assert counted["write"] == counted["decode"] > 1
         assert len({args["task"] for args in found}) == 1
         out.unlink()
-    refused = run_engine(*map(str, words), "--trace", str(tmp_path / "no" / "t.json"), "--socket", str(ran.socket))
-    assert refused.returncode == 1 and refused.stderr.startswith("engine: the trace cannot be written to")
+    for out, problem in ((tmp_path / "no" / "t.json", "there is no such directory"), (tmp_path, "it is a directory")):
+        refused = run_engine(*map(str, words), "--trace", str(out), "--socket", str(ran.socket))
+        assert refused.returncode == 1 and not refused.stdout
+        assert refused.stderr == f"engine: the trace cannot be written to {out}: {problem}\n"
+    full = run_engine(*map(str, words), "--trace", "/dev/full", "--socket", str(ran.socket))
+    assert full.returncode == 1 and "v.mp4" in full.stdout, "what was made is said all the same"
+    assert full.stderr.endswith("engine: the trace cannot be written to /dev/full: No space left on device\n")
 
 
 def test_a_trace_that_is_cut_off_says_so(tmp_path: Path) -> None:
