@@ -28,16 +28,14 @@ from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerUnavailable, to_failure
 from ipc.lacking import why_not_started
 from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
+from stages.failures import is_out_of_memory, out_of_memory, summary
 from stages.worker import (
     EXIT_ORPHANED,
     EXIT_START_FAILED,
     SEND_TIMEOUT,
     START_TIMEOUT,
     LoadingReporter,
-    is_out_of_memory,
     load_torch,
-    out_of_memory,
-    summary,
     watch_supervisor,
 )
 

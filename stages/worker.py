@@ -14,10 +14,8 @@ dies: a thread waits for that, because the main one may be in a long quantum.
 from __future__ import annotations
 
 import collections
-import errno
 import faulthandler
 import os
-import re
 import select
 import signal
 import socket
@@ -35,8 +33,7 @@ import msgspec
 
 from ipc.channel import Channel, ChannelClosed, Received, close_fds
 from ipc.counters import ProgressCounter
-from ipc.errors import EngineError, Failure, OutOfMemory, OutOfProcesses, StageFailed, to_failure
-from ipc.lacking import RAISE_PROCESSES, lacks_processes
+from ipc.errors import EngineError, Failure, StageFailed, to_failure
 from ipc.messages import (
     STAGE_OF_COMPONENT,
     STAGE_OF_PHASE,
@@ -73,13 +70,12 @@ from ipc.messages import (
     VaeChosen,
     WeightVersion,
 )
+from stages.failures import describe, start_failure, summary
 from stages.forks import serve_forks
 from stages.outbox import Delivery, Outbox
 from stages.stage import AnyNetwork, Left, Links, Stage, attach_links
 
 EXIT_START_FAILED = 3
-EXIT_DEVICE_LOST = 4
-"""The CUDA context is dead; only a new process gets another."""
 EXIT_ORPHANED = 5
 """The supervisor is gone."""
 
@@ -89,10 +85,6 @@ SEND_TIMEOUT = 60.0
 """Seconds the supervisor may leave a report unread before this process gives up on it."""
 LOADING_INTERVAL = 0.2
 """Seconds between two reports of how much is loaded."""
-LACKING = ("can't allocate memory", "out of memory", "out_of_memory", "alloc_failed")
-"""What torch on a CPU, CUDA and Triton, its driver, and cuBLAS or cuDNN say, in small letters."""
-MAX_ERROR_TEXT = 300
-"""Characters of an unexpected exception that travel."""
 
 
 @dataclass(slots=True)
@@ -351,54 +343,6 @@ def tell_placing(channel: Channel[AnyStageProcessMessage], identity: str) -> Non
     channel.send(PlacingFile(id=identity), timeout=SEND_TIMEOUT)
 
 
-def describe(error: Exception, stage: StageName) -> Failure:
-    """The failure of one request. Tells stderr about a defect; ends the process if its device is lost."""
-    if isinstance(error, EngineError):
-        return to_failure(error)
-    traceback.print_exception(error)
-    if is_out_of_memory(error):
-        return to_failure(out_of_memory(error, stage))
-    if is_device_lost(error):
-        raise SystemExit(EXIT_DEVICE_LOST) from error
-    return Failure(EngineError.code, f"the {stage} stage failed: {summary(error)}")
-
-
-def summary(error: Exception) -> str:
-    """One line about an exception, without the path that an `OSError` carries."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:MAX_ERROR_TEXT]}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, a library of CUDA's, the driver, Python or the system had no memory to give; the process can go
-    on. By name and text: torch may not be loaded."""
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or any(text in str(error).lower() for text in LACKING)
-
-
-def out_of_memory(error: Exception, stage: StageName) -> OutOfMemory:
-    """What was wanted and what was there, where torch says so."""
-    text = str(error)
-    wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
-    free = re.search(r"of which ([\d.]+ \w+) is free", text)
-    sizes = [f"{wanted[1]} were asked for"] if wanted else []
-    sizes += [f"{free[1]} were free"] if free else []
-    found = f" ({', '.join(sizes)})" if sizes else ""
-    return OutOfMemory(
-        f"the {stage} stage ran out of memory{found}; ask for a smaller size or fewer frames, or free memory on this "
-        "machine's device"
-    )
-
-
-def is_device_lost(error: Exception) -> bool:
-    """Whether CUDA reported an error after which every call of this process fails. By name: torch may not be loaded."""
-    if any(cls.__name__ == "AcceleratorError" for cls in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
-
-
 def use_threads(name: StageName, threads: Mapping[StageName, int]) -> None:
     """Compute this stage's quantum on its own number of threads, whoever shares the process: part of the result."""
     if name == "writer":
@@ -594,18 +538,6 @@ def fail_to_start(channel: Channel[AnyStageProcessMessage], error: Exception) ->
     """Say why the process cannot become what it was to be; its exit code."""
     channel.send(StartFailed(error=start_failure(error)), timeout=SEND_TIMEOUT)
     return EXIT_START_FAILED
-
-
-def start_failure(error: Exception) -> Failure:
-    """Why a process cannot start. Tells stderr where an error came from that is none of ours."""
-    if isinstance(error, EngineError):
-        return to_failure(error)
-    traceback.print_exception(error)
-    if is_out_of_memory(error):
-        return Failure(OutOfMemory.code, summary(error))
-    if lacks_processes(error):
-        return Failure(OutOfProcesses.code, f"{summary(error)}; {RAISE_PROCESSES}")
-    return Failure(StageFailed.code, summary(error))
 
 
 def main() -> None:

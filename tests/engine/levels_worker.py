@@ -12,7 +12,8 @@ from typing import Any
 
 import stages.dit
 from ipc.messages import MemoryPlan, MemorySet
-from stages.worker import Worker, describe, main
+from stages.failures import describe
+from stages.worker import Worker, main
 
 level = 0
 """That this process keeps."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import stages.failures
 import stages.worker
 from ipc.messages import Job, Parts, Run, StageName, Start
 from stages.stage import Links, Stage
@@ -37,7 +38,7 @@ def allocate(stage: Any, run: Run, device: str | None) -> None:
 
 def misjudge(stage: Any, run: Run, device: str | None) -> None:
     """The control of `allocate`: from now on nobody sees that it was memory that was lacking."""
-    stages.worker.is_out_of_memory = lambda error: False
+    stages.failures.is_out_of_memory = lambda error: False
 
 
 def spoil(stage: Any, run: Run, device: str | None) -> None:

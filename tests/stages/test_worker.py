@@ -41,15 +41,12 @@ from ipc.messages import (
     StartFailed,
     VaeChosen,
 )
+from stages.failures import EXIT_DEVICE_LOST, describe, is_device_lost, summary
 from stages.worker import (
-    EXIT_DEVICE_LOST,
     EXIT_ORPHANED,
     EXIT_START_FAILED,
     LOADING_INTERVAL,
     LoadingReporter,
-    describe,
-    is_device_lost,
-    summary,
 )
 from tests.stages.process import ROOT, WAIT, WorkerProcess
 from tests.stages.rig import STAGES, Rig, is_empty, make_job, quanta
