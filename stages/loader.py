@@ -29,10 +29,10 @@ from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerU
 from ipc.lacking import why_not_started
 from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
 from stages.failures import is_out_of_memory, out_of_memory, summary
+from stages.loop import SEND_TIMEOUT
 from stages.worker import (
     EXIT_ORPHANED,
     EXIT_START_FAILED,
-    SEND_TIMEOUT,
     START_TIMEOUT,
     LoadingReporter,
     load_torch,

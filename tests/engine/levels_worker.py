@@ -13,7 +13,8 @@ from typing import Any
 import stages.dit
 from ipc.messages import MemoryPlan, MemorySet
 from stages.failures import describe
-from stages.worker import Worker, main
+from stages.loop import Worker
+from stages.worker import main
 
 level = 0
 """That this process keeps."""

@@ -26,12 +26,12 @@ from stages.attention import choice
 from stages.attention.backends import Case
 from stages.graphs import Graphs
 from stages.leaving import Leaving
+from stages.loop import limit_memory
 from stages.models import text_encoder
 from stages.models.image_encoder import ImageEncoder
 from stages.models.transformer import Block, Compute, Stream, WanTransformer, keeps_float32
 from stages.models.vae import WanVae
 from stages.sampling import Context, get_noise, predict
-from stages.worker import limit_memory
 from tests.stages.process import WorkerProcess
 from tests.stages.rig import Rig, make_job
 from tests.stages.test_vae import take
