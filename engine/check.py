@@ -118,16 +118,22 @@ def check_checkpoint(directory: Path, model: str | None, size: str | None = None
 
 def read_size(text: str, model: ModelParams) -> RequestSize:
     """WIDTHxHEIGHT, or WIDTHxHEIGHTxFRAMES. `BadConfig` for what is not of this form, or no size of the model."""
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in parts):
-        raise BadConfig(f"the size is {text!r}; expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, such as 832x480x81")
-    width, height, *frames = map(int, parts)
-    user = UserParams(prompt="", width=width, height=height, num_frames=frames[0] if frames else None)
+    width, height, frames = size_given(text)
+    user = UserParams(prompt="", width=width, height=height, num_frames=frames)
     try:
         size_of(user, model, None)
         return msgspec.structs.replace(usual_size(model), width=width, height=height, frames=frames_of(user, model))
     except BadRequest as error:
         raise BadConfig(str(error)) from error
+
+
+def size_given(text: str) -> tuple[int, int, int | None]:
+    """Width, height, and frames if they are said. `BadConfig` for another form."""
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and len(part) <= 9 for part in parts):
+        raise BadConfig(f"the size is {text!r}; expected WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+    width, height, *frames = map(int, parts)
+    return width, height, frames[0] if frames else None
 
 
 def _without_model(root: Path, layout: Layout) -> CheckReport:

@@ -352,13 +352,18 @@ def cancel(
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
+def models(
+    size: Annotated[
+        str | None, typer.Option(help="Of the video whose memory is told, such as 832x480x81 [each model's usual one].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """The models this engine knows, whether their weights are here, and what they take at each memory level."""
     from engine.catalogue import describe_models
     from engine.display import print_models
 
-    found, problems = describe_models()
-    _print_json(found) if as_json else print_models(found)
+    found, problems = describe_models(size)
+    _print_json(found) if as_json else print_models(found, size)
     if problems:
         raise BadConfig(f"left out: {'; '.join(problems)}")
 
@@ -384,14 +389,17 @@ def check(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Option(help="Whose attention is tried: see `engine models`.")] = "wan2.1-t2v-1.3b",
+    model: Annotated[
+        str, typer.Option(help="Whose attention and blocks are tried: see `engine models`.")
+    ] = "wan2.1-t2v-1.3b",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     attention_backend: Annotated[str, typer.Option(help="As for `engine serve`.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """What this machine computes with: which attention backends are right, how fast they are, and which kernels. On a
-    GPU, engines that are started later take the attention that is found best here."""
+    """What this machine computes with: which attention backends are right, how fast they are, and which kernels; and
+    what memory level 3 costs here: page-locking, copies, and from how many tokens on it costs no time. On a GPU,
+    engines that are started later take the attention that is found best here."""
     from engine.decode import decode_strictly
     from engine.doctor import examine, print_doctor
     from engine.params import SystemParams

@@ -266,7 +266,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     console.print(table)
 
 
-def print_models(cards: Sequence[ModelCard]) -> None:
+def print_models(cards: Sequence[ModelCard], size_asked: str | None = None) -> None:
     """`engine models`."""
     rows = [
         (
@@ -282,10 +282,13 @@ def print_models(cards: Sequence[ModelCard]) -> None:
     print_table(("model", "kind", "parameters", "usual video", "steps", "weights"), rows)
     memory = [
         (card.name, *(size(need.gpu) for need in card.levels), size(card.levels[-1].host),
-         slowdown(card.levels[-1])) for card in cards
+         slowdown(card.levels[-1])) for card in cards if card.levels
     ]  # fmt: skip
-    print("\nmemory of one GPU for a usual video, at each memory level:\n")
+    video = "a usual video" if size_asked is None else f"a video of {size_asked}"
+    print(f"\nmemory of one GPU for {video}, at each memory level:\n")
     print_table(("model", *(f"level {level}" for level in range(4)), "host from 2 on", "a step at 3"), memory)
+    if refused := [f"not by {card.name}: {card.size_refused}" for card in cards if card.size_refused]:
+        print("\n".join(["", *refused]))
     print(f"\n{figures()}")
 
 

@@ -11,8 +11,10 @@ from engine import cli, models
 from engine.catalogue import describe_models, transformer_parameters
 from engine.checkpoint import identify
 from engine.display import count, print_models
+from engine.footprint import RequestSize, needs
 from engine.models import list_models, load_model
 from ipc.errors import BadConfig
+from tests.engine.wire import run_engine
 
 PARAMETERS = {
     "wan2.1-t2v-1.3b": 1_418_996_800,
@@ -79,3 +81,28 @@ def test_what_the_models_take_at_each_memory_level(capsys: pytest.CaptureFixture
     row = next(line for line in memory.splitlines() if line.startswith("wan2.2-t2v-a14b"))
     assert row.count(" GB") == 5 and row.rstrip().endswith("as fast")
     assert "NVIDIA H100" in memory and "configs/measured/memory.yaml" in memory
+
+
+def test_what_the_models_take_for_a_video_of_any_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `engine models --size` tells it: what `engine check --size` does, of each model that makes such a video; the
+    others say why not."""
+    cards = {card.name: card for card in describe_models("832x480x17")[0]}
+    large, demo = cards["wan2.1-t2v-14b"], cards["wan-demo"]
+    assert large.size == RequestSize(832, 480, 17)
+    assert large.levels == needs(load_model("wan2.1-t2v-14b"), RequestSize(832, 480, 17))
+    assert demo.size is None and demo.levels == [] and "takes up to 36,864" in demo.size_refused
+    print_models(list(cards.values()), "832x480x17")
+    memory = capsys.readouterr().out.partition("for a video of 832x480x17, at each memory level:")[2]
+    row = next(line for line in memory.splitlines() if line.startswith("wan2.1-t2v-14b"))
+    assert row.rstrip().endswith(f"{large.levels[3].slowdown:.2f} x as long")
+    assert "not by wan-demo: 832x480 is 399,360 pixels" in memory
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [("large", "expected WIDTHxHEIGHT"), ("8192x8192", "no known model makes a video of 8192x8192")]
+)
+def test_a_size_that_no_model_makes(size: str, says: str) -> None:
+    with pytest.raises(BadConfig, match=says):
+        describe_models(size)
+    ran = run_engine("models", "--size", size)
+    assert ran.returncode == 2 and says in ran.stderr and not ran.stdout
