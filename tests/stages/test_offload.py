@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 
+from engine.weight_sizes import transformer_bytes
 from hotreload.placement import lay_out
 from ipc.errors import OutOfMemory
 from ipc.messages import Job, MemoryPlan, Run
@@ -133,8 +134,9 @@ def test_what_was_copied_is_told_once(rig: Rig) -> None:
     told = stage.copied()
     assert told is not None and stage.copied() is None
     assert began < told.begin < told.end < time.monotonic() and 0 < told.seconds <= told.end - told.begin
-    (block,) = {room.data.nbytes for room in stage._pools._pools["blocks"]._rooms}
-    assert 2 * (LAYERS - 2) * (block - 64 * 32) <= told.bytes, "two forwards; tensors are aligned in a room"
+    parts, copied = transformer_bytes(MODEL.transformer, "float32"), 2 * (LAYERS - 2)
+    gaps = told.bytes - copied * parts.block
+    assert 0 <= gaps < copied * parts.cross / 4, "two forwards, and of no block what makes keys and values"
     stage.set_memory(RESIDENT, [])
     step(stage, job, 3)
     assert stage.copied() is None
@@ -221,6 +223,36 @@ class HastyLane(JitteryLane):
 
     def wait(self, mark: Mark) -> None:
         pass
+
+
+class WatchedLane(HostLane):
+    """Counts how often the host waits for copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+
+    def finish(self) -> None:
+        self.waits += 1
+        super().finish()
+
+
+def test_the_host_waits_for_no_copy_inside_a_step(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At level 3 marks alone say what is there, also while the next expert's blocks and context are made. At the first
+    step of an expert, what the one before had beside its blocks is given back: that is waited for, once."""
+    lane, job, waits = WatchedLane(), both_experts(), []
+    monkeypatch.setattr("stages.weights.lane_of", lambda device: lane)
+    for blocks in (0, 2):
+        stage = rig.load("dit", memory=MemoryPlan(level=3, blocks=blocks))
+        put_prompts(rig, job)
+        stage.begin(job)
+        for index in range(job.steps):
+            before = lane.waits
+            step(stage, job, index)
+            waits.append(lane.waits - before)
+        stage.drop(job.id)
+        take_latents(rig, job)
+    assert waits == [0, 0, 1, 0, 0] * 2
 
 
 def denoised_with(rig: Rig, lane: Lane, job: Job, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
