@@ -73,7 +73,8 @@ class Sample(GpuSample, frozen=True, kw_only=True):
     host_total: int | None = None
     host_available: int | None = None
     memlock: int | None = None
-    """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes."""
+    """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes. For people to see: NVIDIA's driver does not
+    ask for it when it page-locks (`os_lock_user_pages` of its open kernel modules), so no decision depends on it."""
     pressure: float | None = None
     """Of /proc/pressure/memory, "some avg10": the share of ten seconds in which some task waited for memory, 0 to 1."""
 

@@ -162,8 +162,8 @@ class PinnableMap(mmap.mmap):
     _device = 0
 
     def pin(self, *, read_only: bool) -> None:
-        """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. Where that cannot be (the limit of
-        locked memory), a copy from it is slower, and waited for."""
+        """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. Where that cannot be, a copy from it is
+        slower, and waited for, and the log says so."""
         address = flat_tensor(memoryview(self)).data_ptr()
         code = int(_cudart().cudaHostRegister(address, len(self), PORTABLE | (READ_ONLY if read_only else 0)))
         if code:

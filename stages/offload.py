@@ -3,7 +3,7 @@
 A network is used piece by piece (`stages/models/walks.py`). On the device there is room for some of the pieces: for
 each of the resident ones, and two rooms more that the others take turns in. While one is computed with, the next is
 copied in on a side lane (`stages/lanes.py`), and the host waits for neither. A transformer of 14B, 598 MB a block, is
-as fast so as resident from about 9,000 tokens on (docs/memory.md).
+as fast so as resident from about 9,000 tokens on (`engine.footprint.break_even_tokens`).
 
 What is computed, and in what order, is the same however many pieces stay: so are the bits.
 """
