@@ -49,16 +49,18 @@ class Moment(NamedTuple):
     """What others leave, or the budget."""
     before: MemoryPlan
     after: MemoryPlan
+    size: RequestSize = SIZE
+    """Of the request that runs."""
 
 
-def played(policy: Answers, trace: Trace, seed: int = 0, budget: int = TOTAL) -> list[Moment]:
+def played(policy: Answers, trace: Trace, seed: int = 0, budget: int = TOTAL, size: RequestSize = SIZE) -> list[Moment]:
     """Samples come nearly every `INTERVAL`."""
     uneven, moments, at = random.Random(seed), [], 0.0
     for others in trace:
         at += INTERVAL * uneven.uniform(0.95, 1.05)
         before = policy.plan
-        after = policy.on(Sample(at=at, total=TOTAL, others=others), SIZE, at) or before
-        moments.append(Moment(at, min(budget, TOTAL - others), before, after))
+        after = policy.on(Sample(at=at, total=TOTAL, others=others), size, at) or before
+        moments.append(Moment(at, min(budget, TOTAL - others), before, after, size))
     return moments
 
 
@@ -68,11 +70,11 @@ def changes(moments: Sequence[Moment]) -> list[Moment]:
 
 def above_budget(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS) -> list[str]:
     """Moments after which a plan holds that does not fit, though another one would."""
-    least = min(account(SIZE, plan).gpu for plan in allowed)
+    least = min(account(moments[0].size, plan).gpu for plan in allowed)
     return [
-        f"{m.at:.1f} s: {m.after} takes {account(SIZE, m.after).gpu / GIB:.1f} of {m.there / GIB:.1f} GiB"
+        f"{m.at:.1f} s: {m.after} takes {account(m.size, m.after).gpu / GIB:.1f} of {m.there / GIB:.1f} GiB"
         for m in moments
-        if least <= m.there < account(SIZE, m.after).gpu
+        if least <= m.there < account(m.size, m.after).gpu
     ]
 
 
@@ -107,15 +109,15 @@ def _still(moments: Sequence[Moment]) -> bool:
 def _roomy(moments: Sequence[Moment]) -> bool:
     now = moments[-1]
     recent = [m.there for m in moments if m.at >= now.at - DWELL]
-    return len(recent) > 1 and min(recent) >= account(SIZE, now.after).gpu + TOTAL * NOISE / 2
+    return len(recent) > 1 and min(recent) >= account(now.size, now.after).gpu + TOTAL * NOISE / 2
 
 
 def wrong_end(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS) -> list[str]:
     """After a while without movement the level is not the lowest that fits, allowing for the margin of the policy, or
     steps are slower than with the most blocks that fit."""
-    there, plan = moments[-1].there, moments[-1].after
-    roomy = next((p for p in allowed if account(SIZE, p).gpu <= there - MARGIN), allowed[-1])
-    if plan.level > roomy.level or account(SIZE, plan).slowdown > account(SIZE, roomy).slowdown * (1 + LITTLE):
+    there, plan, size = moments[-1].there, moments[-1].after, moments[-1].size
+    roomy = next((p for p in allowed if account(size, p).gpu <= there - MARGIN), allowed[-1])
+    if plan.level > roomy.level or account(size, plan).slowdown > account(size, roomy).slowdown * (1 + LITTLE):
         return [f"ends with {plan}, where {roomy} fits into {there / GIB:.1f} GiB"]
     return []
 
