@@ -13,9 +13,10 @@ from engine.checkpoint import open_model
 from engine.device_memory import make_device_memory
 from engine.devices import compute_dtype, devices_of_seats, resolve_devices, warn_of_threads
 from engine.footprint import Bounds, Setting, allocation_limits, need, plan_for, refusal, usual_size
+from engine.host_samples import HostSample, host_sample
 from engine.memory import EngineMemory, device_sizes
 from engine.models import load_model
-from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler
+from engine.monitor import HOST_RESERVE, SLACK, Sample, Sampler, why_no_copies
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST, Limits
 from hotreload.checkpoint import Checkpoint
@@ -127,7 +128,10 @@ def plans_at_start(params: SystemParams, model: ModelParams, settings: Mapping[s
 
 def _plan(params: SystemParams, model: ModelParams, device: str, setting: Setting) -> MemoryPlan:
     if params.memory_level != "auto":
-        return exact_plan(MemoryPlan(level=params.memory_level), model)
+        plan = exact_plan(MemoryPlan(level=params.memory_level), model)
+        if device != HOST:
+            warn_of_host_memory(model, host_sample(), plan, setting)
+        return plan
     if device == HOST:
         return MemoryPlan()
     sampler = Sampler(int(device.partition(":")[2]), lambda: ())
@@ -136,6 +140,15 @@ def _plan(params: SystemParams, model: ModelParams, device: str, setting: Settin
     finally:
         sampler.close()
     return fitting(model, sample, None if params.gpu_budget is None else bytes_of(params.gpu_budget), setting)
+
+
+def warn_of_host_memory(model: ModelParams, host: HostSample, plan: MemoryPlan, setting: Setting) -> None:
+    """Say so if the weights that an operator wants in host memory seem not to fit there. No refusal: they may be there
+    already, kept for this engine by systemd."""
+    amount = need(model, usual_size(model), plan, setting).host
+    sample = Sample(at=0.0, host_available=host.available, pressure=host.pressure)
+    if amount and (why := why_no_copies(sample, amount)):
+        log.warning("memory level %d keeps the weights in host memory, and %s", plan.level, why)
 
 
 def fitting(model: ModelParams, sample: Sample, budget: int | None, setting: Setting) -> MemoryPlan:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from engine.footprint import Setting, need, usual_size
+from engine.host_samples import HostSample
 from engine.models import load_model
 from engine.monitor import SLACK, Sample
 from engine.params import SystemParams, bytes_of
 from engine.serve import system_params
-from engine.starting import check_level, exact_plan, fitting, plans_at_start, settings_of
+from engine.starting import check_level, exact_plan, fitting, plans_at_start, settings_of, warn_of_host_memory
 from ipc.errors import BadConfig
 from ipc.messages import MemoryPlan
 
@@ -67,6 +68,19 @@ def test_on_a_cpu() -> None:
         assert plans_at_start(params, MODEL, settings_of(params, "cpu", ("cpu",), False)) == {"cpu": plan}
     with pytest.raises(BadConfig, match="computes on the CPU; leave it out"):
         check_level(SystemParams(gpu_budget="8GiB"), "cpu")
+
+
+def test_a_level_that_host_memory_has_no_room_for(caplog: pytest.LogCaptureFixture) -> None:
+    """The operator's level holds, and the log says what will be lacking; not below level 2, nor where there is room."""
+    for level, available, said in ((2, 30 << 30, True), (3, 30 << 30, True), (1, 30 << 30, False), (3, 1 << 40, False)):
+        caplog.clear()
+        host = HostSample(total=None, available=available, memlock=None, pressure=None)
+        warn_of_host_memory(MODEL, host, exact_plan(MemoryPlan(level=level), MODEL), SETTING)
+        assert [f"memory level {level} keeps the weights in host memory, and " in t for t in caplog.messages] == [
+            True
+        ] * said
+    params = SystemParams(device="cuda:0", memory_level=3)
+    assert plans_at_start(params, MODEL, {"cuda:0": SETTING}) == {"cuda:0": MemoryPlan(level=3, blocks=0)}
 
 
 def test_a_budget_and_a_level_contradict_each_other() -> None:
