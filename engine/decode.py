@@ -56,7 +56,8 @@ def _check_field(name: str, type_: Any, value: object, error: type[EngineError],
     except msgspec.ValidationError as cause:
         choices = _choices(type_)
         if choices:
-            near = _nearest(value, choices)
+            near = _nearest(value, choices) if isinstance(value, str) else ""
+            near = f"; write it as a number: {value}" if value in choices else near
             raise error(f"{what}: {name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
         expected = str(cause).split(", got `", 1)[0].split(" - at `", 1)[0].removeprefix("Expected ").replace("`", "")
         expected = expected.replace(" | null", "")

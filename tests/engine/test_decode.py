@@ -55,6 +55,16 @@ def test_one_value_where_a_list_is_meant() -> None:
         decode_strictly(SystemParams, {"lora": "h,l:0.8"}, BadConfig, "system.yaml")
 
 
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [("2", r"got '2'; write it as a number: 2$"), (-1, "got -1$"), (7, "got 7$"), ("aut", "did you mean 'auto'")],
+)
+def test_a_choice_of_numbers_and_words(level: object, says: str) -> None:
+    """A number in quotes is not told to be what it is; one that is none is not told that it is near another."""
+    with pytest.raises(BadConfig, match=r"memory_level must be one of auto, 0, 1, 2, 3; " + "(?:got .*; )?" + says):
+        decode_strictly(SystemParams, {"memory_level": level}, BadConfig, "system.yaml")
+
+
 def test_the_same_function_reads_system_parameters() -> None:
     """A mistyped key of a configuration file is a `BadConfig` with the nearest one."""
     with pytest.raises(BadConfig, match=r"system\.yaml has an unknown field 'placment'; did you mean 'placement'"):
