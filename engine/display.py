@@ -458,7 +458,7 @@ def print_memory_levels(devices: Sequence[DeviceMemory]) -> None:
 def print_plans(devices: Sequence[DeviceMemory]) -> None:
     """A row for each device."""
     rows = [
-        (d.device, level(d), d.mode, ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))
+        (d.device, level(d), mode(d), ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))
         for d in devices
     ]
     columns = ("device", "memory level", "mode", "ready levels", "copies on the host", "GPU memory", "last change")
@@ -470,6 +470,11 @@ def level(device: DeviceMemory) -> str:
     return str(plan.level) + (
         "" if plan.blocks is None else f", {said_blocks(plan.blocks)} stay{'s' if plan.blocks == 1 else ''}"
     )
+
+
+def mode(device: DeviceMemory) -> str:
+    """Who chooses the level, and within what."""
+    return device.mode + ("" if device.budget is None else f", budget {size(device.budget)}")
 
 
 def copies(device: DeviceMemory) -> str:

@@ -11,8 +11,10 @@ from engine import display
 from engine.amounts import said_blocks, size
 from engine.display import LoadMeter, PlainView, seconds, state, summary
 from engine.generate import Order, Outcome, suggestions
+from engine.monitor import Sample
 from engine.params import UserParams
-from ipc.messages import Done, LoadProgress, StageStatus
+from ipc.errors import Failure
+from ipc.messages import DeviceMemory, Done, HostCopies, LoadProgress, MemoryChange, MemoryPlan, StageStatus
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,30 @@ def test_the_state_of_a_stage_that_loads() -> None:
     assert state(stage) == "loading transformer 43 %"
     for loading in (None, LoadProgress(component="transformer", done=10, total=10)):
         assert state(msgspec.structs.replace(stage, loading=loading)) == "starting"
+
+
+def test_the_row_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The level with its blocks, who chooses it and within what, how far the copies are or why there are none, whose
+    the memory is, and the last change with what it failed of."""
+    change = MemoryChange(
+        at=1.0, device="cuda:0", before=MemoryPlan(), after=MemoryPlan(level=3, blocks=5), why="9.4 GB free",
+        seconds=0.43, error=None,
+    )  # fmt: skip
+    sample = Sample(at=0.0, total=80 << 30, ours=10**10, others=6 * 10**10, free=10**9)
+    device = DeviceMemory(
+        device="cuda:0", plan=change.after, mode="auto", levels=[0, 1], budget=12 << 30, last=change,
+        copies=HostCopies(state="reading", done=10**10, total=4 * 10**10), sample=msgspec.to_builtins(sample),
+    )  # fmt: skip
+    failed = msgspec.structs.replace(change, error=Failure("out_of_memory", "the slots do not fit"))
+    copies = HostCopies(state="none", problem="host memory is short")
+    other = msgspec.structs.replace(device, mode="fixed", budget=None, copies=copies, last=failed, sample=None)
+    display.print_plans([device, other])
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in first.split("  ") if cell.strip()] == [
+        "cuda:0", "3, 5 blocks stay", "auto, budget 12.9 GB", "0, 1", "10.0 GB of 40.0 GB",
+        "10.0 GB ours, 60.0 GB others', 1.0 GB free", "0 to 3 in 0.43 s: 9.4 GB free",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.split("  ") if cell.strip()] == [
+        "cuda:0", "3, 5 blocks stay", "fixed", "0, 1", "host memory is short", "-",
+        "0 to 3 in 0.43 s: 9.4 GB free; failed: the slots do not fit",
+    ]  # fmt: skip
