@@ -131,7 +131,7 @@ def denoised(rig: Rig, stage: Stage, rise: Rise, lacking: Lacking) -> Made:
 @pytest.mark.parametrize("rise", RISES, ids=str)
 def test_steps_of_both_experts(rig: Rig, rise: Rise) -> None:
     stage = rig.load("dit")
-    sweep(stage, rise, partial(denoised, rig, stage, rise), every=23, least=20)
+    sweep(stage, rise, partial(denoised, rig, stage, rise), every=37, least=12)
     assert is_empty(rig)
 
 
@@ -146,7 +146,7 @@ def test_a_step_that_leaves_something_when_it_fails(rig: Rig, monkeypatch: pytes
     monkeypatch.setattr(DitStage, "_advance", hasty)
     stage = rig.load("dit")
     with pytest.raises(AssertionError, match="allocation"):
-        sweep(stage, RISES[1], partial(denoised, rig, stage, RISES[1]), every=23, least=20)
+        sweep(stage, RISES[1], partial(denoised, rig, stage, RISES[1]), every=37, least=12)
 
 
 @pytest.mark.parametrize("rise", RISES, ids=str)

@@ -19,14 +19,15 @@ from ipc.messages import Job, MemoryPlan, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages import weights
-from stages.dit import DitStage
+from stages.dit import EXPERTS, DitStage
 from stages.lanes import HostLane, Lane, Mark, Pair, lane_of
 from stages.media import read_frames
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer
 from stages.models.walks import WalkedModule
 from stages.offload import ALIGNMENT, Offload, Pools, layout_of, source_of
-from stages.stage import Stage
+from stages.stage import AnyNetwork, Stage
+from stages.text import TextStage
 from stages.weights import runs_of, shapes_of
 from tests.stages.rig import CHANNELS, TWO_EXPERTS, Rig, finish, is_empty, make_checkpoint, make_job, quanta
 from tests.stages.test_dit import denoise, image_job, put_image, put_prompts, step, take_latents
@@ -350,6 +351,35 @@ def test_all_stages_change_their_level_in_the_middle_of_a_video(rig: Rig, tmp_pa
         run(stages, other, plans)
         assert (read_frames(other.output, 9, 32, 48) == expected).all(), f"seed {seed}: {plans}"
     assert is_empty(rig)
+
+
+def on_device(network: AnyNetwork) -> list[str]:
+    """Tensors of an offloaded network that are on the device, beside those in its pools' rooms."""
+    assert isinstance(network, weights.Network) and isinstance(network.module, WalkedModule)
+    tensors = network.module.state_dict(keep_vars=True)
+    return [name for name, t in tensors.items() if not t.is_meta and name not in network.module.on_host()]
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_what_is_not_at_work_is_not_on_the_device(rig: Rig, level: int) -> None:
+    """Of two experts the one that computes, and the next one from the step before its first on; of the text encoder
+    nothing once the prompts are encoded, nor rooms for its blocks."""
+    job, plan = both_experts(), MemoryPlan(level=level, blocks=1 if level == 3 else None)
+    stage = rig.load("dit", memory=plan)
+    put_prompts(rig, job)
+    stage.begin(job)
+    seen = []
+    for index in range(job.steps):
+        step(stage, job, index)
+        seen.append(tuple(bool(on_device(stage.networks[name])) for name in EXPERTS))
+    stage.drop(job.id)
+    take_latents(rig, job)
+    assert seen == [(True, False), (True, True), (False, True), (False, True), (False, True)], "made ready in step 1"
+    text = rig.load("text", memory=plan)
+    text.begin(job)
+    assert text.step(Run(id=job.id, phase="text", index=0)) is None
+    assert on_device(text.networks["text_encoder"]) == []
+    assert isinstance(text, TextStage) and text._encoder.pools is not None and not text._encoder.pools._pools
 
 
 def test_the_text_encoder_at_level_2_gives_the_same_embeddings(rig: Rig) -> None:
