@@ -49,7 +49,7 @@ from tools.load import (
     nothing_left,
     timed,
 )
-from tools.overload import overload
+from tools.overload import check_ends, overload
 from tools.reloads import reloads
 from tools.soak import soak
 
@@ -75,9 +75,8 @@ async def kills(
         await load.requests(requests, striking)
         await striking
         await _settled(supervisor)
-        status, expected = supervisor.status(), load.done + len(KINDS)
-        if status.finished != expected or status.failed:
-            raise Broken(f"{status.finished} finished and {status.failed} failed, expected {expected} and 0")
+        status = supervisor.status()
+        check_ends(status, load.done + len(KINDS))
         tally.notes.append("restarts: " + ", ".join(f"{s.name} {s.restarts}" for s in status.stages))
     nothing_left(folder, before)
 

@@ -131,6 +131,23 @@ def test_a_request_that_runs_twice_is_found() -> None:
             chaos.check_taken_up(["b", "c"], {"a", "b", "c"}, finished)
 
 
+async def test_a_stage_that_outlives_its_supervisor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which stays."""
+    monkeypatch.setattr(chaos, "LEAVE", 0.2)
+    with pytest.raises(chaos.Broken, match=r"outlive their supervisor"):
+        await chaos._gone([os.getpid()], "cpu", 0)
+
+
+async def test_a_request_too_many_or_too_few_is_found(tmp_path: Path) -> None:
+    """One was done: neither none nor two."""
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.generate(load.ask(0, tmp_path / "v.mp4", tmp_path))
+        chaos.check_ends(supervisor.status(), 1)
+        for expected in (0, 2):
+            with pytest.raises(chaos.Broken, match=f"1 finished, 0 failed, 0 unfinished; expected {expected}"):
+                chaos.check_ends(supervisor.status(), expected)
+
+
 def test_what_is_left_in_the_directory_is_found(tmp_path: Path) -> None:
     """A partial file that nobody removed."""
     (tmp_path / ".v.mp4.1234.part").touch()
