@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -218,6 +219,33 @@ def test_a_file_system_that_fails_for_good_leaves_the_writer_alive(
         write(writer, frames, job)
         assert set(contents(tmp_path)) == {"v.mp4"}, f"call {nth}"
     assert nth > 15
+
+
+def test_a_video_is_on_the_disk_before_it_has_its_name(
+    writer: Stage, frames: TensorQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gets a final name was synced as it is, and that name is synced before the request is done: a loss of power
+    after that loses nothing."""
+    synced, order = dict[int, bytes](), list[str]()
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(fd: int) -> None:
+        fsync(fd)
+        status = os.fstat(fd)
+        order.append("directory" if stat.S_ISDIR(status.st_mode) else "file")
+        if order[-1] == "file":
+            synced[status.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
+
+    def note_name(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        path = tmp_path / target
+        assert synced[path.stat().st_ino] == path.read_bytes()
+        order.append(target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    write(writer, frames, make_job(tmp_path / "v.mp4", metadata_json=True))
+    assert order == ["file", "file", "v.json", "v.mp4", "directory"]
 
 
 def test_a_chunk_granted_ahead_of_a_refused_one_is_refused_too(
