@@ -43,7 +43,8 @@ def clean(supervisor: Supervisor) -> bool:
 
 
 def test_the_supervisor_never_imports_torch() -> None:
-    """A process that ran a request through a supervisor has loaded neither torch nor transformers nor the stages."""
+    """A process that ran a request through a supervisor has loaded neither torch nor transformers nor the stages, nor,
+    where there is a GPU, CUDA's driver, without which there is no context."""
     code = (
         "import asyncio, sys, tempfile\n"
         "from engine import Supervisor, SystemParams, UserParams\n"
@@ -52,10 +53,11 @@ def test_the_supervisor_never_imports_torch() -> None:
         "        async with Supervisor(SystemParams()) as s:\n"
         "            await s.generate(UserParams(prompt='a circle', steps=1, output=d + '/v.mp4'))\n"
         "asyncio.run(main())\n"
-        "print([m for m in ('torch', 'transformers', 'stages', 'diffusers') if m in sys.modules])\n"
+        "print([m for m in ('torch', 'transformers', 'stages', 'diffusers', 'cuda') if m in sys.modules])\n"
+        "print('libcuda' in open('/proc/self/maps').read())\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.split() == ["[]", "False"]
 
 
 async def test_killing_everything_in_fused_placement(tmp_path: Path, read_video: Any, wait_until: Wait) -> None:
