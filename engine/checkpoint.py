@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import msgspec
 
 from engine.models import checkpoint_directory, existing_directory, known_models
 from engine.params import ModelParams, SystemParams
+from engine.roots import check_weights_root
 from hotreload.checkpoint import Checkpoint, find_component, find_layout, open_checkpoint
 from hotreload.comfyui import transformers
 from hotreload.described import check_config
 from hotreload.files import path_of_descriptor
 from hotreload.given import check_given
-from hotreload.lora_options import attach_loras
+from hotreload.lora_options import attach_loras, parse_lora
 from hotreload.shown import shown
 from hotreload.tables import (
     TransformerTraits,
@@ -53,6 +54,9 @@ def open_model(model: ModelParams, params: SystemParams) -> Checkpoint:
         if not names or model.name in names:
             raise
         raise BadCheckpoint(f"{error}; {advice(names)}") from error
+    if params.checkpoint is not None:  # what ships is where it is
+        _check_root(directory, checkpoint.components.values(), params)
+        check_weights_root("tokenizer", checkpoint.tokenizer, params.checkpoint_root)
     checkpoint = checkpoint._replace(components=_checked(checkpoint.components, model, params, directory))
     check_paths(checkpoint.components.values(), str(checkpoint.tokenizer))
     return checkpoint
@@ -69,6 +73,7 @@ def open_components(
     layout = find_layout(directory)
     suitable = functools.partial(suits, model)
     found = {name: find_component(directory, layout, name, model.components, suitable) for name in names}
+    _check_root(directory, found.values(), params)
     components = _checked(found, model, params, directory)
     check_paths(components.values())
     return components
@@ -116,7 +121,16 @@ def _checked(
         check_vae(components["vae"], model)
     if not any(name in components for name in EXPERTS):
         return components
+    for file in (file for option in params.lora for file in parse_lora(option).files):
+        check_weights_root("LoRA", os.path.expanduser(file), params.checkpoint_root)
     return attach_loras(components, params.lora, [name for name in EXPERTS if name in model.components])
+
+
+def _check_root(directory: Path, components: Iterable[Component], params: SystemParams) -> None:
+    """`BadConfig` if the directory, or a file that a link in it leads to, is outside the operator's root."""
+    check_weights_root("checkpoint", directory, params.checkpoint_root)
+    for file in (file for component in components for file in component.files):
+        check_weights_root("file", file, params.checkpoint_root)
 
 
 def check_paths(components: Collection[Component], tokenizer: str = "") -> None:

@@ -146,6 +146,9 @@ def serve(
     policy: Annotated[str | None, typer.Option(help="shortest or fifo [shortest].")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Accepted and unfinished requests at most [64].")] = None,
     state_dir: Annotated[str | None, typer.Option(help="Directory of the journal [~/.local/state/engine].")] = None,
+    checkpoint_root: Annotated[
+        str | None, typer.Option(help="Weights and LoRAs are only read below this directory [/].")
+    ] = None,
     output_root: Annotated[str | None, typer.Option(help="Videos are only written below this directory [/].")] = None,
     allow_uids: Annotated[list[int] | None, typer.Option("--allow-uid", help="Serve this user, too.")] = None,
     warm_spare: Annotated[

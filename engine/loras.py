@@ -16,6 +16,7 @@ from engine.adapters import Adapter, Adapters, KeptAdapter, Key, Part, keys_of, 
 from engine.checkpoint import EXPERTS
 from engine.loader import Loader
 from engine.params import ModelParams
+from engine.roots import check_weights_root
 from ipc.errors import BadConfig, EngineError, NotFound, ServerUnavailable
 from ipc.freeing import close_memory
 from ipc.messages import Job, JobLora, LoraInfo, ReadLora
@@ -35,12 +36,14 @@ class Loras:
     def __init__(
         self,
         model: ModelParams,
+        root: str,
         known_jobs: Callable[[], Iterable[Job]],
         keep: Callable[[list[KeptAdapter]], Awaitable[None]],
     ) -> None:
-        """`known_jobs`: those that a stage may know. `keep` returns when these, and no others, are on disk."""
+        """`root`: files are only read below it. `known_jobs`: those that a stage may know. `keep` returns when these,
+        and no others, are on disk."""
         self.adapters = Adapters()
-        self._model, self._known_jobs, self._keep = model, known_jobs, keep
+        self._model, self._root, self._known_jobs, self._keep = model, root, known_jobs, keep
         self._turn = asyncio.Lock()
         self._closed = False
         self._taking_back: asyncio.Task[None] | None = None
@@ -140,6 +143,9 @@ class Loras:
             raise ServerUnavailable("the engine stopped meanwhile")
 
     def _asked(self, files: Sequence[str]) -> ReadLora:
+        """`BadConfig` for a file outside the root."""
+        for file in files:
+            check_weights_root("LoRA", file, self._root)
         return ReadLora(
             supervisor_pid=os.getpid(), files=list(map(os.path.abspath, files)), transformer=self._model.transformer,
             components=[component for component in self._model.components if component in EXPERTS],

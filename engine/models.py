@@ -77,7 +77,8 @@ def existing_directory(chosen: str | Path) -> Path:
     except OSError as error:
         raise BadConfig(f"the checkpoint '{name}' cannot be read: {error.strerror}; name another directory") from error
     except (RuntimeError, ValueError) as error:
-        raise BadConfig(f"the checkpoint '{name}' is not a directory: {error}; name another one") from error
+        reason = str(error).partition(" from ")[0]  # a loop of links is said with its whole path
+        raise BadConfig(f"the checkpoint '{name}' is not a directory: {reason}; name another one") from error
     if not found:
         raise BadConfig(f"the checkpoint '{name}' is not a directory")
     return directory

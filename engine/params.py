@@ -189,6 +189,8 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Directory of the journal; None: no journal (one-off, embedded use)."""
     allow_uids: tuple[Annotated[int, Meta(ge=0, le=2**32 - 2)], ...] = ()
     """Numbers of the users that are served beside the owner and root; needs an `output_root` (docs/security.md)."""
+    checkpoint_root: str = "/"
+    """Weights and LoRA files that are named, at start or while the engine runs, are only read below this directory."""
     output_root: str = "/"
     """Videos are only written, and init files only read, below this directory."""
     start_deadline: Annotated[float, Meta(gt=0)] = 180.0

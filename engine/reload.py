@@ -26,6 +26,7 @@ from engine.judge import judge
 from engine.levels import Levels
 from engine.loader import Loader, read_of
 from engine.params import ModelParams, SystemParams, UserParams
+from engine.roots import below_root, check_weights_root
 from engine.running import RunningTasks
 from engine.weights import Placed, Source, Versions
 from ipc.errors import (
@@ -100,10 +101,14 @@ class Reloader:
         return self._crew.weights
 
     async def reload(self, asked: Reload) -> Reloaded:
-        """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `OutOfMemory`,
-        `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
+        """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `BadRequest`,
+        `OutOfMemory`, `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
         directory = Path(asked.checkpoint)
         model, params = self._model, self._params
+        if asked.manifest is not None:
+            check_weights_root("manifest", asked.manifest, params.checkpoint_root)
+        if asked.canary is not None and asked.canary.reference is not None:
+            below_root("reference", asked.canary.reference, params)
         if asked.components:
             components = await asyncio.to_thread(open_components, model, params, directory, asked.components)
         else:

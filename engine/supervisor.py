@@ -146,7 +146,7 @@ class Supervisor:
         self.params = params or SystemParams()
         self.model, self.device, self.dit_devices, self.checkpoint = opened or look_up(self.params)
         self._pool = TaskPool()
-        self._loras = Loras(self.model, lambda: self._running.jobs(), self._keep_adapters)
+        self._loras = Loras(self.model, self.params.checkpoint_root, lambda: self._running.jobs(), self._keep_adapters)
         self._phase: Literal["new", "open", "draining", "closing", "closed"] = "new"
         self._closed = asyncio.Event()
         self._handing_over = asyncio.Lock()

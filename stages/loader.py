@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotreload.files import Stamp, path_of_descriptor, stamp
+from hotreload.files import Stamp, path_of_descriptor, regular_file, stamp
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerUnavailable, to_failure
 from ipc.lacking import why_not_started
@@ -41,6 +41,8 @@ from stages.worker import (
 
 FINITE_BYTES = 64 << 20
 """Looked at a time."""
+MAX_MANIFEST = 16 << 20
+"""Bytes of it that are read; a line takes some hundred."""
 NICE = 10
 """Steps of priority below the stages': a tenth of the time of a core that they want too."""
 
@@ -145,8 +147,11 @@ def check_manifest(manifest: Path, components: list[Component]) -> None:
     """`BadCheckpoint` for a file of these components that the manifest, lines of `SHA-256  PATH` with paths relative to
     it, does not name, or whose sum is another."""
     try:
-        lines = manifest.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with regular_file(manifest) as listed:
+            lines = listed.read(MAX_MANIFEST).decode().splitlines()
+    except OSError as error:
+        raise BadCheckpoint(f"the manifest {manifest.name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise BadCheckpoint(f"the manifest {manifest.name} cannot be read: {error}") from error
     sums = {}
     for line in filter(str.strip, lines):

@@ -24,7 +24,8 @@ import pytest
 SECTOR = 512
 OPEN_CREATE, OPEN_JOURNAL_OR_WAL = 0x4, 0x800 | 0x80000
 
-Open = CFUNCTYPE(c_int, c_void_p, c_char_p, c_void_p, c_int, POINTER(c_int))
+Open = CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_int, POINTER(c_int))
+"""The path as a pointer: SQLite's own layer keeps it, and looks there again when the file is closed."""
 Delete = CFUNCTYPE(c_int, c_void_p, c_char_p, c_int)
 Write = CFUNCTYPE(c_int, c_void_p, c_void_p, c_int, c_int64)
 Truncate = CFUNCTYPE(c_int, c_void_p, c_int64)
@@ -90,13 +91,14 @@ class Recorder:
         finally:
             self._library.sqlite3_vfs_unregister(byref(self._vfs))
 
-    def _open(self, _: int, path: bytes | None, file: int, flags: int, out: Any) -> int:
-        existed = path is not None and Path(path.decode()).exists()
-        result = int(self._original.contents.open(cast(self._original, c_void_p), path, file, flags, out))
+    def _open(self, _: int, address: int | None, file: int, flags: int, out: Any) -> int:
+        path = None if address is None else Path(ctypes.string_at(address).decode())
+        existed = path is not None and path.exists()
+        result = int(self._original.contents.open(cast(self._original, c_void_p), address, file, flags, out))
         where = cast(file, POINTER(c_void_p))
         if result or path is None or not where[0]:
             return result
-        self._names[file] = Path(path.decode()).name
+        self._names[file] = path.name
         if not existed:
             self.notes.append(Note("create", self._names[file]))
         if flags & OPEN_JOURNAL_OR_WAL and flags & OPEN_CREATE and not existed:

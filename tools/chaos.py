@@ -49,7 +49,7 @@ from tools.load import (
     nothing_left,
     timed,
 )
-from tools.overload import overload
+from tools.overload import check_ends, overload
 from tools.reloads import reloads
 from tools.soak import soak
 
@@ -57,6 +57,8 @@ MOST_LEFT = 2 << 20
 """Bytes of GPU memory that may be in use more than before the engine was started."""
 LEAVE = 5.0
 """Seconds that the stages may outlive their supervisor."""
+SLOPE = 1024
+"""Bytes per request that resident memory may grow by."""
 
 
 async def kills(
@@ -73,9 +75,8 @@ async def kills(
         await load.requests(requests, striking)
         await striking
         await _settled(supervisor)
-        status, expected = supervisor.status(), load.done + len(KINDS)
-        if status.finished != expected or status.failed:
-            raise Broken(f"{status.finished} finished and {status.failed} failed, expected {expected} and 0")
+        status = supervisor.status()
+        check_ends(status, load.done + len(KINDS))
         tally.notes.append("restarts: " + ", ".join(f"{s.name} {s.restarts}" for s in status.stages))
     nothing_left(folder, before)
 
@@ -86,17 +87,26 @@ async def _strike(
     """One fault after another, each when its share of the requests is done, and a random moment later."""
     seats = seats_of(supervisor)
     for number in range(count):
+        stage, moment = dice.choice(seats), dice.uniform(0, 0.4)
         await load.have_done(number * requests // count)
-        await asyncio.sleep(dice.uniform(0, 0.4))
-        stage = dice.choice(seats)
-        while (pid := pid_of(supervisor, stage)) is None:
-            stage = dice.choice(seats)
-            await asyncio.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP if stop else signal.SIGKILL)
-            tally.faults[f"{'SIGSTOP' if stop else 'SIGKILL'} of {stage}"] += 1
-            if stop:
-                await _replaced(supervisor, stage, pid)
+        await asyncio.sleep(moment)
+        pid = await _hit(supervisor, stage, signal.SIGSTOP if stop else signal.SIGKILL, tally)
+        if stop:
+            await _replaced(supervisor, stage, pid)
+
+
+async def _hit(supervisor: Supervisor, stage: Seat, sent: signal.Signals, tally: Tally) -> int:
+    """Send a signal to the process of a stage, as soon as it has one; its pid."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        if (pid := pid_of(supervisor, stage)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+                tally.faults[f"{sent.name} of {stage}"] += 1
+                return pid
+        if time.monotonic() > deadline:
+            raise Broken(f"the {stage} has had no process for {PATIENCE:.0f} s")
+        await asyncio.sleep(0.01)
 
 
 async def _replaced(supervisor: Supervisor, stage: Seat, pid: int) -> None:
@@ -151,22 +161,36 @@ async def leaks(tally: Tally, folder: Path, requests: int, count: int, params: S
         await batch("warm", max(300, requests // 10))
         await _fill_the_thread_pool()
         await _settled(supervisor)
-        start = Footprint.of_this_process()
+        start, forks = Footprint.of_this_process(), forks_of(supervisor)
         for number in range(count):
-            stage = dice.choice(seats_of(supervisor))
-            if (pid := pid_of(supervisor, stage)) is not None:
-                os.kill(pid, signal.SIGKILL)
-                tally.faults[f"SIGKILL of {stage}"] += 1
+            await _hit(supervisor, dice.choice(seats_of(supervisor)), signal.SIGKILL, tally)
             await batch(str(number), requests // count)
         await supervisor.ready()
         await _settled(supervisor)
-        end = Footprint.of_this_process()
-    if grown := start.grown(end):
-        raise Broken(f"after {requests} requests and {count} restarts: {grown}")
+        end, forks_end = Footprint.of_this_process(), forks_of(supervisor)
+        restarted = sum(stage.restarts for stage in supervisor.status().stages)
+    if restarted < count:
+        raise Broken(f"{restarted} restarts, expected {count}")
+    check_growth("the supervisor", start, end, requests)
+    if forks is not None and forks_end is not None:
+        check_growth("what stages are forked from", forks, forks_end, requests)
     slope = (end.resident - start.resident) / requests
-    tally.notes.append(f"resident memory of the supervisor: {slope:+.0f} bytes per request")
-    if slope > 1024:
-        raise Broken(f"resident memory grew by {slope:.0f} bytes per request, expected at most 1024")
+    tally.notes.append(f"{restarted} restarts; resident memory of the supervisor: {slope:+.0f} bytes per request")
+
+
+def forks_of(supervisor: Supervisor) -> Footprint | None:
+    """Of the process that stages are forked from, where there is one."""
+    pid = supervisor.status().forks_pid
+    return None if pid is None else Footprint.of(pid)
+
+
+def check_growth(who: str, start: Footprint, end: Footprint, requests: int) -> None:
+    """After so many requests a process holds what it held, and at most `SLOPE` bytes more for each."""
+    if grown := start.grown(end):
+        raise Broken(f"after {requests} requests {who} holds more: {grown}")
+    slope = (end.resident - start.resident) / requests
+    if slope > SLOPE:
+        raise Broken(f"resident memory of {who} grew by {slope:.0f} bytes per request, expected at most {SLOPE}")
 
 
 async def _fill_the_thread_pool() -> None:
@@ -196,9 +220,10 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
     slowest = 0.0
     for number in range(count):
         accepted: dict[int, Path] = {}
+        ids: set[str] = set()
         for kind in dice.sample(range(len(KINDS)), 3):
             path = videos / f"{number}-{kind}.mp4"
-            await client.submit(ask(kind, path, load.source))
+            ids.add((await client.submit(ask(kind, path, load.source))).id)
             accepted[kind] = path
         await asyncio.sleep(dice.uniform(0, 3.0))
         orphans = server.kill()
@@ -207,6 +232,7 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
         server.start()
         await listening(client)
         await _finished(client)
+        check_taken_up([task.id for task in await client.tasks()], ids, (await client.status()).finished)
         for kind, path in accepted.items():
             if (got := digest(path)) != load.golden[kind]:
                 raise Broken(f"{path.name} gave {got[:12]}, undisturbed it gives {load.golden[kind][:12]}")
@@ -216,6 +242,14 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
             raise Broken(f"left in the output directory: {rest}")
     await server.stop()
     tally.notes.append(f"stages left {slowest:.2f} s after their supervisor at the latest")
+
+
+def check_taken_up(taken_up: list[str], accepted: set[str], finished: int) -> None:
+    """A supervisor has taken up what the one before it had accepted and not finished, and has done that once."""
+    if strangers := set(taken_up) - accepted:
+        raise Broken(f"{len(strangers)} requests that had ended were taken up again")
+    if finished != len(taken_up):
+        raise Broken(f"{len(taken_up)} requests were taken up, {finished} finished")
 
 
 async def _finished(client: AsyncClient) -> None:

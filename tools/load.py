@@ -248,8 +248,9 @@ def nothing_left(folder: Path, before: Footprint) -> None:
 
 @contextlib.asynccontextmanager
 async def timed(seed: int | None) -> AsyncIterator[Tally]:
-    """A tally that knows its seed, printed or not, and how long it took."""
+    """A tally that knows its seed, which is said at once, and how long it took."""
     tally = Tally(secrets.randbelow(2**31) if seed is None else seed)
+    print(f"seed {tally.seed}", file=sys.stderr, flush=True)
     began = time.monotonic()
     try:
         yield tally

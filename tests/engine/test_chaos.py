@@ -3,6 +3,7 @@ it has when nobody disturbs it. Long versions: `make chaos`. A failure names its
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -60,7 +61,8 @@ async def test_a_thousand_requests_leave_nothing(tmp_path: Path) -> None:
     per request."""
     async with chaos.timed(None) as tally:
         await chaos.leaks(tally, tmp_path, 1000, 50, SystemParams())
-    assert tally.requests >= 1000
+    assert tally.requests >= 1000 + 300, "and a warm-up"
+    assert sum(tally.faults.values()) == 50
 
 
 # The detectors, on what they must find.
@@ -107,6 +109,43 @@ def test_leaks_are_found() -> None:
         thread.join()
         for fd in (read, write, memfd):
             os.close(fd)
+
+
+def test_growth_is_found() -> None:
+    """A descriptor more, or 1.5 KiB per request; half a KiB is borne."""
+    before = chaos.Footprint(fds=40, threads=5, children=5, memfds=20, resident=50 << 20)
+    chaos.check_growth("it", before, dataclasses.replace(before, resident=before.resident + 512 * 1000), 1000)
+    with pytest.raises(chaos.Broken, match=r"holds more: \{'fds': 1\}"):
+        chaos.check_growth("it", before, dataclasses.replace(before, fds=41), 1000)
+    with pytest.raises(chaos.Broken, match="grew by 1536 bytes per request"):
+        chaos.check_growth("it", before, dataclasses.replace(before, resident=before.resident + 1536 * 1000), 1000)
+
+
+def test_a_request_that_runs_twice_is_found() -> None:
+    """One that had ended is taken up at the next start, or one that is taken up ends twice, or not at all."""
+    chaos.check_taken_up(["b", "c"], {"a", "b", "c"}, 2)
+    with pytest.raises(chaos.Broken, match="1 requests that had ended were taken up again"):
+        chaos.check_taken_up(["b", "z"], {"a", "b", "c"}, 2)
+    for finished in (1, 3):
+        with pytest.raises(chaos.Broken, match=f"2 requests were taken up, {finished} finished"):
+            chaos.check_taken_up(["b", "c"], {"a", "b", "c"}, finished)
+
+
+async def test_a_stage_that_outlives_its_supervisor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which stays."""
+    monkeypatch.setattr(chaos, "LEAVE", 0.2)
+    with pytest.raises(chaos.Broken, match=r"outlive their supervisor"):
+        await chaos._gone([os.getpid()], "cpu", 0)
+
+
+async def test_a_request_too_many_or_too_few_is_found(tmp_path: Path) -> None:
+    """One was done: neither none nor two."""
+    async with Supervisor(SystemParams(placement="fused")) as supervisor:
+        await supervisor.generate(load.ask(0, tmp_path / "v.mp4", tmp_path))
+        chaos.check_ends(supervisor.status(), 1)
+        for expected in (0, 2):
+            with pytest.raises(chaos.Broken, match=f"1 finished, 0 failed, 0 unfinished; expected {expected}"):
+                chaos.check_ends(supervisor.status(), expected)
 
 
 def test_what_is_left_in_the_directory_is_found(tmp_path: Path) -> None:

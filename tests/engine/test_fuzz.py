@@ -38,9 +38,16 @@ requests = st.one_of(
 pieces = st.one_of(st.sampled_from(CLIENT_FRAMES), st.binary(max_size=60), anything.map(msgspec.msgpack.encode))
 
 
+def drawn() -> int:
+    """A seed, which pytest shows with a failure of any kind."""
+    seed = secrets.randbits(32)
+    print(f"replay: python -m tools.fuzz --seed {seed}")
+    return seed
+
+
 def test_200_000_frames_for_the_decoder() -> None:
     """Each gives a message, more to come, or `ProtocolError`; memory does not grow."""
-    outcomes = fuzz_decoder(secrets.randbits(32), range(FRAMES // 16))
+    outcomes = fuzz_decoder(drawn(), range(FRAMES // 16))
     grown = outcomes.pop("grown")
     assert sum(outcomes.values()) == FRAMES
     assert set(outcomes) == {"message", "partial", "refused"} and min(outcomes.values()) > 1000, outcomes
@@ -85,7 +92,7 @@ def test_a_live_engine(engine: EngineProcess) -> None:
     """Damaged messages and wrong requests, many connections of them: readable replies, no `internal`, no growth, no
     descriptor left; a client beside them gets every answer."""
     before = engine.open_files()
-    outcomes = fuzz_engine(secrets.randbits(32), range(LIVE_CONVERSATIONS), engine.socket)
+    outcomes = fuzz_engine(drawn(), range(LIVE_CONVERSATIONS), engine.socket)
     assert outcomes["frames"] > 3 * LIVE_CONVERSATIONS, outcomes
     assert outcomes["refused"] > LIVE_CONVERSATIONS
     assert outcomes["accepted"] == 0
@@ -127,7 +134,7 @@ def test_a_leak_in_the_decoder_is_noticed() -> None:
 def test_another_error_of_the_decoder_is_noticed_and_can_be_replayed() -> None:
     """Control: a reader that raises UnicodeDecodeError. The command in the message finds it again."""
     with pytest.raises(Violation, match="UnicodeDecodeError") as caught:
-        fuzz_decoder(secrets.randbits(32), range(1000), FragileReader)
+        fuzz_decoder(drawn(), range(1000), FragileReader)
     words = str(caught.value).split("tools.fuzz ")[1].split()
     with pytest.raises(Violation, match="UnicodeDecodeError"):
         fuzz_decoder(int(words[1]), range(int(words[3]), int(words[3]) + int(words[5])), FragileReader)

@@ -89,7 +89,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Plans: ("held copies", "coming limits"),
     Levels: ("_devices", "_host _crew _model _tasks _by_hand _mapping _rungs _budget _host_sampler copies"),
     DeviceLevel: ("device mode last freed", "setting account turn raising looked policy sampler sample"),
-    Loras: ("adapters", "_model _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
+    Loras: ("adapters", "_model _root _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
     Adapters: ("_named _nameless _absent _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turn _turns _loader _candidates loading"),

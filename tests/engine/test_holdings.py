@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ def named(held: list[Holding], name: str) -> list[Holding]:
 
 async def test_what_is_held_in_the_middle_of_a_request(tmp_path: Path, wait_until: Wait) -> None:
     """While it denoises: the weights with their hashes, the two prompts in the hands of the dit's process, and the
-    state with its owner and commits, all of the one task. Afterwards the weights alone."""
+    state with its owner and commits, all of the one task; no process has mapped memory with a name. Afterwards the
+    weights alone."""
     async with Supervisor(SystemParams()) as supervisor:
         request = UserParams(prompt="a red circle", steps=400, output=str(tmp_path / "v.mp4"))
         task = asyncio.create_task(supervisor.generate(request))
@@ -33,6 +35,9 @@ async def test_what_is_held_in_the_middle_of_a_request(tmp_path: Path, wait_unti
         ]  # fmt: skip
         assert (state.task, state.writer, state.where) == (info.id, epoch, "host")
         assert int(state.generation) >= 3
+        pids = [stage.pid for stage in supervisor.status().stages] + [os.getpid(), supervisor.status().forks_pid]
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids if pid is not None)
+        assert "/memfd:state" in maps and "/dev/" + "shm" not in maps and "/SYSV" not in maps
         assert state.bytes > 16 * 5 * 12 * 12 * 4, "latents and the solver's history"
         await supervisor.cancel(info.id)
         await asyncio.gather(task, return_exceptions=True)

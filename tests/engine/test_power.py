@@ -7,6 +7,7 @@ import asyncio
 import secrets
 import shutil
 from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,7 +32,7 @@ class Lost(AssertionError):
 
 
 async def record(directory: Path, *pragmas: str) -> list[Note]:
-    """A journal that is made, filled, and emptied by a third, with what was said of it and when."""
+    """A journal that is made, filled, emptied by a third, and closed, with what was said of it and when."""
     recorder = Recorder()
     with recorder.recording():
         journal = Journal(directory / "state")
@@ -47,10 +48,10 @@ async def record(directory: Path, *pragmas: str) -> list[Note]:
                 recorder.say("removing", e.job.id)
                 await journal.remove(e.job.id)
                 recorder.say("removed", e.job.id)
-        notes = list(recorder.notes)
         shutil.copytree(directory / "state", directory / "whole")
+        recorder.say("whole", "")
         await journal.close()
-    return notes
+    return recorder.notes
 
 
 async def cut_everywhere(notes: list[Note], directory: Path, seed: int) -> int:
@@ -86,11 +87,12 @@ async def reopened(place: Path) -> list[Entry]:
 
 @pytest.mark.timeout(400)
 async def test_what_was_added_survives_a_loss_of_power_at_any_moment(tmp_path: Path) -> None:
-    """From the first write on, over several checkpoints: what `add` returned for is there, what `remove` returned for
-    is not, and the journal opens, whatever of the unsynced sectors is lost."""
+    """From the first write to the end of the journal, over several checkpoints: what `add` returned for is there, what
+    `remove` returned for is not, and the journal opens, whatever of the unsynced sectors is lost."""
     (tmp_path / "cuts").mkdir()
     notes = await record(tmp_path)
     assert sum(n.what == "sync" and n.name == "journal.sqlite3" for n in notes) >= 3, "checkpoints were made"
+    assert (notes[-1].what, notes[-1].name) == ("delete", "journal.sqlite3-wal"), "it was closed"
     cuts = await cut_everywhere(notes, tmp_path / "cuts", secrets.randbits(32))
     assert cuts > 1000
 
@@ -107,9 +109,8 @@ async def test_a_journal_that_does_not_sync_is_found(tmp_path: Path, mode: str) 
 async def test_the_recording_is_all_that_was_written(tmp_path: Path) -> None:
     """Control of the model: if everything survives, the replayed files are the real ones, byte for byte."""
     disk = Disk()
-    for note in await record(tmp_path):
-        if note.what in ("create", "write", "truncate", "sync", "delete"):
-            disk.take(note)
+    for note in takewhile(lambda note: note.what != "whole", await record(tmp_path)):
+        disk.take(note)
     disk.after_power_loss(tmp_path / "replayed", Random(0), 1.0)
     real, replayed = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "replayed"))
     assert real == replayed

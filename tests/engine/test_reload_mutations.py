@@ -260,3 +260,14 @@ def test_a_manifest_must_name_every_file(checkpoint: Path) -> None:
     sums.unlink()
     with pytest.raises(BadCheckpoint, match="the manifest sums cannot be read"):
         load(checkpoint, "vae", sums)
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device"])
+def test_a_manifest_is_a_file(checkpoint: Path, kind: str) -> None:
+    """What would never end, or never begin, is refused at once."""
+    manifest = Path("/dev/zero") if kind == "a device" else checkpoint / "sums"
+    if kind == "a FIFO":
+        manifest.unlink()
+        os.mkfifo(manifest)
+    with pytest.raises(BadCheckpoint, match=f"the manifest {manifest.name} cannot be read: it is {kind}"):
+        load(checkpoint, "text_encoder", manifest)

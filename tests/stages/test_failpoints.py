@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -26,7 +27,7 @@ import stages.vae
 import stages.writer
 from ipc.messages import STAGE_OF_PHASE, Job, Phase, Run, StageName, Start
 from ipc.slot_table import SlotTable
-from ipc.state import StateSlot, StateSlots, _Half
+from ipc.state import _FIRST_HALF, _HALF_WORDS, StateSlot, StateSlots, StateTensor, _byte, _Half
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 from stages.files import Directory
@@ -142,9 +143,19 @@ def runs_of(job: Job) -> dict[Phase, list[Run]]:
 
 
 def purge(rig: Rig, job: Job) -> None:
+    """Nothing is left of a request, not even in memory that is free: the next one is the same, and would find there
+    what it has not written itself."""
     for name in STAGES:
         rig.memory.purge(job.id, name)
     assert is_empty(rig)
+    queues, states = rig.memory.queues.values(), rig.memory.state
+    rooms = [queue._payload.view(slot) for queue in queues for slot in range(queue.spec.slots)]
+    rooms += [states._payload.view(half) for half in range(2 * states.spec.slots)]
+    for room in rooms:
+        room[:] = memoryview(b"\xa5" * room.nbytes)
+    for slot in range(states.spec.slots):
+        halves = states._bytes[_byte(slot, _FIRST_HALF) : _byte(slot, _FIRST_HALF + 2 * _HALF_WORDS)]
+        halves[:] = bytes(len(halves))
 
 
 def before(rig: Rig, phase: Phase, job: Job) -> Given:
@@ -189,16 +200,14 @@ def attempt(rig: Rig, phase: Phase, job: Job, given: Given, point: int) -> tuple
     return digest, done is not None
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("phase", ORDER)
-def test_whatever_it_was_doing(rig: Rig, tmp_path: Path, phase: Phase) -> None:
-    """The process of this phase is killed at every point in turn; its successor leaves the same bytes, and no slot is
-    lost."""
-    source = tmp_path / "source"
+def sweep(rig: Rig, directory: Path, phase: Phase) -> int:
+    """Kill the process of this phase at every point in turn; how many there are. AssertionError if a successor leaves
+    other bytes than an undisturbed process, or a slot or a file too many."""
+    source = directory / "source"
     source.mkdir()
     init = source / "init.png"
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(init)
-    folder = tmp_path / "out"
+    folder = directory / "out"
     folder.mkdir()
 
     def job() -> Job:
@@ -213,5 +222,40 @@ def test_whatever_it_was_doing(rig: Rig, tmp_path: Path, phase: Phase) -> None:
         assert digest == golden, f"killed at point {point} of {phase}"
         if not killed:
             break
-    print(f"{phase}: {point - 1} points")
-    assert point > LEAST[phase]
+    return point - 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("phase", ORDER)
+def test_whatever_it_was_doing(rig: Rig, tmp_path: Path, phase: Phase) -> None:
+    """The process of this phase is killed at every point in turn; its successor leaves the same bytes, and no slot is
+    lost."""
+    points = sweep(rig, tmp_path, phase)
+    print(f"{phase}: {points} points")
+    assert points >= LEAST[phase]
+
+
+# Controls.
+
+
+def commit_too_early(slot: StateSlot, step: int, tensors: Mapping[str, StateTensor]) -> None:
+    """Switches to the other half before it is written."""
+    number = slot._states._committed(slot.index) + 1
+    slot._states._publish(slot.index, number)
+    slot._states._half(slot.index, number).write(step, tensors)
+
+
+@pytest.mark.timeout(600)
+def test_a_state_that_is_half_committed_is_found(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the switch and the write: what the successor goes on with is older, or nothing."""
+    monkeypatch.setattr(StateSlot, "commit", commit_too_early)
+    with pytest.raises(AssertionError, match=r"killed at point \d+ of denoise|the dit process ended with"):
+        sweep(rig, tmp_path, "denoise")
+
+
+@pytest.mark.timeout(600)
+def test_what_a_dead_writer_leaves_is_found(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that does not clear up after the one before it."""
+    monkeypatch.setattr(stages.writer, "clean", lambda *_: None)
+    with pytest.raises(AssertionError):
+        sweep(rig, tmp_path, "write")

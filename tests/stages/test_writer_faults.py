@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,27 +18,31 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import stages.writer
 from ipc.errors import BadRequest, OutputError
 from ipc.messages import Job, Run
 from ipc.tensor_queue import TensorQueue
 from stages.files import Directory
 from stages.media import read_frames
 from stages.stage import Stage
+from stages.writer import WholeWrites
 from tests.disks import run_on_small_disk
 from tests.stages.rig import Rig, is_empty, make_job
 
 CALLS = ("open", "link", "replace", "unlink", "fsync")
-"""Of module os: all that the writer does to the file system, but for what it writes."""
+"""Of module os: all that the writer does to the file system, but for what it writes (`Faults._raw_file`)."""
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 CHUNKS = [np.random.default_rng(i).integers(0, 256, (frames, 32, 48, 3), np.uint8) for i, frames in enumerate((5, 4))]
 
 
 class Faults:
-    """Lets the file system calls of this process fail: the `nth`, counted from 1, and with `lasting` all after it."""
+    """Lets the file system calls of this process, and each write to a file of the writer's, fail: the `nth`, counted
+    from 1, and with `lasting` all after it."""
 
     def __init__(self, nth: int, number: int, lasting: bool = False) -> None:
         self.nth, self.number, self.lasting = nth, number, lasting
         self.count = 0
+        self.writes = 0
 
     @property
     def fired(self) -> bool:
@@ -51,9 +57,33 @@ class Faults:
 
         return count
 
+    def _raw_file(self) -> type[io.FileIO]:
+        """What is below Python's buffers, with writes that are counted."""
+        faulty = self._faulty(io.FileIO.write)
+
+        def write(file: io.FileIO, data: Any) -> int:
+            self.writes += 1
+            return int(faulty(file, data))
+
+        return type("Raw", (io.FileIO,), {"write": write})
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        with mock.patch.multiple(os, **{name: self._faulty(getattr(os, name)) for name in CALLS}):
+        raw = self._raw_file()
+
+        def binary(fd: int, mode: str) -> io.BufferedRandom:
+            return io.BufferedRandom(raw(fd, mode))
+
+        def text(fd: int, mode: str, encoding: str) -> io.TextIOWrapper:
+            return io.TextIOWrapper(io.BufferedWriter(raw(fd, mode)), encoding)
+
+        calls = {name: self._faulty(getattr(os, name)) for name in CALLS}
+        whole = type("Whole", (stages.writer.WholeWrites, raw), {})
+        with (
+            mock.patch.multiple(os, fdopen=binary, **calls),
+            mock.patch.multiple(stages.writer, WholeWrites=whole),
+            mock.patch.object(stages.writer, "open", text, create=True),
+        ):
             yield
 
 
@@ -112,8 +142,11 @@ def fill(directory: Path, before: dict[str, bytes]) -> None:
 
 
 def sweep(writer: Stage, frames: TensorQueue, directory: Path, number: int, before: dict[str, bytes]) -> int:
-    """Let the 1st, 2nd, 3rd, ... call fail until none is left: a failed request leaves the directory as `before`, a
-    done one has made both files. How many calls there are."""
+    """Let the 1st, 2nd, 3rd, ... call or write fail until none is left: a failed request leaves the directory as
+    `before`, a done one has made both files, whole. How many there are."""
+    fill(directory, {})
+    write(writer, frames, make_job(directory / "v.mp4", metadata_json=True))
+    whole = contents(directory)
     for nth in range(1, 1000):
         fill(directory, before)
         faults = Faults(nth, number)
@@ -122,8 +155,9 @@ def sweep(writer: Stage, frames: TensorQueue, directory: Path, number: int, befo
         if told is not None:
             assert contents(directory) == before, f"call {nth}: {told}"
         else:  # what failed, if something did, was the removal of what is not needed any more
-            assert set(contents(directory)) == {"v.mp4", "v.json"}, f"call {nth}"
+            assert contents(directory) == whole, f"call {nth}"
         if not faults.fired:
+            assert faults.writes > 10, "a small part of a video takes one write"
             return nth - 1
     raise AssertionError("the calls do not end")
 
@@ -151,6 +185,21 @@ def test_the_sweep_notices_a_writer_that_leaves_something(
         sweep(writer, frames, tmp_path, errno.EIO, {"v.mp4": b"older", "v.json": b"older"})
 
 
+class Careless(WholeWrites):
+    """Takes what could not be written for written."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data)
+        return memoryview(data).nbytes
+
+
+def test_the_sweep_notices_a_write_that_is_lost(writer: Stage, frames: TensorQueue, tmp_path: Path) -> None:
+    """The control: a request is called done, and its file is not whole."""
+    with mock.patch.object(stages.writer, "WholeWrites", Careless), pytest.raises(AssertionError, match=r"call \d+"):
+        sweep(writer, frames, tmp_path, errno.EIO, {})
+
+
 def test_a_file_system_that_fails_for_good_leaves_the_writer_alive(
     writer: Stage, frames: TensorQueue, rig: Rig, tmp_path: Path
 ) -> None:
@@ -170,6 +219,33 @@ def test_a_file_system_that_fails_for_good_leaves_the_writer_alive(
         write(writer, frames, job)
         assert set(contents(tmp_path)) == {"v.mp4"}, f"call {nth}"
     assert nth > 15
+
+
+def test_a_video_is_on_the_disk_before_it_has_its_name(
+    writer: Stage, frames: TensorQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gets a final name was synced as it is, and that name is synced before the request is done: a loss of power
+    after that loses nothing."""
+    synced, order = dict[int, bytes](), list[str]()
+    fsync, replace = os.fsync, os.replace
+
+    def note_sync(fd: int) -> None:
+        fsync(fd)
+        status = os.fstat(fd)
+        order.append("directory" if stat.S_ISDIR(status.st_mode) else "file")
+        if order[-1] == "file":
+            synced[status.st_ino] = Path(f"/proc/self/fd/{fd}").read_bytes()
+
+    def note_name(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        replace(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        path = tmp_path / target
+        assert synced[path.stat().st_ino] == path.read_bytes()
+        order.append(target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    write(writer, frames, make_job(tmp_path / "v.mp4", metadata_json=True))
+    assert order == ["file", "file", "v.json", "v.mp4", "directory"]
 
 
 def test_a_chunk_granted_ahead_of_a_refused_one_is_refused_too(
