@@ -102,12 +102,12 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     ),
     Server: (
         "sessions _listener",
-        "supervisor limits drain_asked stop_asked _users _claim _reload _accepting _left _left_at gate",
+        "supervisor limits drain_asked stop_asked _users _claim _reload _accepting _left _left_at gate turnstile",
     ),
     Session: (
         "following _socket _frames _decoded _pace _rest _unsaid _then _reload_ref _greeted _last_words _follow_first "
         "_ends_said pid _uid",
-        "outgoing _supervisor _limits _loop _host _sending _broken _taken_up _complete_by _incoming",
+        "outgoing _supervisor _limits _loop _host _sending _broken _taken_up _complete_by _incoming _calm",
     ),
     SocketClaim: ("path _shared _bound _lock", ""),
     Service: ("supervisor server announced _claim", "notify"),
