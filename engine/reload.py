@@ -366,12 +366,10 @@ class Reloader:
         self._versions.flip(new, pin=when == "pin")
         if when == "now":
             self._tasks.change_weights(new)
-        in_use = self._tasks.weights_in_use()
-        running = sum(any(name in new and new[name] != content for name, content in used) for used in in_use)
         for name, content in new.items():
             log.info("%s is now %s of %s", name, content[:12], self._versions.sources[name, content].label)
         size = sum(p.version.bytes for p in placed)
-        return Reloaded(weights=new, bytes=size, seconds=seconds, running=running)
+        return Reloaded(weights=new, bytes=size, seconds=seconds, running=self._tasks.ending_with_others(new))
 
     async def _try(self, canary: Canary, new: dict[str, str]) -> None:
         """Raises `CanaryFailed` unless its video is what the operator expects."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -107,23 +108,30 @@ class RunningTasks:
         """Of each task that a stage may still know: (component, content hash)."""
         return [task.versions for task in self._known()]
 
+    def ending_with_others(self, weights: Mapping[str, str]) -> int:
+        """How many of the tasks that a stage may still know end with other versions of these components."""
+        lasts = [task.last_versions for task in self._known()]
+        return sum(any(last.get(name, content) != content for name, content in weights.items()) for last in lasts)
+
     def change_weights(self, weights: dict[str, str]) -> None:
         """Have running tasks change to these versions: a transformer between two steps, another component where nothing
         was computed with it yet."""
         for task in self._pool.unfinished():
             for component, content in weights.items():
-                if task.weights.get(component) not in (None, content):
+                if task.last_versions.get(component) not in (None, content):
                     self._change(task, component, content)
 
     def _change(self, task: Task, component: str, content: str) -> None:
         stage = STAGE_OF_COMPONENT[component]
         step = max(self._scheduler.granted(task.id, phase) for phase in PHASES_OF[stage])
+        if step and (component not in EXPERTS or step >= task.spec.denoise):
+            return
+        # What was to come with a step that is not granted yet, or not any more, does not come.
+        task.changes = [c for c in task.changes if c.component != component or c.step < step]
         if not step:
             task.weights[component] = content
-        elif component in EXPERTS and step < task.spec.denoise:
+        elif task.last_versions[component] != content:
             task.changes.append(WeightChange(step=step, component=component, content=content))
-        else:
-            return
         if (seat := self._scheduler.seat_of(task.id, stage)) is not None:
             self._tell(seat, task)
 

@@ -92,6 +92,11 @@ class Task:
         """(component, content hash) of every version that it is computed with."""
         return frozenset(self.weights.items()) | {(c.component, c.content) for c in self.changes}
 
+    @property
+    def last_versions(self) -> dict[str, str]:
+        """Component -> content hash of what it ends with, as far as is known."""
+        return self.weights | {change.component: change.content for change in self.changes}
+
     def report(self, progress: Progress) -> None:
         """Listeners see the newest progress; one that is slow misses some."""
         self.progress = progress

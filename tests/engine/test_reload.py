@@ -136,6 +136,9 @@ async def test_running_requests_finish_on_what_they_began_with(
     states = {v.content: (v.state, v.running) for v in supervisor.versions() if v.component == "transformer"}
     assert states == {first: ("previous", 1), second: ("serving", 0)}
     new = await supervisor.generate(ask(tmp_path / "new.mp4"))
+    for content in (first, second):  # both are in memory as long as the request runs
+        back = await supervisor.rollback()
+        assert back.weights == {"transformer": content} and back.bytes == 0
     old = await running
     assert (Video(old.path).sha256, old.metadata["weights"]["transformer"]) == (undisturbed, first)
     assert (Video(new.path).sha256, new.metadata["weights"]["transformer"]) == (golden[second], second)
@@ -143,33 +146,62 @@ async def test_running_requests_finish_on_what_they_began_with(
 
 
 async def test_now_changes_running_requests_and_says_so(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
-    """The metadata names the step. Another request that changes at that step has the same frames, also when the dit is
-    killed after the change."""
+    """To the new weights, and by a rollback back again: the metadata names the steps. Another request that changes at
+    these has the same frames, also when the dit is killed between the changes."""
     first, second = golden
     fields = {"steps": 200}
-    running = asyncio.create_task(supervisor.generate(ask(tmp_path / "mixed.mp4", **fields)))
+    running = await supervisor.submit(ask(tmp_path / "mixed.mp4", **fields))
     await until(lambda: denoising(supervisor, 3), "the third step")
-    await supervisor.reload(order(when="now"))
-    mixed = await running
-    (change,) = mixed.metadata["weight_changes"]
+    done = await supervisor.reload(order(when="now"))
+    assert done.running == 0, "it does not finish on the old weights"
+    (to,) = supervisor._pool.get(running.id).changes
+    await until(lambda: denoising(supervisor, to.step + 3), "a step with the new weights")
+    assert (await supervisor.rollback("now")).running == 0
+    mixed = await supervisor.result(running.id)
+    there, back = mixed.metadata["weight_changes"]
     assert mixed.metadata["weights"]["transformer"] == first
-    assert change["content"] == second and 3 < change["step"] < 200
-    await supervisor.reload(order(FIRST, when="pin"))
-    await supervisor.rollback("pin")
+    assert (there["content"], back["content"]) == (second, first)
+    assert 3 < there["step"] < back["step"] - 2 and back["step"] < 200
+    await supervisor.reload(order(when="pin"))
     await supervisor.rollback("pin")  # serves the first, and has the second in memory
     accepted = await supervisor.submit(ask(tmp_path / "again.mp4", **fields))
     task = supervisor._pool.get(accepted.id)
-    task.changes.append(msgspec.convert(change, WeightChange))
-    await until(lambda: denoising(supervisor, change["step"] + 3), "a step after the change")
+    task.changes += msgspec.convert([there, back], list[WeightChange])
+    await until(lambda: denoising(supervisor, there["step"] + 1), "a step after the change")
     pid = pid_of(supervisor, "dit")
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     again = await supervisor.result(accepted.id)
-    assert again.metadata["weight_changes"] == [change]
+    assert again.metadata["weight_changes"] == [there, back]
     assert again.metadata["weights"]["transformer"] == first
     frames = Video(again.path).sha256
     assert frames == Video(mixed.path).sha256
     assert frames != await video(supervisor, tmp_path / "v.mp4", **fields), "a change shows"
+    await supervisor.reload(order())  # pins nothing
+
+
+async def test_to_and_fro_between_two_steps_is_no_change(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path
+) -> None:
+    """`now` twice before the next step is granted: the request is computed with what it began with, and says so."""
+    first, second = golden
+    undisturbed = await video(supervisor, tmp_path / "v.mp4", steps=40)
+    await supervisor.reload(order(when="pin"))
+    await supervisor.rollback("pin")
+    running = await supervisor.submit(ask(tmp_path / "v.mp4", steps=40))
+    await until(lambda: denoising(supervisor, 3), "the third step")
+    pid = pid_of(supervisor, "dit")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    changes = []
+    for content in (second, first):
+        assert (await supervisor.rollback("now")).weights == {"transformer": content}
+        changes.append([change.content for change in supervisor._pool.get(running.id).changes])
+    os.kill(pid, signal.SIGCONT)
+    assert changes == [[second], []]
+    done = await supervisor.result(running.id)
+    assert "weight_changes" not in done.metadata and done.metadata["weights"]["transformer"] == first
+    assert Video(done.path).sha256 == undisturbed
     await supervisor.reload(order())  # pins nothing
 
 

@@ -98,6 +98,9 @@ class Host:
     def change_weights(self, weights: dict[str, str]) -> None: ...
     def running_size(self) -> None: ...
 
+    def ending_with_others(self, weights: dict[str, str]) -> int:
+        return 0
+
     def weights_in_use(self) -> list[frozenset[tuple[str, str]]]:
         return []
 
