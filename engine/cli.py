@@ -195,15 +195,17 @@ def reload(
     ] = None,
     component: Annotated[
         list[str] | None,
-        typer.Option(help="transformer, transformer_2, vae, text_encoder or image_encoder; again for each [all]."),
+        typer.Option(
+            help="transformer, transformer_2, vae, text_encoder or image_encoder, again for each; or all [all]."
+        ),
     ] = None,
     when: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="drain: running requests finish on the old weights; pin: and those stay in memory; now: running "
-            "requests change between two steps."
+            "requests change between two steps [drain]."
         ),
-    ] = "drain",
+    ] = None,
     canary: Annotated[
         Path | None,
         typer.Option(help="JSON of a request to try first: {params: {...}, reference: VIDEO, psnr: 30}."),
@@ -230,8 +232,11 @@ def reload(
     """Serve other weights, or run the code now on disk, without a restart and without failing a request."""
     from engine.client import Client
     from engine.display import print_reloaded, print_replaced, print_taken_over
-    from engine.operator import read_canary, read_stages, read_when
+    from engine.operator import check_of_weights, read_canary, read_components, read_stages, read_when
 
+    of_weights = {"component": component, "when": when, "canary": canary, "manifest": manifest, "dry_run": dry_run}
+    if checkpoint is None:
+        check_of_weights(of_weights)
     client = Client(socket)
     if not (stage or every) and (attention_backend, threads) != (None, None):
         raise BadConfig("--attention-backend and --threads are of processes: say which, with --stage NAME or --all")
@@ -250,7 +255,8 @@ def reload(
         _print_json(replaced) if as_json else print_replaced(replaced)
         return
     tried = None if canary is None else read_canary(canary)
-    done = client.reload(checkpoint, component or (), read_when(when), tried, manifest, dry_run)
+    components = read_components(component or ())
+    done = client.reload(checkpoint, components, read_when(when or "drain"), tried, manifest, dry_run)
     _print_json(done) if as_json else print_reloaded(done)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast, get_args
 
@@ -17,7 +17,8 @@ from ipc.messages import Canary, MemoryLevel, StageName, When
 
 
 class CanaryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """As `Canary`, with the request as an object and paths relative to the file."""
+    """As `Canary`, with the request as an object, and the reference relative to the file. Paths of the request are
+    relative to the current directory, as everywhere."""
 
     params: dict[str, object]
     reference: str | None = None
@@ -31,8 +32,23 @@ def read_canary(file: Path) -> Canary:
     except (OSError, msgspec.DecodeError) as error:
         raise BadConfig(f"the canary {file.name} cannot be read: {error}") from error
     params = absolute_params(decode_strictly(UserParams, found.params, BadRequest, "the canary"))
+    if found.reference is not None and params.seed is None:
+        raise BadConfig(f"the canary {file.name} has a reference and no seed: name the seed that the reference has")
     reference = None if found.reference is None else str((file.parent / found.reference).absolute())
     return Canary(params=msgspec.Raw(msgspec.msgpack.encode(params)), reference=reference, psnr=found.psnr)
+
+
+def check_of_weights(options: Mapping[str, object]) -> None:
+    """`BadConfig` if one of these is given where no weights are to be reloaded: it would mean nothing there."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
+        verb = "is" if len(given) == 1 else "are"
+        raise BadConfig(f"{' and '.join(given)} {verb} of weights: say where they are, with --checkpoint DIR")
+
+
+def read_components(names: Iterable[str]) -> tuple[str, ...]:
+    """The names; none, which means all, if `all` is one of them."""
+    found = tuple(names)
+    return () if "all" in found else found
 
 
 def read_when(text: str) -> When:

@@ -93,6 +93,9 @@ def test_generate_alone_makes_a_video_and_says_what_to_do_next(nowhere: Path, tm
         (("memory", "2", "--blocks", "4"), "--blocks is of level 3"),
         (("reload", "--attention-backend", "math"), "say which, with --stage NAME or --all"),
         (("reload", "--threads", "2", "--checkpoint", CONFIGS / "demo"), "say which, with --stage NAME or --all"),
+        (("reload", "--stage", "dit", "--dry-run"), "--dry-run is of weights: say where they are, with --checkpoint"),
+        (("reload", "--supervisor", "--component", "vae", "--when", "now"), "--component and --when are of weights"),
+        (("reload", "--all", "--canary", "c.json", "--manifest", "sums"), "--canary and --manifest are of weights"),
         (("cancel", "abc"), "no engine listens"),
     ],
 )
