@@ -48,6 +48,8 @@ class Rounds:
         """Content hash -> videos."""
         self._numbers = itertools.count()
         self._revisions = itertools.cycle((1, 0))
+        self._contents: dict[int, str] = {}
+        """Revision -> content hash of its transformer."""
 
     async def calm(self) -> None:
         """What each version gives when nothing else happens."""
@@ -56,7 +58,7 @@ class Rounds:
             path = self._folder / f"calm-{revision}.mp4"
             made = await self._supervisor.generate(ask(path))
             assert done == made.metadata["weights"][COMPONENT], "nobody else reloads"
-            self.golden[done] = digest(path)
+            self.golden[done], self._contents[revision] = digest(path), done
         if len(set(self.golden.values())) != len(REVISIONS):
             raise Broken("both versions give the same frames, so a mix-up would not be seen")
 
@@ -67,11 +69,12 @@ class Rounds:
         return self._supervisor.status().weights[COMPONENT]
 
     async def requests(self, count: int, reloads: int) -> tuple[Latencies, list[float]]:
-        """`count` requests; meanwhile reloads spread over them. Latencies, and the seconds that each reload took."""
+        """At least `count` requests, until the reloads that are spread over them are done as well: none is without
+        load. Latencies, and the seconds that each reload took."""
         latencies, done, took = Latencies(), asyncio.Condition(), list[float]()
 
         async def client() -> None:
-            while next(started) < count:
+            while next(started) < count or len(took) < reloads:
                 path = self._folder / f"{next(self._numbers)}.mp4"
                 began = time.monotonic()
                 made = await asyncio.wait_for(self._supervisor.generate(ask(path)), PATIENCE)
@@ -91,8 +94,9 @@ class Rounds:
                 async with done:
                     while len(latencies.seconds) < number * count // reloads:
                         await done.wait()
-                began = time.monotonic()
-                await self.reload(next(self._revisions))
+                began, revision = time.monotonic(), next(self._revisions)
+                if (content := await self.reload(revision)) != self._contents[revision]:
+                    raise Broken(f"after reload {number} {content[:12]} is served")
                 took.append(time.monotonic() - began)
                 self._tally.faults["reloads"] += 1
 
@@ -113,8 +117,8 @@ def ask(path: Path) -> UserParams:
 async def reloads(
     tally: Tally, folder: Path, requests: int, count: int, worst: float, without: int | None = None
 ) -> None:
-    """`count` reloads over `requests` requests, in turns with `without` requests without; None: as many. `Broken` if
-    p99 is more than `worst` times that of these."""
+    """`count` reloads over at least `requests` requests, in turns with `without` requests without; None: as many.
+    `Broken` if p99 is more than `worst` times that of these."""
     before = Footprint.of_this_process()
     calm, disturbed, took = Latencies(), Latencies(), list[float]()
     async with Supervisor(SystemParams(model="wan-demo", device="cpu")) as supervisor:
@@ -131,6 +135,9 @@ async def reloads(
         if status.failed or problems(supervisor):
             raise Broken(f"{status.failed} requests failed; {problems(supervisor)}")
     nothing_left(folder, before)
+    for content in rounds.golden:
+        if (number := rounds.made.get(content, 0)) < requests // 10:
+            raise Broken(f"only {number} videos are of {content[:12]}: the versions did not take turns")
     ratio = disturbed.percentile(99) / calm.percentile(99)
     made = ", ".join(f"{count} of {content[:12]}" for content, count in sorted(rounds.made.items()))
     tally.notes += [

