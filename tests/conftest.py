@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import random
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +51,14 @@ class Video:
 @pytest.fixture
 def read_video() -> Callable[[Path | str], Video]:
     return Video
+
+
+@pytest.fixture
+def dice(request: pytest.FixtureRequest) -> random.Random:
+    """Of another seed each time; a failure says how to draw the same again."""
+    seed = int(os.environ.get("SEED") or secrets.randbits(32))
+    print(f"again: SEED={seed} python -m pytest '{request.node.nodeid}'")
+    return random.Random(seed)
 
 
 async def until(condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
