@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,12 +18,15 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from engine import Supervisor, SystemParams
+from engine.loader import Loader
+from engine.weights import Placed
 from hotreload.given import GivenTensor
 from ipc.errors import (
     BadCheckpoint,
     BadConfig,
     CanaryFailed,
     NotFound,
+    OutOfMemory,
     ServerUnavailable,
     StageFailed,
     Superseded,
@@ -98,6 +102,29 @@ async def test_pinned_weights_are_returned_to_without_their_files(
     done = await supervisor.rollback()
     assert done.weights == {"transformer": second} and done.bytes == 0
     assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
+
+
+async def test_what_is_pinned_makes_way(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two versions: a reload with another one pinned lets go of that, and reads again."""
+    first, second = golden
+    await supervisor.reload(order(when="pin"))
+    third, rooms = vary(tmp_path / "third", 1), []
+    read = Loader.read
+
+    async def with_little_room(loader: Loader, *asked: Any) -> list[Placed]:
+        rooms.append(sorted(placed(supervisor)["transformer"]))
+        if len(rooms[-1]) > 1:
+            raise OutOfMemory("there is no room for a third version")
+        return await read(loader, *asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loader, "read", with_little_room)
+        done = await supervisor.reload(order(third))
+    assert rooms == [sorted([first, second]), [second]]
+    assert supervisor.status().weights["transformer"] == done.weights["transformer"]
+    assert done.weights["transformer"] not in golden
 
 
 @pytest.mark.parametrize("change", ["other weights", "cut short", "gone"])
