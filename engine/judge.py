@@ -13,14 +13,14 @@ from ipc.errors import BadRequest, CanaryFailed
 TIMEOUT = 120.0
 """Seconds to decode two videos."""
 LEAST_DEVIATION = 1.0
-"""Of all values of a video, of 255: below it there is nothing to be seen."""
+"""Of 255: below it there is nothing to be seen."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
     """What `stages/judge.py` found."""
 
     deviation: float
-    """Standard deviation of all values, of 255."""
+    """Standard deviation over all pixels of all frames, of 255: of red, green or blue, whichever has the largest."""
     psnr: float | None
     """In dB, over all frames, to the reference; None: there is none. 100 for videos that are equal."""
     problem: str = ""

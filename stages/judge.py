@@ -28,11 +28,13 @@ def frames(path: str) -> Iterator[NDArray[np.uint8]]:
 
 def look(path: str, reference: str | None) -> dict[str, Any]:
     """Sums over the frames, one or two of which are in memory."""
-    count, total, squares, error = 0, 0.0, 0.0, 0.0
+    pixels, error = 0, 0.0
+    total, squares = np.zeros(3), np.zeros(3)
     others = None if reference is None else frames(reference)
     for frame in frames(path):
         values = frame.astype(np.float64)
-        count, total, squares = count + values.size, total + values.sum(), squares + (values**2).sum()
+        pixels += frame.shape[0] * frame.shape[1]
+        total, squares = total + values.sum((0, 1)), squares + (values**2).sum((0, 1))
         if others is not None:
             other = next(others, None)
             if other is None or other.shape != frame.shape:
@@ -40,12 +42,13 @@ def look(path: str, reference: str | None) -> dict[str, Any]:
             error += ((values - other) ** 2).sum()
     if others is not None and next(others, None) is not None:
         return verdict(0.0, None, "it has more frames")
-    if not count:
+    if not pixels:
         return verdict(0.0, None)
-    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+    # Of each colour for itself: one colour everywhere is nothing, though its red differs from its blue.
+    deviation = math.sqrt(max(0.0, (squares / pixels - (total / pixels) ** 2).max()))
     if others is None:
         return verdict(deviation, None)
-    return verdict(deviation, EQUAL if not error else min(EQUAL, 10 * math.log10(255**2 * count / error)))
+    return verdict(deviation, EQUAL if not error else min(EQUAL, 10 * math.log10(255**2 * 3 * pixels / error)))
 
 
 def verdict(deviation: float, psnr: float | None, problem: str = "") -> dict[str, Any]:
