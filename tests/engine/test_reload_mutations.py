@@ -1,5 +1,5 @@
 """Checkpoints that are damaged in 300 ways, or while they are read: refused by the name of a file or tensor, before
-anybody computes with them, and nothing of them is left. What the loader's process does is done here in this one."""
+anybody computes with them, and nothing of them is left."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import random
 import re
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,20 +23,28 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint import open_components
 from engine.models import load_model
 from engine.params import SystemParams
+from engine.resident import resident_bytes
+from engine.tasks import KEPT_FINISHED
 from hotreload.safetensors_file import read_header
 from ipc.channel import Channel, close_fds
 from ipc.errors import BadCheckpoint
 from ipc.messages import AnyLoaderReport, Read
 from stages.loader import read_all
-from tests.engine.reloading import FILES, FIRST
-from tools.load import Footprint
+from tests.engine.reloading import FILES, FIRST, engine, order, placed, video
+from tools.load import Footprint, children
 
 MODEL = load_model("wan-demo")
 MOST_GROWN = 8 << 20
-"""Bytes of resident memory, after all cases."""
+"""Bytes of resident memory, over the cases after `KEPT_FINISHED`: until then the engine keeps every task."""
 
 LEAST = {"text_encoder": 80, "transformer": 200, "vae": 180}
 """Cases that there must have been: all tensors' boundaries among them."""
+
+SMALLEST = {"steps": 1, "num_frames": 1, "guidance_scale": 1.0}
+"""Of a request whose video is compared after each case."""
+
+OTHER_MODEL = r"is not that of wan-demo: \w+ is \d+, expected \d+|is not a Wan \w+: [\w.]+ is missing or misshaped"
+"""What is said where a tensor in the place of another makes a header that is of another model, or of none."""
 
 Damage = Callable[[Path], str]
 """Damages a file; a pattern of the refusal."""
@@ -88,6 +98,10 @@ def refusal(directory: Path, component: str, *given: Any) -> str:
 def footprint() -> Footprint:
     gc.collect()
     return Footprint.of_this_process()
+
+
+def resident_of_stages() -> int:
+    return sum(map(resident_bytes, children(os.getpid())))
 
 
 # Ways to damage a file.
@@ -194,33 +208,43 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("component", FILES)
-def test_damaged_files(checkpoint: Path, component: str) -> None:
-    """Each is refused, and what is wrong is named; afterwards the whole file is read as before, and this process holds
-    what it held."""
-    file, sums = checkpoint / FILES[component], checkpoint / "sums"
-    whole = load(checkpoint, component, sums)
-    with pytest.raises(BadCheckpoint):
-        spoil(next(iter(load_file(file))), float("nan"))(file)
-        load(checkpoint, component)
-    before = footprint()
-    seed = random.randrange(2**31)
-    for number, (with_manifest, damage) in enumerate(damages(component, random.Random(seed))):
-        shutil.copyfile(FIRST / FILES[component], file)
-        says = damage(file)
-        refused = refusal(checkpoint, component, sums if with_manifest else None)
-        # A tensor in the place of another may make a header that is of another model, or of none, which is said then.
-        another = r"is not that of wan-demo: \w+ is \d+, expected \d+|is not a Wan \w+: [\w.]+ is missing or misshaped"
-        named = re.search(says, refused) or re.search(another, refused)
-        assert component in refused and named, f"case {number} of seed {seed}: {refused}"
-    shutil.copyfile(FIRST / FILES[component], file)
-    assert load(checkpoint, component, sums) == whole
-    after = footprint()
-    assert before.grown(after) == {}
-    assert after.resident - before.resident < MOST_GROWN
-    print(f"{component}: {number + 1} cases")
-    assert number + 1 >= LEAST[component]
+@pytest.mark.timeout(900)
+async def test_damaged_files(checkpoint: Path, tmp_path: Path, dice: random.Random) -> None:
+    """Each is refused, and what is wrong is named: by an engine that serves, whose next video is as before, and so is
+    what it holds, and what its stages do."""
+    cases = [(component, *damage) for component in FILES for damage in damages(component, dice)]
+    counts = Counter(component for component, *_ in cases)
+    assert all(counts[component] >= least for component, least in LEAST.items()), counts
+    assert len(cases) >= KEPT_FINISHED + 250
+    async with engine(placement="fused") as supervisor:
+        golden = await video(supervisor, tmp_path / "v.mp4", **SMALLEST)
+        for component, file in FILES.items():  # what is loaded once for all readers, and stays
+            spoil(next(iter(load_file(checkpoint / file))), float("nan"))(checkpoint / file)
+            with pytest.raises(BadCheckpoint):
+                await supervisor.reload(order(checkpoint, component))
+            shutil.copyfile(FIRST / file, checkpoint / file)
+        held, versions, before, stages = placed(supervisor), supervisor.versions(), footprint(), 0
+        for number, (component, with_manifest, damage) in enumerate(cases):
+            file, manifest = checkpoint / FILES[component], str(checkpoint / "sums") if with_manifest else None
+            says = damage(file)
+            with pytest.raises(BadCheckpoint) as caught:
+                await supervisor.reload(order(checkpoint, component, manifest=manifest))
+            refused = str(caught.value)
+            named = re.search(says, refused) or re.search(OTHER_MODEL, refused)
+            assert component in refused and named, f"case {number}: {refused}"
+            assert await video(supervisor, tmp_path / "v.mp4", **SMALLEST) == golden, f"case {number}: {refused}"
+            assert placed(supervisor) == held, f"case {number}: {refused}"
+            shutil.copyfile(FIRST / FILES[component], file)
+            if number == KEPT_FINISHED:
+                before, stages = footprint(), resident_of_stages()
+        assert supervisor.versions() == [msgspec.structs.replace(v, served=v.served + len(cases)) for v in versions]
+        after = footprint()
+        grown = before.grown(after)
+        assert grown.pop("threads", 0) < 8, "those that asyncio keeps for blocking calls"
+        assert grown == {}
+        assert after.resident - before.resident < MOST_GROWN
+        assert resident_of_stages() - stages < MOST_GROWN
+    print(counts)
 
 
 @pytest.mark.parametrize("component", FILES)
