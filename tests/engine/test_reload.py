@@ -24,14 +24,13 @@ from hotreload.given import GivenTensor
 from ipc.errors import (
     BadCheckpoint,
     BadConfig,
-    CanaryFailed,
     NotFound,
     OutOfMemory,
     ServerUnavailable,
     StageFailed,
     Superseded,
 )
-from ipc.messages import Canary, Reload, WeightChange
+from ipc.messages import Reload, WeightChange
 from tests.conftest import Video, until
 from tests.engine.reloading import FILES, FIRST, SECOND, ask, denoising, engine, order, placed, vary, video
 from tools.chaos import pid_of
@@ -281,60 +280,6 @@ async def test_a_dry_run_leaves_nothing(supervisor: Supervisor) -> None:
     done = await supervisor.reload(order(dry_run=True))
     assert done.dry_run and set(done.weights) == {"transformer"}
     assert (supervisor.memory(), supervisor.versions(), len(os.listdir("/proc/self/fd"))) == before
-
-
-async def test_canary(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
-    """New weights whose video is not the one that was expected are not served; one that is, they are."""
-    first, second = golden
-    await supervisor.generate(ask(tmp_path / "first.mp4"))
-    params = msgspec.Raw(msgspec.msgpack.encode(ask(tmp_path / "canary.mp4")))
-    wrong = Canary(params=params, reference=str(tmp_path / "first.mp4"), psnr=60.0)
-    with pytest.raises(CanaryFailed, match="dB"):
-        await supervisor.reload(order(canary=wrong))
-    assert supervisor.status().weights["transformer"] == first
-    await until(lambda: placed(supervisor)["transformer"] == [first], "what failed is let go of")
-    shutil.copy(tmp_path / "canary.mp4", tmp_path / "expected.mp4")
-    right = msgspec.structs.replace(wrong, reference=str(tmp_path / "expected.mp4"))
-    assert (await supervisor.reload(order(canary=right))).weights == {"transformer": second}
-    assert Video(tmp_path / "expected.mp4").sha256 == golden[second]
-
-
-async def test_nobody_gets_what_a_canary_tries(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:
-    """While the canary is made, another request is, too: with the weights that are served."""
-    first, second = golden
-    params = ask(tmp_path / "canary.mp4", steps=400, priority=-10)
-    canary = Canary(params=msgspec.Raw(msgspec.msgpack.encode(params)))
-    trying = asyncio.create_task(supervisor.reload(order(canary=canary)))
-    await until(lambda: denoising(supervisor, 1), "the canary's first step")
-    done = await supervisor.generate(ask(tmp_path / "v.mp4", priority=10))
-    assert not trying.done()
-    assert done.metadata["weights"]["transformer"] == first
-    assert Video(done.path).sha256 == golden[first]
-    assert (await trying).weights == {"transformer": second}
-    assert await video(supervisor, tmp_path / "v.mp4") == golden[second]
-
-
-@pytest.mark.parametrize(
-    ("component", "says"),
-    [("vae", "the canary shows nothing"), ("transformer", "failed with the new weights: .* not finite")],
-)
-async def test_canaries_of_weights_that_are_of_no_use(
-    supervisor: Supervisor, golden: Golden, tmp_path: Path, component: str, says: str
-) -> None:
-    """A decoder that gives one colour, a transformer whose values overflow: each is a whole checkpoint with finite
-    values, which only the canary finds out."""
-    first, _ = golden
-    before = supervisor.status().weights
-    file = shutil.copytree(FIRST, tmp_path / "c", ignore=shutil.ignore_patterns("revision-2")) / FILES[component]
-    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
-    last = {"vae": "decoder.conv_out.weight", "transformer": "proj_out.weight"}[component]
-    tensors[last].fill_({"vae": 0.0, "transformer": 3e38}[component])
-    save_file(tensors, file)
-    canary = Canary(params=msgspec.Raw(msgspec.msgpack.encode(ask(tmp_path / "canary.mp4"))))
-    with pytest.raises(CanaryFailed, match=says):
-        await supervisor.reload(order(tmp_path / "c", component, canary=canary))
-    assert supervisor.status().weights == before
-    assert await video(supervisor, tmp_path / "v.mp4") == golden[first]
 
 
 async def test_of_reloads_at_once_the_last_wins(supervisor: Supervisor, golden: Golden, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from engine import Supervisor, SystemParams, UserParams, devices, process
@@ -17,7 +18,7 @@ from engine.devices import resolve_devices
 from engine.memory import ROUTES, EngineMemory, capacity, slot_sizes
 from engine.models import CONFIGS, load_model, read_yaml
 from ipc.errors import BadConfig
-from ipc.messages import Seat, StageStatus
+from ipc.messages import Reload, Seat, StageStatus
 from tests.conftest import Video
 
 Wait = Callable[..., Awaitable[None]]
@@ -202,3 +203,32 @@ def test_every_dit_has_room_for_what_the_scheduler_may_grant(dits: int) -> None:
         assert memory.state.spec.shared == (dits > 1)
     finally:
         memory.close()
+
+
+async def test_weights_change_under_two_requests(tmp_path: Path, wait_until: Wait) -> None:
+    """`now`, while each dit denoises: both requests say at which step they changed, and after that both dits make what
+    one makes with the new weights."""
+    second = str(CONFIGS / "demo" / "revision-2")
+    order = Reload(ref=0, checkpoint=second, components=["transformer"], when="pin")
+    async with Supervisor(ONE) as supervisor:
+        await supervisor.reload(order)
+        wanted = Video((await supervisor.generate(ask(tmp_path / "v.mp4"))).path).sha256
+    async with Supervisor(TWO) as supervisor:
+        await supervisor.ready()
+        before = supervisor.status().weights
+        (content,) = (await supervisor.reload(order)).weights.values()
+        await supervisor.rollback("pin")
+        long = {"steps": 60, "num_frames": 5, "height": 48, "width": 48}
+        requests = [msgspec.structs.replace(ask(tmp_path / f"{n}.mp4"), **long) for n in range(2)]
+        accepted = [await supervisor.submit(request) for request in requests]
+        await wait_until(lambda: all(t.phase == "denoise" and t.step > 2 for t in supervisor.tasks()), "both denoise")
+        assert (await supervisor.rollback("now")).weights == {"transformer": content}
+        for task in accepted:
+            metadata = (await supervisor.result(task.id)).metadata
+            (change,) = metadata["weight_changes"]
+            assert metadata["weights"] == before and change["content"] == content and 2 < change["step"] < 60
+        quanta = {seat: at(supervisor, seat).quanta for seat in ("dit", "dit:1")}
+        new = await asyncio.gather(*(supervisor.generate(ask(tmp_path / f"new-{n}.mp4")) for n in range(4)))
+        assert {Video(done.path).sha256 for done in new} == {wanted}
+        assert all(at(supervisor, seat).quanta > earlier for seat, earlier in quanta.items()), "both have computed"
+        await wait_until(lambda: clean(supervisor), "nothing is held")
