@@ -87,6 +87,23 @@ async def test_one_expert_is_given_in_memory(checkpoint: Path, pair: str, tmp_pa
         assert supervisor.status().weights == before
 
 
+async def test_adapters_in_pairs(checkpoint: Path, pair: str, tmp_path: Path) -> None:
+    """The pair by its name, none, the pair again: each is what a fresh start with it, or without, makes. A file for one
+    expert is refused when it is added."""
+    high, low = pair.removesuffix(":0.5").split(",")
+    async with engine(checkpoint, pair) as supervisor:
+        wanted = await video(supervisor, tmp_path / "v.mp4", **FIELDS)
+    async with engine(checkpoint) as supervisor:
+        plain = await video(supervisor, tmp_path / "v.mp4", **FIELDS)
+        assert plain != wanted
+        with pytest.raises(BadConfig, match="is for one transformer, but the model has two experts"):
+            await supervisor.add_lora("one", high)
+        await supervisor.add_lora("pair", high, low)
+        for loras, expected in ((("pair:0.5",), wanted), ((), plain), (("pair:0.5",), wanted)):
+            assert await video(supervisor, tmp_path / "v.mp4", lora=loras, **FIELDS) == expected
+        assert [info.name for info in supervisor.loras()] == ["pair"]
+
+
 def test_which_files_go_where(checkpoint: Path, pair: str, tmp_path: Path) -> None:
     """Of a pair, each expert gets its own, alone or together; one file for one expert only is still refused, whatever
     is reloaded, and so is a pair for a model with one transformer."""
