@@ -377,7 +377,10 @@ async def test_no_reload_while_the_engine_drains(tmp_path: Path) -> None:
         running = asyncio.create_task(supervisor.generate(ask(tmp_path / "v.mp4", steps=20)))
         await until(lambda: denoising(supervisor, 1), "the first step")
         reloading = asyncio.create_task(supervisor.reload(order()))
-        await until(lambda: supervisor._reloader._loader.pid is not None, "the loader is there")
+        loader = supervisor._reloader._loader
+        await until(lambda: loader.pid is not None, "the loader is there")
+        assert loader.pid is not None
+        os.kill(loader.pid, signal.SIGSTOP)  # else it may be done before the request is
         stopping = asyncio.create_task(supervisor.stop(drain=True))
         await asyncio.sleep(0)
         with pytest.raises(ServerUnavailable, match="stopping"):
@@ -386,4 +389,4 @@ async def test_no_reload_while_the_engine_drains(tmp_path: Path) -> None:
         await stopping
         with pytest.raises((ServerUnavailable, StageFailed)):
             await reloading
-        assert supervisor._reloader._loader.pid is None
+        assert loader.pid is None
