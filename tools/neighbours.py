@@ -66,6 +66,8 @@ CLIENT_MEMORY = 64 << 10
 """Bytes per client that does not read, on top of the one frame that is being sent to it."""
 SLACK = 5.0
 """Seconds after its deadline at which a client that does not read is gone, on a busy machine."""
+BURST_SECONDS = 1.0
+"""At least, of a connection that asks all it may at once."""
 ANSWER = 1.0
 """Seconds: hundreds of times what an idle engine takes, a tenth of what a client may leave its answers unread for."""
 HELLO = encode_frame(Hello(ref=0, version=PROTOCOL_VERSION, client="neighbour"))
@@ -113,7 +115,21 @@ def hang_up(path: Path, dice: random.Random) -> Iterator[None]:
         yield
 
 
-HOSTILE: dict[Callable[[Path, random.Random], Iterator[None]], int] = {deaf: 8, flood: 4, garbage: 2, hang_up: 2}
+def burst(path: Path, dice: random.Random) -> Iterator[None]:
+    """As many questions as are answered at once, and when they are, a new connection."""
+    with connected(path) as connection, contextlib.suppress(BlockingIOError):
+        connection.send(STATUS * Limits().burst)
+        until = time.monotonic() + BURST_SECONDS * (1 + dice.random())
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                while connection.recv(1 << 16):
+                    pass
+            yield
+
+
+HOSTILE: dict[Callable[[Path, random.Random], Iterator[None]], int] = {
+    deaf: 8, flood: 4, garbage: 2, hang_up: 2, burst: 16,
+}  # fmt: skip
 
 
 def connected(path: Path, wait: bool = False) -> socket.socket:
