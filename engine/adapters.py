@@ -22,7 +22,9 @@ from engine.states import Descriptors, State
 from hotreload.lora_options import EXTENSION, MAX_STRENGTH
 from ipc.errors import BadConfig, BadRequest, NotFound
 from ipc.freeing import close_memory
-from ipc.messages import AdapterVersion, Holding, Job, JobLora, LoraInfo, WeightVersion
+from ipc.messages.job import Job, JobLora
+from ipc.messages.status import Holding, LoraInfo
+from ipc.messages.weights import AdapterVersion, WeightVersion
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

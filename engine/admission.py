@@ -32,7 +32,7 @@ from engine.footprint import (
 from engine.params import PRESETS, Defaults, ModelParams, SystemParams, UserParams
 from engine.roots import absolute, below_root, utf8
 from ipc.errors import BadRequest, EngineError
-from ipc.messages import Job
+from ipc.messages.job import Job
 
 MAX_PROMPT_BYTES = 16 * 1024
 

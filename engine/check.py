@@ -25,7 +25,8 @@ from hotreload.described import check_config
 from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import component_table, safetensors_only, transformer_traits
 from ipc.errors import BadCheckpoint, BadConfig, BadRequest
-from ipc.messages import CheckAsked, Component, ComponentChecked
+from ipc.messages.check import CheckAsked, ComponentChecked
+from ipc.messages.weights import Component
 
 CHECK_TIMEOUT = 300.0
 """Seconds to import torch, build the networks without memory, and read the headers."""

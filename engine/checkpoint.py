@@ -32,7 +32,8 @@ from hotreload.tables import (
 )
 from ipc.channel import MAX_MESSAGE_BYTES
 from ipc.errors import BadCheckpoint, BadConfig
-from ipc.messages import Component, MergedLora
+from ipc.messages.status import MergedLora
+from ipc.messages.weights import Component
 
 EXPERTS = ("transformer", "transformer_2")
 

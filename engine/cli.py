@@ -482,7 +482,7 @@ def shutdown(
 @app.command()
 def version() -> None:
     """The version of this engine and of its protocol."""
-    from ipc.messages import PROTOCOL_VERSION
+    from ipc.messages.client import PROTOCOL_VERSION
 
     print(f"engine {VERSION}, protocol {PROTOCOL_VERSION}, Python {sys.version.split()[0]}")
 

@@ -24,52 +24,48 @@ from engine.params import UserParams
 from engine.paths import socket_path
 from hotreload.given import pack
 from ipc.errors import BadRequest, EngineError, from_failure
-from ipc.messages import (
-    Accepted,
+from ipc.messages.client import (
     AddLora,
     Canary,
     Cancel,
     ChangeMemory,
-    DeviceMemory,
-    Done,
-    EngineStatus,
-    Failed,
     GetMemory,
     GetStatus,
     GetTrace,
-    Holding,
     ListLoras,
     ListTasks,
     ListVersions,
-    LoraInfo,
-    LoraList,
-    MemoryLevel,
-    MemoryReport,
-    Ok,
-    Progress,
     Reload,
-    Reloaded,
     ReloadSupervisor,
     RemoveLora,
-    Replaced,
     ReplaceStages,
     Rollback,
     Shutdown,
-    StageName,
-    Status,
     Submit,
     Subscribe,
-    SupervisorReloaded,
-    TaskEvent,
-    TaskInfo,
-    TaskList,
-    Traced,
     UpdateWeights,
-    VersionInfo,
-    VersionList,
-    Welcome,
     When,
 )
+from ipc.messages.names import MemoryLevel, StageName
+from ipc.messages.server import (
+    Accepted,
+    Done,
+    Failed,
+    LoraList,
+    MemoryReport,
+    Ok,
+    Progress,
+    Reloaded,
+    Replaced,
+    Status,
+    SupervisorReloaded,
+    TaskEvent,
+    TaskList,
+    Traced,
+    VersionList,
+    Welcome,
+)
+from ipc.messages.status import DeviceMemory, EngineStatus, Holding, LoraInfo, TaskInfo, VersionInfo
 
 OnProgress = Callable[[Progress], object]
 

@@ -22,14 +22,11 @@ from engine.paths import peer_ids, socket_path
 from engine.version import VERSION
 from ipc.errors import Busy, EngineError, PermissionDenied, ProtocolError, ServerUnavailable, from_failure
 from ipc.frames import FrameReader, encode_frame
-from ipc.messages import (
-    PROTOCOL_VERSION,
+from ipc.messages.client import PROTOCOL_VERSION, ClientMessage, GetStatus, Hello
+from ipc.messages.server import (
     AnyServerMessage,
-    ClientMessage,
     Done,
     Failed,
-    GetStatus,
-    Hello,
     Progress,
     Refused,
     ServerMessage,

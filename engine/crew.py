@@ -35,17 +35,13 @@ from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig, Failure, OutOfMemory, StageFailed, from_failure
 from ipc.lacking import PASSING, why_not_started
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    STAGE_OF_PHASE,
+from ipc.messages.names import STAGE_OF_COMPONENT, STAGE_OF_PHASE, AttentionChoice, Seat, StageName, stage_of
+from ipc.messages.reports import (
     Adopted,
-    AnyStageProcessMessage,
     AnyStageReport,
-    AttentionChoice,
     Chosen,
     Dropped,
     Loading,
-    LoadProgress,
     MemorySet,
     Placed,
     PlacingFile,
@@ -53,16 +49,12 @@ from ipc.messages import (
     QuantumDropped,
     QuantumFailed,
     Ready,
-    Replaced,
-    Run,
-    Seat,
-    StageName,
-    StageStatus,
     StartFailed,
-    Stop,
     VaeChosen,
-    stage_of,
-)  # fmt: skip
+)
+from ipc.messages.server import Replaced
+from ipc.messages.stage import AnyStageProcessMessage, Run, Stop
+from ipc.messages.status import LoadProgress, StageStatus
 
 log = logging.getLogger(__name__)
 

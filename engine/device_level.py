@@ -10,7 +10,8 @@ from engine.footprint import Account, Setting
 from engine.monitor import Policy, Sample, Sampler
 from engine.params import ModelParams
 from engine.posts import Changes
-from ipc.messages import MemoryChange, MemoryPlan
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.status import MemoryChange
 
 
 class DeviceLevel:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from engine.child import python_path
 from engine.memory import DeviceSizes
 from ipc.channel import Channel, close_fds
-from ipc.messages import MakeMemory, MemoryReply, ProbeMemory
+from ipc.messages.memory import MakeMemory, MemoryReply, ProbeMemory
 from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from engine.cuda import VARIABLES, visible_devices
 from engine.params import SystemParams
 from ipc.errors import BadConfig
-from ipc.messages import Seat, StageName, stage_of
+from ipc.messages.names import Seat, StageName, stage_of
 
 log = logging.getLogger(__name__)
 

@@ -22,19 +22,15 @@ from engine.amounts import said_blocks, size
 from engine.catalogue import ModelCard
 from engine.check import CheckReport
 from engine.footprint import Coefficient, Need, measured
-from ipc.messages import (
+from ipc.messages.server import Done, Progress, Reloaded, Replaced, SupervisorReloaded
+from ipc.messages.status import (
     DeviceMemory,
-    Done,
     EngineStatus,
     Holding,
     LoadProgress,
     LoraInfo,
     MemoryChange,
-    Progress,
-    Reloaded,
-    Replaced,
     StageStatus,
-    SupervisorReloaded,
     TaskInfo,
     VersionInfo,
 )

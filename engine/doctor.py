@@ -9,7 +9,7 @@ from engine.models import load_model
 from engine.params import SystemParams
 from engine.weight_sizes import transformer_bytes
 from ipc.errors import StageFailed
-from ipc.messages import DoctorAsked, DoctorReport, TransfersMeasured
+from ipc.messages.doctor import DoctorAsked, DoctorReport, TransfersMeasured
 
 DOCTOR_TIMEOUT = 600.0
 """Seconds to import torch, compile every backend and kernel, and time them."""

@@ -26,7 +26,7 @@ from typing import Literal
 
 from engine.events import TaskSpec
 from engine.records import PHASES, Key, TaskRecord
-from ipc.messages import Phase
+from ipc.messages.names import Phase
 
 Policy = Literal["shortest", "fifo"]
 

@@ -12,7 +12,8 @@ from typing import Literal
 import msgspec
 
 from ipc.errors import Failure
-from ipc.messages import Parts, Phase, Seat, StageName
+from ipc.messages.names import Phase, Seat, StageName
+from ipc.messages.reports import Parts
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,8 @@ from engine.weight_sizes import (
     transformer_bytes,
     vae_bytes,
 )
-from ipc.messages import STAGE_OF_COMPONENT, MemoryPlan, StageName
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import STAGE_OF_COMPONENT, StageName
 
 ROOMS = 2
 """Of pieces of weights on the device, which are read and filled in turn where weights are streamed."""

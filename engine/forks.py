@@ -25,7 +25,8 @@ from engine.states import Descriptors
 from ipc.channel import ChannelClosed
 from ipc.errors import Failure, ProtocolError
 from ipc.lacking import PASSING, why_not_started
-from ipc.messages import Fork, Forked, ForkRefused, ForksReady, ServeForks, StartFailed
+from ipc.messages.reports import Forked, ForkRefused, ForksReady, StartFailed
+from ipc.messages.stage import Fork, ServeForks
 
 log = logging.getLogger(__name__)
 

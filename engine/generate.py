@@ -27,7 +27,7 @@ from engine.requests import Requests
 from engine.supervisor import Supervisor
 from hotreload.lora_options import EXTENSION
 from ipc.errors import BadConfig, Cancelled, EngineError, from_failure
-from ipc.messages import Accepted, Done, Failed, Progress, TaskEvent, Traced
+from ipc.messages.server import Accepted, Done, Failed, Progress, TaskEvent, Traced
 
 LOOK_INTERVAL = 0.5
 """Seconds between looks at an engine that is loading."""

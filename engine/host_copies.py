@@ -22,7 +22,8 @@ from engine.params import ModelParams
 from engine.plans import HOST
 from ipc.errors import BadCheckpoint, EngineError, OutOfMemory, StageFailed
 from ipc.freeing import close_memory
-from ipc.messages import Component, HostCopies as Progress, LoadProgress
+from ipc.messages.status import HostCopies as Progress, LoadProgress
+from ipc.messages.weights import Component
 
 MAP_TIMEOUT = 600.0
 """Seconds for every process to map a copy; one that is loading maps it when it is up."""

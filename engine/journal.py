@@ -25,7 +25,7 @@ import msgspec
 from engine.adapters import KeptAdapter
 from engine.states import Descriptors, State
 from ipc.errors import BadConfig, OutputError
-from ipc.messages import Job
+from ipc.messages.job import Job
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,9 @@ from engine.plans import HOST
 from engine.starting import LEAST, asked_plan
 from engine.states import State
 from ipc.errors import Busy, EngineError, Failure, to_failure
-from ipc.messages import OFFLOADED, DeviceMemory, MemoryChange, MemoryLevel, MemoryPlan, Seat
+from ipc.messages.memory import OFFLOADED, MemoryPlan
+from ipc.messages.names import MemoryLevel, Seat
+from ipc.messages.status import DeviceMemory, MemoryChange
 
 MAPPING_PATIENCE = 60.0
 """Seconds that a change which was asked for waits for processes to map new weights: a quantum or two."""

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from engine.estimates import Estimates, Policy
 from engine.records import TaskRecord
-from ipc.messages import Phase
+from ipc.messages.names import Phase
 
 _by_key = attrgetter("key")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from ipc.frames import MAX_FRAME
-from ipc.messages import TaskInfo
+from ipc.messages.status import TaskInfo
 
 LISTED_PROMPT = 200
 """Characters of each prompt in `list`."""

@@ -14,18 +14,10 @@ from engine.process import spawn
 from engine.weights import Placed
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import EngineError, ProtocolError, ServerUnavailable, from_failure
-from ipc.messages import (
-    AnyLoaderReport,
-    Component,
-    Loading,
-    LoadProgress,
-    Placed as PlacedReport,
-    PlacedLora,
-    Read,
-    ReadAll,
-    ReadFailed,
-    ReadLora,
-)
+from ipc.messages.loader import AnyLoaderReport, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
+from ipc.messages.reports import Loading, Placed as PlacedReport
+from ipc.messages.status import LoadProgress
+from ipc.messages.weights import Component
 
 LOADER = "stages.loader"
 LINGER = 30.0

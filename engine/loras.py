@@ -19,7 +19,9 @@ from engine.params import ModelParams
 from engine.roots import check_weights_root
 from ipc.errors import BadConfig, EngineError, NotFound, ServerUnavailable
 from ipc.freeing import close_memory
-from ipc.messages import Job, JobLora, LoraInfo, ReadLora
+from ipc.messages.job import Job, JobLora
+from ipc.messages.loader import ReadLora
+from ipc.messages.status import LoraInfo
 
 log = logging.getLogger(__name__)
 

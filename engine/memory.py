@@ -17,7 +17,9 @@ import msgspec
 from engine.events import Capacity
 from engine.params import ModelParams
 from engine.states import Descriptors, State
-from ipc.messages import Holding, QueueSpec, QueueStatistics, Seat, StageName, StateSpec, stage_of
+from ipc.messages.memory import QueueSpec, StateSpec
+from ipc.messages.names import Seat, StageName, stage_of
+from ipc.messages.status import Holding, QueueStatistics
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue

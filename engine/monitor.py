@@ -17,7 +17,7 @@ import pynvml
 from engine.footprint import Need, RequestSize
 from engine.gpu_samples import Gpu, GpuSample
 from engine.host_samples import host_sample
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 
 INTERVAL = 0.5
 """Seconds between samples."""

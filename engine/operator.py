@@ -13,7 +13,8 @@ from engine.decode import decode_strictly
 from engine.params import UserParams
 from hotreload.lora_options import EXTENSION, check_paths, parse_lora
 from ipc.errors import BadConfig, BadRequest
-from ipc.messages import Canary, MemoryLevel, StageName, When
+from ipc.messages.client import Canary, When
+from ipc.messages.names import MemoryLevel, StageName
 
 
 class CanaryFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ipc.errors import BadConfig
-from ipc.messages import AttentionChoice, MemoryLevel, StageName
+from ipc.messages.names import AttentionChoice, MemoryLevel, StageName
 from ipc.slot_table import MAX_PROCESSES
 
 Solver = Literal["unipc", "dpm++", "euler"]

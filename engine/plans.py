@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from engine.states import State
-from ipc.messages import OFFLOADED, MemoryPlan, SetMemory, StageName
+from ipc.messages.memory import OFFLOADED, MemoryPlan
+from ipc.messages.names import StageName
+from ipc.messages.stage import SetMemory
 
 HOST = "cpu"
 """Where host memory is, as `WeightStore` calls it."""

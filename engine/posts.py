@@ -11,7 +11,9 @@ import msgspec
 from engine.process import StageProcess
 from engine.states import State
 from ipc.errors import Failure
-from ipc.messages import LoadProgress, MemoryPlan, Seat, StageStatus, stage_of
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import Seat, stage_of
+from ipc.messages.status import LoadProgress, StageStatus
 
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
 

@@ -29,17 +29,10 @@ from engine.states import Descriptors, State
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import ProtocolError
-from ipc.messages import (
-    AnyStageProcessMessage,
-    AnyStageReport,
-    MemoryPlan,
-    Prepare,
-    Run,
-    Seat,
-    StageName,
-    Start,
-    stage_of,
-)
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import Seat, StageName, stage_of
+from ipc.messages.reports import AnyStageReport
+from ipc.messages.stage import AnyStageProcessMessage, Prepare, Run, Start
 
 log = logging.getLogger(__name__)
 

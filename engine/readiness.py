@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from engine.line import Line
 from engine.records import Ledger, StageRecord, TaskRecord
-from ipc.messages import Phase
+from ipc.messages.names import Phase
 
 PREPARED_AHEAD = 1
 """Tasks, and one more for each dit, whose inputs are made before their denoising can begin: enough to keep the dits

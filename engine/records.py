@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from engine.events import Capacity, TaskSpec
 from ipc.errors import Failure
-from ipc.messages import Parts, Phase, Seat, StageName, stage_of
+from ipc.messages.names import Phase, Seat, StageName, stage_of
+from ipc.messages.reports import Parts
 
 Slots = Literal["prompts", "init_latents", "states", "latents", "frames"]
 """What is bounded by the field of `Capacity` of that name."""

@@ -24,7 +24,7 @@ from engine.states import Descriptors
 from engine.version import VERSION
 from ipc.channel import Channel
 from ipc.errors import EngineError
-from ipc.messages import ProgramRehearsed, RehearseProgram
+from ipc.messages.program import ProgramRehearsed, RehearseProgram
 
 RECEIVE_TIMEOUT = 10.0
 """Seconds: what is received has been sent before this process was started."""

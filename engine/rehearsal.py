@@ -20,7 +20,7 @@ from engine.child import python_path
 from engine.handover import in_memory
 from ipc.channel import MAX_FDS, Channel, ChannelClosed
 from ipc.errors import ProtocolError, ReloadFailed
-from ipc.messages import ProgramRehearsed, RehearseProgram
+from ipc.messages.program import ProgramRehearsed, RehearseProgram
 
 REHEARSAL_TIMEOUT = 60.0
 """Seconds for the next program to be loaded and to answer. The engine goes on meanwhile."""

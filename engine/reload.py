@@ -40,7 +40,11 @@ from ipc.errors import (
     Superseded,
 )
 from ipc.freeing import close_memory
-from ipc.messages import Canary, Component, LoadProgress, Read, Reload, Reloaded, VersionInfo, When
+from ipc.messages.client import Canary, Reload, When
+from ipc.messages.loader import Read
+from ipc.messages.server import Reloaded
+from ipc.messages.status import LoadProgress, VersionInfo
+from ipc.messages.weights import Component
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from engine.params import ModelParams, SystemParams, UserParams
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, log_level, task_spec
 from ipc.errors import BadRequest, Busy, ServerUnavailable, StageFailed, to_failure
-from ipc.messages import Accepted, Done, Failed, Job
+from ipc.messages.job import Job
+from ipc.messages.server import Accepted, Done, Failed
 
 log = logging.getLogger(__name__)
 

@@ -20,20 +20,12 @@ from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, computed_metadata
 from engine.version import VERSION
 from hotreload.checkpoint import Checkpoint
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    STAGE_OF_PHASE,
-    Begin,
-    Drop,
-    Job,
-    Phase,
-    Progress,
-    QuantumDone,
-    Run,
-    Seat,
-    WeightChange,
-    stage_of,
-)
+from ipc.messages.job import Job
+from ipc.messages.names import STAGE_OF_COMPONENT, STAGE_OF_PHASE, Phase, Seat, stage_of
+from ipc.messages.reports import QuantumDone
+from ipc.messages.server import Progress
+from ipc.messages.stage import Begin, Drop, Run
+from ipc.messages.weights import WeightChange
 
 log = logging.getLogger(__name__)
 

@@ -74,7 +74,8 @@ from engine.records import (
 )
 from engine.scheduler_state import SchedulerState, put_back, state_of_stage, state_of_task, task_of_state
 from ipc.errors import DeadlineExceeded, EngineError, Failure, OutOfMemory, PoisonedRequest, StageFailed, to_failure
-from ipc.messages import STAGE_OF_PHASE, Parts, Phase, Seat, StageName
+from ipc.messages.names import STAGE_OF_PHASE, Phase, Seat, StageName
+from ipc.messages.reports import Parts
 
 CRASHES = 2
 """Processes that die of a task before it is set aside."""

@@ -15,7 +15,8 @@ from engine.events import Capacity, TaskSpec
 from engine.records import Key, Quantum, Shortage, Slots, StageRecord, TaskRecord
 from engine.states import State
 from ipc.errors import Failure
-from ipc.messages import Parts, Phase, Seat, StageName
+from ipc.messages.names import Phase, Seat, StageName
+from ipc.messages.reports import Parts
 
 
 class TaskState(State, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import cast, get_args
 from engine.devices import warn_of_threads
 from engine.states import State
 from ipc.errors import BadConfig
-from ipc.messages import AttentionChoice, StageName
+from ipc.messages.names import AttentionChoice, StageName
 
 MAX_THREADS = 1024
 

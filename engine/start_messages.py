@@ -19,17 +19,11 @@ from engine.posts import Posts
 from engine.settings import Settings
 from engine.weights import Versions, WeightStore
 from hotreload.checkpoint import Checkpoint
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    Chosen,
-    MemoryPlan,
-    Seat,
-    Start,
-    VaeChosen,
-    WeightVersion,
-    number_of,
-    stage_of,
-)
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import STAGE_OF_COMPONENT, Seat, number_of, stage_of
+from ipc.messages.reports import Chosen, VaeChosen
+from ipc.messages.stage import Start
+from ipc.messages.weights import WeightVersion
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ from engine.plans import HOST, Limits
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig, BadRequest
-from ipc.messages import MemoryLevel, MemoryPlan, StageName, stage_of
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import MemoryLevel, StageName, stage_of
 from ipc.payload import DeviceFd
 
 log = logging.getLogger(__name__)

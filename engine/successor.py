@@ -10,7 +10,8 @@ from engine.child import how_it_ended
 from engine.process import Body
 from ipc.channel import ChannelClosed, close_fds
 from ipc.errors import EngineError, ProtocolError, StageFailed, from_failure
-from ipc.messages import AnyStageReport, Rehearse, Rehearsed
+from ipc.messages.reports import AnyStageReport, Rehearsed
+from ipc.messages.stage import Rehearse
 
 
 async def successor(rehearsal: Rehearse, fds: Sequence[int], timeout: float) -> Body:

@@ -70,39 +70,13 @@ from engine.vault import Vault, VaultState
 from engine.version import VERSION
 from hotreload.given import GivenTensor, pack
 from ipc.errors import Cancelled, EngineError, Failure, ServerUnavailable, to_failure
-from ipc.messages import (
-    Accepted,
-    AnyStageReport,
-    AttentionChoice,
-    DeviceMemory,
-    Done,
-    Dropped,
-    EngineStatus,
-    Failed,
-    Holding,
-    Job,
-    LoraInfo,
-    MemoryChange,
-    MemoryLevel,
-    MemoryPlan,
-    PlacingFile,
-    QuantumDone,
-    QuantumDropped,
-    QuantumFailed,
-    Ready,
-    Reload,
-    Reloaded,
-    Replaced,
-    Seat,
-    Span,
-    StageName,
-    TaskEvent,
-    TaskInfo,
-    Traced,
-    VersionInfo,
-    When,
-    stage_of,
-)  # fmt: skip
+from ipc.messages.client import Reload, When
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import AttentionChoice, MemoryLevel, Seat, StageName, stage_of
+from ipc.messages.reports import AnyStageReport, Dropped, PlacingFile, QuantumDone, QuantumDropped, QuantumFailed, Ready
+from ipc.messages.server import Accepted, Done, Failed, Reloaded, Replaced, TaskEvent, Traced
+from ipc.messages.status import DeviceMemory, EngineStatus, Holding, LoraInfo, MemoryChange, Span, TaskInfo, VersionInfo
 
 log = logging.getLogger(__name__)
 

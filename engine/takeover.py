@@ -21,7 +21,9 @@ from engine.settings import Settings, changed
 from engine.start_messages import StartMessages
 from engine.successor import successor
 from ipc.errors import StageFailed
-from ipc.messages import AttentionChoice, Rehearse, Replaced, Seat, StageName, Stop, stage_of
+from ipc.messages.names import AttentionChoice, Seat, StageName, stage_of
+from ipc.messages.server import Replaced
+from ipc.messages.stage import Rehearse, Stop
 
 
 class Takeover:

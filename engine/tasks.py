@@ -16,18 +16,11 @@ from engine.memory import DECODE_LATENTS
 from engine.params import ModelParams
 from engine.states import State
 from ipc.errors import BadRequest, Cancelled, DeadlineExceeded, EngineError, Failure, NotFound, from_failure
-from ipc.messages import (
-    STAGE_OF_PHASE,
-    Computed,
-    Done,
-    Failed,
-    Job,
-    Phase,
-    Progress,
-    TaskEvent,
-    TaskInfo,
-    WeightChange,
-)
+from ipc.messages.job import Computed, Job
+from ipc.messages.names import STAGE_OF_PHASE, Phase
+from ipc.messages.server import Done, Failed, Progress, TaskEvent
+from ipc.messages.status import TaskInfo
+from ipc.messages.weights import WeightChange
 
 KEPT_FINISHED = 256
 """Finished tasks that `list`, `result` and `events` still know."""

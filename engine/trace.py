@@ -13,7 +13,9 @@ from typing import Any
 
 from engine.amounts import said_blocks, size
 from ipc.errors import NotFound
-from ipc.messages import Copied, MemoryChange, Phase, QuantumDone, QuantumDropped, QuantumFailed, Seat, Span
+from ipc.messages.names import Phase, Seat
+from ipc.messages.reports import QuantumDone, QuantumDropped, QuantumFailed
+from ipc.messages.status import Copied, MemoryChange, Span
 
 KEPT_QUANTA = 2048
 """Of about 20 requests of 50 steps and 81 frames."""

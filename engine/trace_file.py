@@ -9,7 +9,7 @@ import msgspec
 
 from engine.trace import KEPT_QUANTA, chrome_trace, of_tasks
 from ipc.errors import OutputError
-from ipc.messages import Traced
+from ipc.messages.server import Traced
 
 
 def check_target(out: Path) -> None:

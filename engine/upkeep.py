@@ -16,15 +16,10 @@ from engine.posts import Changes, Post, Posts
 from engine.process import StageProcess
 from engine.weights import Placed, WeightStore
 from ipc.errors import Failure, StageFailed, from_failure
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    Adopt,
-    Adopted,
-    Forget,
-    MemoryPlan,
-    MemorySet,
-    stage_of,
-)
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import STAGE_OF_COMPONENT, stage_of
+from ipc.messages.reports import Adopted, MemorySet
+from ipc.messages.stage import Adopt, Forget
 
 log = logging.getLogger(__name__)
 

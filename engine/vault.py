@@ -25,7 +25,7 @@ from engine.states import State
 from engine.systemd import Notify
 from engine.weights import Placed, WeightStore
 from hotreload.files import stamp
-from ipc.messages import Component, WeightVersion
+from ipc.messages.weights import Component, WeightVersion
 
 KIND = "weights"
 SETTLED = 2.0

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from engine.states import Descriptors, State
 from ipc.freeing import close_memory
-from ipc.messages import Component, Holding, WeightVersion
+from ipc.messages.status import Holding
+from ipc.messages.weights import Component, WeightVersion
 from ipc.payload import place_name
 
 

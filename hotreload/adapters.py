@@ -26,7 +26,7 @@ from hotreload.placement import Placement, Shapes, Table
 from hotreload.reading import Files
 from hotreload.safetensors_file import TensorEntry
 from ipc.errors import OutOfMemory
-from ipc.messages import AdapterVersion, WeightVersion
+from ipc.messages.weights import AdapterVersion, WeightVersion
 from ipc.tensors import dtype_of
 
 

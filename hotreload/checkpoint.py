@@ -21,7 +21,7 @@ from hotreload.shards import weight_files
 from hotreload.shown import listed, shown
 from hotreload.tables import check_archive, component_table, label_of, safetensors_only
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component, Naming
+from ipc.messages.weights import Component, Naming
 
 Layout = Literal["diffusers", "original", "comfyui"]
 DESCRIPTIONS: dict[Layout, str] = {

@@ -14,7 +14,7 @@ from hotreload.names import without_prefix
 from hotreload.safetensors_file import read_header
 from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component, Naming
+from ipc.messages.weights import Component, Naming
 
 Suits = Callable[[Component], bool]
 """The shapes of a component's tensors are those of the model that is wanted."""

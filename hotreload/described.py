@@ -10,7 +10,7 @@ from hotreload.shown import shown
 from hotreload.tables import label_of
 from ipc.architecture import TransformerConfig
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages.weights import Component
 
 MAX_CONFIG = 1 << 20
 """Bytes; Wan's have less than 1 KB."""

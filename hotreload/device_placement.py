@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hotreload.placement import Runs, Shapes, Table, lay_out, view_placed
 from ipc.device_memory import DeviceMemory
-from ipc.messages import WeightVersion
+from ipc.messages.weights import WeightVersion
 from ipc.tensors import view_tensor
 
 WORDS = 1 << 24

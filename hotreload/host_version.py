@@ -10,7 +10,7 @@ import torch
 
 from hotreload.placement import Placement, Runs, Shapes
 from ipc.freeing import apart
-from ipc.messages import WeightVersion
+from ipc.messages.weights import WeightVersion
 
 
 class HostVersion:

@@ -16,7 +16,7 @@ from hotreload.lora import experts_in, read_lora
 from hotreload.safetensors_file import TensorEntry, read_header
 from hotreload.tables import component_table
 from ipc.errors import BadConfig
-from ipc.messages import Component, Lora
+from ipc.messages.weights import Component, Lora
 
 EXTENSION = ".safetensors"
 MAX_STRENGTH = 10.0

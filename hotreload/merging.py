@@ -16,7 +16,7 @@ from hotreload.reading import Files
 from hotreload.safetensors_file import ITEM_SIZES, TensorEntry
 from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages.weights import Component
 
 
 class Addition(NamedTuple):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from hotreload.safetensors_file import TensorEntry
 from hotreload.shown import shown
 from ipc.errors import BadCheckpoint
-from ipc.messages import Naming
+from ipc.messages.weights import Naming
 
 Rule = tuple[str, str]
 """(original, ours)."""

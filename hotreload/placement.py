@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ipc.layout import tensor_bytes
 from ipc.memory import PAGE_BYTES, SharedMemory, round_up
-from ipc.messages import WeightVersion
+from ipc.messages.weights import WeightVersion
 from ipc.tensors import dtype_name, dtype_of
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from hotreload.names import stored_name, to_ours
 from hotreload.safetensors_file import TensorEntry, read_header
 from hotreload.shown import listed, shown
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component, Naming
+from ipc.messages.weights import Component, Naming
 
 PthReader = Callable[[Path, str], list[TensorEntry]]
 """(file, its name for errors) -> its tensors, under the names they have there: `hotreload.pth.read_pth`."""

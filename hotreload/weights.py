@@ -26,7 +26,7 @@ from hotreload.safetensors_file import FLOATING, ITEM_SIZES, TensorEntry
 from hotreload.shown import shown
 from hotreload.tables import component_table, describe, other_family, vae_family
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages.weights import Component
 
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 """(name, shape, dtype) -> memory for a tensor, contiguous, on the device of all others."""

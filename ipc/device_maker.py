@@ -12,7 +12,7 @@ import sys
 
 from ipc.channel import Channel, close_fds
 from ipc.device_memory import DeviceMemory, DeviceView
-from ipc.messages import MakeMemory, MemoryReply, ProbeMemory
+from ipc.messages.memory import MakeMemory, MemoryReply, ProbeMemory
 
 PATTERN = bytes(range(1, 256)) * 16
 """Written at both ends of each piece: 4,080 bytes without a zero."""

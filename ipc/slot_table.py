@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, Self
 
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import SharedMemory, fence
-from ipc.messages import Holding
+from ipc.messages.status import Holding
 
 _MAGIC = int.from_bytes(b"tensorq1", "little")
 

@@ -14,7 +14,8 @@ from typing import Self
 
 from ipc.layout import DTYPE_BYTES, MAX_DIMS, MAX_U64, pack_name, pack_task, tensor_bytes, unpack_name
 from ipc.memory import PAGE_BYTES, SharedMemory, fence, round_up
-from ipc.messages import Holding, StateSpec
+from ipc.messages.memory import StateSpec
+from ipc.messages.status import Holding
 from ipc.payload import (
     DeviceFd,
     Payload,

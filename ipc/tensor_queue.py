@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from ipc.layout import MAX_U64, tensor_bytes
-from ipc.messages import Holding, QueueSpec, QueueStatistics
+from ipc.messages.memory import QueueSpec
+from ipc.messages.status import Holding, QueueStatistics
 from ipc.payload import DeviceFd, Payload, Room, adopt_payload, attach_payload, make_payload, place_name
 from ipc.slot_table import MAX_PROCESSES, Key, Side, SlotState, SlotTable
 

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from hotreload.adapters import Adapter, attach_adapter
 from hotreload.overlay import Applied
-from ipc.messages import Job, WeightVersion
+from ipc.messages.job import Job
+from ipc.messages.weights import WeightVersion
 
 Wanted: TypeAlias = tuple[tuple[str, float], ...]
 """Content hash and strength of each adapter of a task, in the order in which they are added."""

@@ -18,7 +18,8 @@ from hotreload.safetensors_file import TensorEntry
 from hotreload.tables import component_table, other_family
 from hotreload.weights import mismatches
 from ipc.errors import BadCheckpoint
-from ipc.messages import CheckAsked, Component, ComponentChecked
+from ipc.messages.check import CheckAsked, ComponentChecked
+from ipc.messages.weights import Component
 from stages.models.blueprint import Blueprint, build
 
 

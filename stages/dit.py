@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 
 from ipc.errors import BadRequest, NumericalError
-from ipc.messages import OFFLOADED, Chosen, Copied, Job, MemoryPlan, Run, Start
+from ipc.messages.job import Job
+from ipc.messages.memory import OFFLOADED, MemoryPlan
+from ipc.messages.reports import Chosen
+from ipc.messages.stage import Run, Start
+from ipc.messages.status import Copied
 from ipc.state import StateSlot, StateSlots
 from ipc.tensors import commit_tensors, dtype_of, load_tensors, put_tensor, slot_tensor
 from stages import kernels, solvers

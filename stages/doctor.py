@@ -13,7 +13,8 @@ import msgspec
 import torch
 
 from ipc.errors import BadConfig
-from ipc.messages import AttentionBackend, DoctorAsked, DoctorReport
+from ipc.messages.doctor import DoctorAsked, DoctorReport
+from ipc.messages.names import AttentionBackend
 from ipc.tensors import dtype_of
 from stages import kernels, transfer
 from stages.attention import kept

@@ -11,7 +11,7 @@ import traceback
 
 from ipc.errors import EngineError, Failure, OutOfMemory, OutOfProcesses, StageFailed, to_failure
 from ipc.lacking import RAISE_PROCESSES, lacks_processes
-from ipc.messages import StageName
+from ipc.messages.names import StageName
 
 EXIT_DEVICE_LOST = 4
 """The CUDA context is dead; only a new process gets another."""

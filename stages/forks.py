@@ -11,7 +11,8 @@ import struct
 import warnings
 
 from ipc.channel import Channel, close_fds
-from ipc.messages import AnyStageProcessMessage, Fork, Forked, ForkRefused, ForksReady
+from ipc.messages.reports import Forked, ForkRefused, ForksReady
+from ipc.messages.stage import AnyStageProcessMessage, Fork
 
 ANSWER = struct.Struct("i")
 """The number of a process, or an error number below zero."""

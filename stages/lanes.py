@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from ipc.messages import Copied
+from ipc.messages.status import Copied
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """On the device, and in host memory; of one shape."""

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ipc.messages import Copied
+from ipc.messages.status import Copied
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor
 

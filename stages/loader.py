@@ -27,7 +27,9 @@ from hotreload.files import Stamp, path_of_descriptor, regular_file, stamp
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerUnavailable, to_failure
 from ipc.lacking import why_not_started
-from ipc.messages import Component, Placed, PlacedLora, Read, ReadAll, ReadFailed, ReadLora
+from ipc.messages.loader import PlacedLora, Read, ReadAll, ReadFailed, ReadLora
+from ipc.messages.reports import Placed
+from ipc.messages.weights import Component
 from stages.failures import is_out_of_memory, out_of_memory, summary
 from stages.loop import SEND_TIMEOUT
 from stages.worker import (

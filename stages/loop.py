@@ -20,34 +20,34 @@ import msgspec
 from ipc.channel import Channel, ChannelClosed, Received, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import Failure, StageFailed
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    STAGE_OF_PHASE,
-    Adopt,
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import STAGE_OF_COMPONENT, STAGE_OF_PHASE, StageName
+from ipc.messages.reports import (
     Adopted,
-    AnyStageProcessMessage,
     AnyStageReport,
-    Begin,
-    Drop,
     Dropped,
-    Forget,
-    Fork,
-    MemoryPlan,
     MemorySet,
     Parts,
-    Prepare,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
+)
+from ipc.messages.stage import (
+    Adopt,
+    AnyStageProcessMessage,
+    Begin,
+    Drop,
+    Forget,
+    Fork,
+    Prepare,
     Rehearse,
     Run,
     ServeForks,
     SetMemory,
-    StageName,
     Start,
     Stop,
-    WeightVersion,
 )
+from ipc.messages.weights import WeightVersion
 from stages.failures import describe, summary
 from stages.outbox import Delivery, Outbox
 from stages.stage import AnyNetwork, Left, Stage

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
-from ipc.messages import AnyStageReport, Copied
+from ipc.messages.reports import AnyStageReport
+from ipc.messages.status import Copied
 
 Delivery: TypeAlias = Callable[[], Copied | None]
 """Brings a result to where it is read. Called once, by any thread; says what was copied, None if it is there already.

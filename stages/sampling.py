@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipc.architecture import VaeConfig
-from ipc.messages import Job
+from ipc.messages.job import Job
 from stages.models.conditioning import Time
 from stages.models.transformer import WanTransformer
 from stages.solvers import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule

@@ -8,19 +8,13 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from ipc.messages import (
-    Chosen,
-    Component,
-    Copied,
-    Job,
-    MemoryPlan,
-    Parts,
-    Run,
-    StageName,
-    Start,
-    VaeChosen,
-    WeightVersion,
-)
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import StageName
+from ipc.messages.reports import Chosen, Parts, VaeChosen
+from ipc.messages.stage import Run, Start
+from ipc.messages.status import Copied
+from ipc.messages.weights import Component, WeightVersion
 from ipc.slot_table import Side
 from ipc.state import FDS_PER_STATE, StateSlots
 from ipc.tensor_queue import FDS_PER_QUEUE, TensorQueue

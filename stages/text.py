@@ -11,7 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import OFFLOADED, Copied, Job, MemoryPlan, Run, Start
+from ipc.messages.job import Job
+from ipc.messages.memory import OFFLOADED, MemoryPlan
+from ipc.messages.stage import Run, Start
+from ipc.messages.status import Copied
 from ipc.tensors import dtype_of, room_tensor
 from stages.models.blank import blank
 from stages.models.text_encoder import ALIASES, TextEncoder, build, encode

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hotreload.placement import Placement
 from ipc.architecture import TransformerConfig
-from ipc.messages import TransfersMeasured
+from ipc.messages.doctor import TransfersMeasured
 from stages.models.blank import blank
 from stages.models.transformer import Block, Compute, Stream, keeps_float32
 

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipc.messages import OFFLOADED, Copied, Job, KernelKind, MemoryPlan, Parts, Run, Start, VaeChosen
+from ipc.messages.job import Job
+from ipc.messages.memory import OFFLOADED, MemoryPlan
+from ipc.messages.names import KernelKind
+from ipc.messages.reports import Parts, VaeChosen
+from ipc.messages.stage import Run, Start
+from ipc.messages.status import Copied
 from ipc.tensors import dtype_of, put_tensor, slot_tensor
 from stages.leaving import Leaving
 from stages.media import read_image, upright

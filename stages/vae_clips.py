@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
-from ipc.messages import Job, Parts
+from ipc.messages.job import Job
+from ipc.messages.reports import Parts
 from stages.media import fit, read_frames, read_image
 from stages.models.vae_codec import ClipCoder, Codec, Kept
 from stages.models.vae_tiles import TILE_BUDGET, Tile

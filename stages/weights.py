@@ -17,7 +17,10 @@ from hotreload.overlay import make_overlay
 from hotreload.placement import Placement, Runs, Shapes, Slots, Table, lay_out, rebind, view_placed
 from hotreload.weights import Allocate, load_weights
 from ipc.errors import OutOfMemory, StageFailed
-from ipc.messages import OFFLOADED, Component, Job, Start, WeightVersion
+from ipc.messages.job import Job
+from ipc.messages.memory import OFFLOADED
+from ipc.messages.stage import Start
+from ipc.messages.weights import Component, WeightVersion
 from stages.adapters import Lent, Wanted, wanted_by
 from stages.lanes import lane_of
 from stages.models.joined import JoinedModule

@@ -27,23 +27,10 @@ from typing import Any
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import EngineError, Failure, StageFailed, to_failure
-from ipc.messages import (
-    AnyStageProcessMessage,
-    Chosen,
-    Loading,
-    Placed,
-    PlacingFile,
-    Prepare,
-    Ready,
-    Rehearse,
-    Rehearsed,
-    ServeForks,
-    StageName,
-    Start,
-    StartFailed,
-    VaeChosen,
-    WeightVersion,
-)
+from ipc.messages.names import StageName
+from ipc.messages.reports import Chosen, Loading, Placed, PlacingFile, Ready, Rehearsed, StartFailed, VaeChosen
+from ipc.messages.stage import AnyStageProcessMessage, Prepare, Rehearse, ServeForks, Start
+from ipc.messages.weights import WeightVersion
 from stages.failures import start_failure, summary
 from stages.forks import serve_forks
 from stages.loop import SEND_TIMEOUT, Worker, limit_memory, use_threads

@@ -22,7 +22,9 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 
 from ipc.errors import OutputError
-from ipc.messages import Job, MemoryPlan, Run, Start
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.stage import Run, Start
 from stages.files import Directory
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
 

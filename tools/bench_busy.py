@@ -25,7 +25,7 @@ import msgspec
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.trace import chrome_trace
-from ipc.messages import Span
+from ipc.messages.status import Span
 from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of
 
 MUST = 0.98

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipc.architecture import TransformerConfig
-from ipc.messages import AttentionBackend, KernelKind
+from ipc.messages.names import AttentionBackend, KernelKind
 from stages import kernels, sampling
 from stages.attention.backends import Case
 from stages.attention.choice import choose

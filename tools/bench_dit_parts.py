@@ -11,7 +11,7 @@ import torch
 
 from engine.models import load_model
 from ipc.architecture import TransformerConfig
-from ipc.messages import KernelKind
+from ipc.messages.names import KernelKind
 from ipc.tensors import dtype_of
 from stages import kernels
 from stages.attention.backends import Case

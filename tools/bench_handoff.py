@@ -36,7 +36,7 @@ import torch.multiprocessing as mp
 
 from ipc.channel import Channel, close_fds
 from ipc.device_memory import DeviceMemory
-from ipc.messages import QueueSpec
+from ipc.messages.memory import QueueSpec
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.tensor_queue import Slot, TensorQueue
 from ipc.tensors import put_tensor, room_tensor, slot_tensor

@@ -34,7 +34,7 @@ from torch import nn
 from hotreload.shards import weight_files
 from hotreload.tables import component_table
 from hotreload.weights import load_weights
-from ipc.messages import Component
+from ipc.messages.weights import Component
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 1_000_000_000

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from engine import Supervisor, SystemParams, UserParams
-from ipc.messages import DeviceMemory, Done, MemoryChange, Span
+from ipc.messages.server import Done
+from ipc.messages.status import DeviceMemory, MemoryChange, Span
 from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of
 from tools.load import digest
 

@@ -28,7 +28,7 @@ from engine.models import load_model
 from engine.params import ModelParams
 from hotreload.device_placement import DevicePlacement
 from hotreload.placement import Placement, Shapes
-from ipc.messages import WeightVersion
+from ipc.messages.weights import WeightVersion
 from stages import kernels
 from stages.attention.backends import Case
 from stages.attention.choice import choose

@@ -37,7 +37,7 @@ from torch import Tensor
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
 from ipc.architecture import TransformerConfig
-from ipc.messages import MemoryLevel
+from ipc.messages.names import MemoryLevel
 from tools.bench_dit import diffusers_model
 from tools.bench_memory import Gauge
 from tools.full_size_setup import PROMPT, Report, Workplace, add_options, machine, size_of

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from engine import AsyncClient, Supervisor, SystemParams, UserParams
 from engine.devices import resolve_device
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 from tools.full_size_setup import gpu_memory_used
 from tools.load import (
     CLIENTS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.params import ModelParams
 from hotreload.weights import load_weights
-from ipc.messages import Component
+from ipc.messages.weights import Component
 from stages.models import text_encoder
 from stages.models.transformer import WanTransformer, keeps_float32
 from stages.models.vae import WanVae

@@ -28,7 +28,7 @@ from engine.cuda import management_handle
 from engine.models import CONFIGS, list_models, load_model
 from engine.params import ModelParams
 from hotreload.checkpoint import open_checkpoint
-from ipc.messages import Component
+from ipc.messages.weights import Component
 from tools.make_checkpoint import bytes_below, make_checkpoint, shrink, table_of, write_params
 
 ROOT = Path(__file__).resolve().parent.parent

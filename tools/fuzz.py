@@ -29,24 +29,10 @@ import msgspec
 
 from engine.params import UserParams
 from engine.resident import resident_bytes
-from ipc.errors import ProtocolError
+from ipc.errors import Failure, ProtocolError
 from ipc.frames import MAX_FRAME, FrameReader, encode_frame
-from ipc.messages import (
-    Accepted,
-    AnyClientMessage,
-    AnyServerMessage,
-    Cancel,
-    Done,
-    Failed,
-    Failure,
-    GetStatus,
-    Hello,
-    ListTasks,
-    Progress,
-    Refused,
-    Submit,
-    Subscribe,
-)
+from ipc.messages.client import AnyClientMessage, Cancel, GetStatus, Hello, ListTasks, Submit, Subscribe
+from ipc.messages.server import Accepted, AnyServerMessage, Done, Failed, Progress, Refused
 
 CONVERSATION = 16
 """Frames."""

@@ -40,20 +40,8 @@ from engine.resident import resident_bytes
 from engine.session import Limits
 from engine.tasks import KEPT_FINISHED
 from ipc.frames import encode_frame
-from ipc.messages import (
-    PROTOCOL_VERSION,
-    Accepted,
-    Cancel,
-    ClientMessage,
-    GetStatus,
-    Hello,
-    ListTasks,
-    Ok,
-    ServerMessage,
-    Status,
-    Submit,
-    TaskList,
-)
+from ipc.messages.client import PROTOCOL_VERSION, Cancel, ClientMessage, GetStatus, Hello, ListTasks, Submit
+from ipc.messages.server import Accepted, Ok, ServerMessage, Status, TaskList
 from tools.fuzz import chance_of, live_conversation
 from tools.load import Broken, serving
 

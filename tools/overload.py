@@ -21,7 +21,9 @@ from engine.connection import AsyncConnection, Deadlines
 from engine.memory import slot_sizes
 from engine.models import load_model
 from ipc.errors import Busy
-from ipc.messages import EngineStatus, GetStatus, Status
+from ipc.messages.client import GetStatus
+from ipc.messages.server import Status
+from ipc.messages.status import EngineStatus
 from tools.load import KINDS, PATIENCE, Broken, Load, Tally, ask, serving
 
 TIMES = 10

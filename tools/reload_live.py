@@ -29,7 +29,8 @@ import torch
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
-from ipc.messages import Done, Reload
+from ipc.messages.client import Reload
+from ipc.messages.server import Done
 from tools.full_size_setup import PROMPT, Report, Workplace, add_options, gpu_memory_used, machine, size_of
 from tools.load import digest
 from tools.make_checkpoint import make_checkpoint

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
-from ipc.messages import Reload
+from ipc.messages.client import Reload
 from tools.load import CLIENTS, PATIENCE, Broken, Footprint, Tally, digest, nothing_left
 
 REVISIONS = (CONFIGS / "demo", CONFIGS / "demo" / "revision-2")

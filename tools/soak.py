@@ -29,7 +29,9 @@ from engine import AsyncClient
 from engine.child import how_it_ended
 from engine.connection import Connection, Deadlines
 from ipc.errors import Cancelled
-from ipc.messages import Accepted, Cancel, Done, EngineStatus, Failed, ListTasks, Ok, Submit, Subscribe, TaskList
+from ipc.messages.client import Cancel, ListTasks, Submit, Subscribe
+from ipc.messages.server import Accepted, Done, Failed, Ok, TaskList
+from ipc.messages.status import EngineStatus
 from tools.load import CLIENTS, KINDS, PATIENCE, Broken, Footprint, Load, Tally, ask, serving
 
 ROOT = Path(__file__).resolve().parent.parent

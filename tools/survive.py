@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine import Supervisor, SystemParams, UserParams
-from ipc.messages import StageStatus
+from ipc.messages.status import StageStatus
 from tools.full_size_setup import PROMPT, Report, Workplace, add_options, gpu_memory_used, machine, size_of
 from tools.load import digest
 

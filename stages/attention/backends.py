@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipc.messages import AttentionBackend
+from ipc.messages.names import AttentionBackend
 from stages import cache
 
 MATH_SCORES = 1 << 26

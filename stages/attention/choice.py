@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ipc.errors import BadConfig
-from ipc.messages import AttentionBackend, AttentionMeasured
+from ipc.messages.doctor import AttentionMeasured
+from ipc.messages.names import AttentionBackend
 from stages.attention import kept
 from stages.attention.backends import IMPLEMENTATIONS, Case, attention
 

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from hotreload.files import small_json
-from ipc.messages import AttentionBackend
+from ipc.messages.names import AttentionBackend
 from stages import cache
 from stages.attention.backends import IMPLEMENTATIONS, Case
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipc.messages import KernelKind
+from ipc.messages.names import KernelKind
 from stages.kernels import plain
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}

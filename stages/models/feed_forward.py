@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ipc.messages import KernelKind
+from ipc.messages.names import KernelKind
 from stages.kernels import linear_gelu
 
 

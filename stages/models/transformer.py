@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from hotreload.placement import joined
 from ipc.architecture import TransformerConfig
-from ipc.messages import AttentionBackend, KernelKind
+from ipc.messages.names import AttentionBackend, KernelKind
 from stages.attention import attention
 from stages.kernels import norm_rope, residual_layer_norm, residual_modulate
 from stages.kernels.plain import add_gated

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ipc.architecture import VaeConfig
-from ipc.messages import KernelKind
+from ipc.messages.names import KernelKind
 from stages.models.blank import blank
 from stages.models.vae import WanVae
 from stages.models.vae_codec import Codec, FastCodec, PlainCodec, has_tma

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ipc.architecture import VaeConfig
-from ipc.messages import KernelKind
+from ipc.messages.names import KernelKind
 from stages.models import vae_plain_tiles
 from stages.models.vae import WanVae
 from stages.models.vae_decode import FastDecoder

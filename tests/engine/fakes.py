@@ -11,7 +11,8 @@ import msgspec
 
 from engine.events import BeginTask, Capacity, DropTask, Event, Grant, Placing, QuantumEnded, TaskDropped, TaskSpec
 from ipc.errors import Failure, OutOfMemory
-from ipc.messages import Parts, Phase, Seat, StageName, stage_of
+from ipc.messages.names import Phase, Seat, StageName, stage_of
+from ipc.messages.reports import Parts
 from tests.engine.observer import demand
 
 

@@ -18,7 +18,9 @@ from engine.posts import Changes, Posts
 from engine.upkeep import Upkeep
 from engine.weights import Versions, WeightStore
 from ipc.errors import EngineError
-from ipc.messages import MemoryPlan, Seat, WeightVersion
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import Seat
+from ipc.messages.weights import WeightVersion
 
 GPU = "cuda:0"
 

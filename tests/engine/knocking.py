@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from ipc.frames import FrameReader
-from ipc.messages import AnyServerMessage, Refused, Status, Welcome
+from ipc.messages.server import AnyServerMessage, Refused, Status, Welcome
 from tests.engine.wire import frame, hello
 
 PATIENCE = 60.0

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import stages.dit
-from ipc.messages import MemoryPlan, MemorySet
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.reports import MemorySet
 from stages.failures import describe
 from stages.loop import Worker
 from stages.worker import main

@@ -36,7 +36,7 @@ from engine.events import (
     TaskSpec,
 )
 from engine.params import STAGES
-from ipc.messages import STAGE_OF_PHASE, Phase, Seat, StageName, stage_of
+from ipc.messages.names import STAGE_OF_PHASE, Phase, Seat, StageName, stage_of
 
 SLOWEST = 3.0
 """The simulator's quanta take at most this many times what they are estimated to."""

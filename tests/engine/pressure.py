@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from engine.footprint import Need, RequestSize, need, plans
 from engine.models import load_model
 from engine.monitor import DWELL, INTERVAL, LITTLE, NOISE, REST, SLACK, Policy, Sample, order
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 
 GIB = 2**30
 TOTAL = 80 * GIB

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
-from ipc.messages import Reload
+from ipc.messages.client import Reload
 from tests.conftest import Video
 
 PROMPT = "a red circle moves left on a black background"

@@ -10,7 +10,10 @@ from typing import Any
 
 import stages.failures
 import stages.worker
-from ipc.messages import Job, Parts, Run, StageName, Start
+from ipc.messages.job import Job
+from ipc.messages.names import StageName
+from ipc.messages.reports import Parts
+from ipc.messages.stage import Run, Start
 from stages.stage import Links, Stage
 
 Fault = tuple[str, str, int]

@@ -22,7 +22,7 @@ from engine.events import (
 )
 from engine.params import STAGES
 from engine.scheduler import Scheduler
-from ipc.messages import STAGE_OF_PHASE, Phase, Seat
+from ipc.messages.names import STAGE_OF_PHASE, Phase, Seat
 from tests.engine.simulator import World
 
 ONE_GPU: dict[Seat, str | None] = {"text": "gpu", "dit": "gpu", "vae": "gpu", "writer": None}

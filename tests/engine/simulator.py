@@ -45,7 +45,7 @@ from engine.events import (
 from engine.params import STAGES
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
-from ipc.messages import Phase, Seat, StageName, stage_of
+from ipc.messages.names import Phase, Seat, StageName, stage_of
 from tests.engine.fakes import Memory, Nature, Process
 from tests.engine.observer import Observer, Violation, demand
 

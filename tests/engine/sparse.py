@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.models import CONFIGS
 from engine.params import ModelParams
-from ipc.messages import CheckAsked
+from ipc.messages.check import CheckAsked
 from stages.models.blueprint import Blueprint, build
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}

@@ -18,7 +18,7 @@ from engine.memory import slot_sizes
 from engine.models import CONFIGS, list_models, load_model
 from engine.params import ModelParams, SystemParams, UserParams
 from ipc.errors import BadConfig, BadRequest
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 
 MODEL = load_model("wan-demo")
 I2V, I2V_A14B, TI2V = (load_model(f"wan2.{n}") for n in ("1-i2v-14b-480p", "2-i2v-a14b", "2-ti2v-5b"))

@@ -13,7 +13,7 @@ from engine import Supervisor, SystemParams, UserParams
 from engine.crew import Crew
 from engine.start_messages import StartMessages
 from ipc.errors import BadConfig
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 from tests.conftest import Video
 
 Wait = Callable[..., Awaitable[None]]

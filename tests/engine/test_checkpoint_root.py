@@ -15,7 +15,7 @@ from engine.loras import Loras
 from engine.models import CONFIGS, load_model
 from engine.params import SystemParams
 from ipc.errors import BadCheckpoint, BadConfig
-from ipc.messages import Canary
+from ipc.messages.client import Canary
 from tests.engine.test_security import leaks
 from tests.engine.traps import World
 from tests.engine.wire import EngineProcess, RawClient, frame, run_engine

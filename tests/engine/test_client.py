@@ -29,7 +29,8 @@ from ipc.errors import (
     VersionMismatch,
 )  # fmt: skip
 from ipc.frames import encode_frame
-from ipc.messages import PROTOCOL_VERSION, Done, Progress, Refused, Welcome
+from ipc.messages.client import PROTOCOL_VERSION
+from ipc.messages.server import Done, Progress, Refused, Welcome
 from tests.engine.wire import EngineProcess
 
 SMALL: dict[str, Any] = {"prompt": "a red circle", "height": 32, "width": 32, "num_frames": 5, "steps": 2, "seed": 1}

@@ -14,7 +14,7 @@ import pytest
 
 from engine import StageFailed, Supervisor, SystemParams, UserParams, process
 from engine.records import RESTART_DELAYS
-from ipc.messages import StageStatus
+from ipc.messages.status import StageStatus
 
 Wait = Callable[..., Awaitable[None]]
 

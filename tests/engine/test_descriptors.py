@@ -18,7 +18,7 @@ from engine.memory import EngineMemory
 from engine.models import load_model
 from engine.process import Body, StageProcess
 from ipc.channel import Channel
-from ipc.messages import Stop
+from ipc.messages.stage import Stop
 from tools.load import children
 
 def left():

@@ -14,7 +14,9 @@ from engine.generate import Order, Outcome, suggestions
 from engine.monitor import Sample
 from engine.params import UserParams
 from ipc.errors import Failure
-from ipc.messages import DeviceMemory, Done, HostCopies, LoadProgress, MemoryChange, MemoryPlan, StageStatus
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.server import Done
+from ipc.messages.status import DeviceMemory, HostCopies, LoadProgress, MemoryChange, StageStatus
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from engine.doctor import examine, print_doctor, streaming
 from engine.params import SystemParams
-from ipc.messages import DoctorReport, TransfersMeasured
+from ipc.messages.doctor import DoctorReport, TransfersMeasured
 from tests.engine.wire import run_engine
 
 PARAMS = SystemParams(model="wan-demo", device="cpu")

@@ -34,7 +34,7 @@ from engine.models import list_models, load_model
 from engine.params import ModelParams
 from engine.weight_sizes import component_bytes, transformer_bytes
 from ipc.errors import BadConfig
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 
 GIB = 2**30
 LARGE = "wan2.1-t2v-14b"

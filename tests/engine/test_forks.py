@@ -16,7 +16,7 @@ import pytest
 
 from engine import Supervisor, SystemParams, UserParams, forks, process
 from ipc.errors import BadConfig
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 from tools.load import children
 
 pytestmark = pytest.mark.usefixtures("fresh_interpreters")

@@ -19,7 +19,7 @@ from engine.decode import decode_strictly
 from engine.params import UserParams
 from ipc.errors import BadRequest, ProtocolError
 from ipc.frames import FrameReader
-from ipc.messages import AnyClientMessage
+from ipc.messages.client import AnyClientMessage
 from tests.engine.test_server import serving
 from tests.engine.wire import EngineProcess, wait_for
 from tools.fuzz import CLIENT_FRAMES, Growth, Violation, chance_of, conversation, fuzz_decoder, fuzz_engine

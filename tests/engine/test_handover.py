@@ -49,7 +49,7 @@ from engine.vault import Vault
 from engine.weights import Versions, WeightStore
 from ipc.errors import ServerUnavailable
 from ipc.frames import FrameReader
-from ipc.messages import AnyServerMessage, Status
+from ipc.messages.server import AnyServerMessage, Status
 from tests.conftest import until
 from tests.engine.adapters import ask, write_adapter
 from tests.engine.wire import RawClient, frame

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from engine import Client, Supervisor, SystemParams, UserParams
-from ipc.messages import Holding
+from ipc.messages.status import Holding
 from tests.engine.wire import EngineProcess, run_engine
 
 Wait = Callable[..., Awaitable[None]]

@@ -17,7 +17,7 @@ import pytest
 from engine import EngineError, OutOfMemory, Supervisor, SystemParams, UserParams, process
 from engine.crew import Crew
 from ipc.errors import OutOfProcesses
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 
 Wait = Callable[..., Awaitable[None]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine import Cancelled, DeadlineExceeded, Supervisor, SystemParams, process
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 from tests.engine.reloading import ask
 
 Wait = Callable[..., Awaitable[None]]

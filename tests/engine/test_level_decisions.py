@@ -17,7 +17,9 @@ from engine.models import load_model
 from engine.monitor import Sample
 from engine.params import SystemParams
 from ipc.errors import BadRequest, Busy, OutOfMemory
-from ipc.messages import MemoryChange, MemoryLevel, MemoryPlan, Seat
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import MemoryLevel, Seat
+from ipc.messages.status import MemoryChange
 from tests.engine.gpu_crew import GPU, GpuCrew
 
 Wait = Callable[..., Awaitable[None]]

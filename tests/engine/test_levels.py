@@ -13,7 +13,8 @@ import pytest
 
 from engine import Client, Supervisor, process
 from ipc.errors import OutOfMemory
-from ipc.messages import MemoryPlan, Progress
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.server import Progress
 from tests.engine.reloading import ask, denoising, engine, order, video
 from tests.engine.wire import EngineProcess
 

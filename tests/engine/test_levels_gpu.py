@@ -15,7 +15,8 @@ from engine.footprint import need, usual_size
 from engine.models import load_model
 from engine.starting import LEAST, settings_of
 from ipc.errors import OutOfMemory
-from ipc.messages import DeviceMemory, MemoryPlan
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.status import DeviceMemory
 from tests.engine.reloading import denoising, order, video
 from tools.bench_memory import Gauge, Neighbour
 

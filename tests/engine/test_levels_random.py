@@ -13,7 +13,8 @@ from random import Random
 import pytest
 
 from engine import Supervisor
-from ipc.messages import MemoryPlan, Progress
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.server import Progress
 from tests.conftest import Video
 from tests.engine.reloading import FIRST, SECOND, ask, engine, order, video
 from tools.load import Tally, timed

@@ -17,7 +17,7 @@ import pytest
 
 from engine import Supervisor, SystemParams
 from ipc.errors import BadCheckpoint, BadConfig, BadRequest, NotFound
-from ipc.messages import LoraInfo
+from ipc.messages.status import LoraInfo
 from tests.conftest import Video, until
 from tests.engine.adapters import COMBINATIONS, ask, fresh_start, write_adapter, write_files
 

@@ -23,7 +23,8 @@ from engine.display import print_status
 from engine.models import CONFIGS, load_model
 from hotreload.checkpoint import Layout
 from ipc.errors import BadCheckpoint, BadConfig, BadRequest
-from ipc.messages import Component, LoadProgress, StageStatus
+from ipc.messages.status import LoadProgress, StageStatus
+from ipc.messages.weights import Component
 from tests.conftest import Video
 from tools.make_checkpoint import directory_source, make_checkpoint
 

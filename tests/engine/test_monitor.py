@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from engine import host_samples, monitor
 from engine.footprint import RequestSize, need
 from engine.monitor import HOST_RESERVE, INTERVAL, Limits, Policy, Sample, Sampler, order, why_no_copies
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 from tests.engine.pressure import (
     GIB,
     MARGIN,

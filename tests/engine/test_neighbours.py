@@ -57,7 +57,7 @@ async def test_a_server_that_lets_others_wait_is_found(short_dir: Path, monkeypa
 HOARDER = """
 import asyncio, sys
 from ipc.frames import encode_frame
-from ipc.messages import Ok
+from ipc.messages.server import Ok
 
 ANSWER = encode_frame(Ok(ref=1)) + bytes(100_000)
 ANSWER = (len(ANSWER) - 4).to_bytes(4, "big") + ANSWER[4:]

@@ -16,7 +16,9 @@ import pytest_asyncio
 
 from engine import Supervisor, SystemParams
 from ipc.errors import BadRequest, Cancelled, DeadlineExceeded, NotFound
-from ipc.messages import Done, Progress, StageName, TaskInfo
+from ipc.messages.names import StageName
+from ipc.messages.server import Done, Progress
+from ipc.messages.status import TaskInfo
 from tests.engine.test_supervisor import PROMPT, ask, clean, pid_of
 
 Wait = Callable[..., Awaitable[None]]

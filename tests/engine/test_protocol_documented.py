@@ -1,4 +1,4 @@
-"""docs/protocol.md and ipc/messages.py say the same."""
+"""docs/protocol.md and ipc/messages/ say the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from engine.session import Limits
 from ipc.frames import MAX_FRAME
-from ipc.messages import PROTOCOL_VERSION, AnyClientMessage, AnyServerMessage
+from ipc.messages.client import PROTOCOL_VERSION, AnyClientMessage
+from ipc.messages.server import AnyServerMessage
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 

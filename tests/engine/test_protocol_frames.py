@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from ipc.frames import MAX_FRAME, encode_frame
-from ipc.messages import Cancel, GetStatus, Hello, ListTasks, Submit, Subscribe
+from ipc.messages.client import Cancel, GetStatus, Hello, ListTasks, Submit, Subscribe
 from tests.engine.wire import EngineProcess, RawClient, frame, hello, wait_for
 
 NOBODY = "0" * 32

@@ -30,7 +30,8 @@ from ipc.errors import (
     StageFailed,
     Superseded,
 )
-from ipc.messages import Reload, WeightChange
+from ipc.messages.client import Reload
+from ipc.messages.weights import WeightChange
 from tests.conftest import Video, until
 from tests.engine.reloading import FILES, FIRST, SECOND, ask, denoising, engine, order, placed, vary, video
 from tools.chaos import pid_of

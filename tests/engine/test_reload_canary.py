@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ipc.errors import CanaryFailed
-from ipc.messages import Canary
+from ipc.messages.client import Canary
 from tests.conftest import Video, until
 from tests.engine.reloading import FILES, FIRST, ask, denoising, engine, order, placed, video
 

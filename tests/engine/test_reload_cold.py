@@ -10,7 +10,7 @@ import pytest
 from engine import Supervisor
 from engine.memory import DECODE_LATENTS
 from engine.models import load_model
-from ipc.messages import Job
+from ipc.messages.job import Job
 from stages.stage import Stage
 from tests.conftest import Video
 from tests.engine.reloading import FIRST, ask, engine, order, placed, vary, video

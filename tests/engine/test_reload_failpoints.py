@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from engine import Client, Supervisor
 from ipc.errors import EngineError
-from ipc.messages import Canary
+from ipc.messages.client import Canary
 from tests.conftest import Video, until
 from tests.engine.reloading import ask, denoising, engine, order, placed, vary, video
 from tests.engine.striking import POINTS, strike_at

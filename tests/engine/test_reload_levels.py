@@ -23,7 +23,10 @@ from engine.plans import HOST
 from engine.reload import Order, Reloader
 from engine.weights import Placed
 from ipc.errors import Busy
-from ipc.messages import MemoryChange, MemoryLevel, MemoryPlan, Read, Seat
+from ipc.messages.loader import Read
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import MemoryLevel, Seat
+from ipc.messages.status import MemoryChange
 from tests.engine.gpu_crew import GPU, GpuCrew
 from tests.engine.reloading import SECOND, engine, order, video
 from tools.chaos import pid_of

@@ -28,7 +28,7 @@ from engine.tasks import KEPT_FINISHED
 from hotreload.safetensors_file import read_header
 from ipc.channel import Channel, close_fds
 from ipc.errors import BadCheckpoint
-from ipc.messages import AnyLoaderReport, Read
+from ipc.messages.loader import AnyLoaderReport, Read
 from stages.loader import read_all
 from tests.engine.reloading import FILES, FIRST, engine, order, placed, video
 from tools.load import Footprint, children

@@ -22,7 +22,7 @@ from engine.client import Client
 from engine.handover import FORMAT
 from engine.version import VERSION
 from ipc.errors import ReloadFailed, ServerUnavailable
-from ipc.messages import Done
+from ipc.messages.server import Done
 from tests.engine.wire import EngineProcess, RawClient, environment, frame, run_engine, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +225,7 @@ BROKEN = {
     ),
     "hangs": ("engine/reexec.py", "    problem = \"\"\n", "    time.sleep(1000)\n", "did not answer within 8 s"),
     "dies": ("engine/reexec.py", "    problem = \"\"\n", "    os.kill(os.getpid(), 9)\n", "status -9"),
-    "says nonsense": ("ipc/messages.py", 'tag="program_rehearsed"', 'tag="nonsense"', "does not understand"),
+    "says nonsense": ("ipc/messages/program.py", 'tag="program_rehearsed"', 'tag="nonsense"', "does not understand"),
 }  # fmt: skip
 """What is wrong with the new program -> the file, what is replaced in it, by what, and a word of the error."""
 

@@ -24,7 +24,8 @@ from engine import (
     records,
     scheduler,
 )
-from ipc.messages import STAGE_OF_PHASE, Phase, StageStatus
+from ipc.messages.names import STAGE_OF_PHASE, Phase
+from ipc.messages.status import StageStatus
 from tests.conftest import Video
 
 pytestmark = pytest.mark.timeout(900)

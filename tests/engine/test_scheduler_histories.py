@@ -25,7 +25,8 @@ from engine.events import (
 from engine.records import PHASES_OF, Key, Quantum, Shortage, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
 from ipc.errors import Failure
-from ipc.messages import Parts, Phase, Seat, StageName
+from ipc.messages.names import Phase, Seat, StageName
+from ipc.messages.reports import Parts
 from tests.engine.observer import Violation
 from tests.engine.simulator import simulate
 

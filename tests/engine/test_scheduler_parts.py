@@ -6,7 +6,7 @@ import pytest
 
 from engine.events import Action, BeginTask, CancelAsked, DropTask, Fail, Grant, LevelChanged, RaiseLevel
 from ipc.errors import Failure
-from ipc.messages import Parts
+from ipc.messages.reports import Parts
 from tests.engine.scheduling import FOUR_DEVICES, Stages, capacity, task
 
 FULL = Failure("out_of_memory", "the vae stage ran out of memory")

@@ -22,7 +22,8 @@ from engine.params import SystemParams, UserParams
 from engine.serve import system_params
 from engine.server import served_users
 from ipc.errors import BadConfig, EngineError
-from ipc.messages import AnyClientMessage, AnyServerMessage
+from ipc.messages.client import AnyClientMessage
+from ipc.messages.server import AnyServerMessage
 from tests.engine.traps import World
 from tests.engine.wire import EngineProcess, RawClient, environment, frame, run_engine
 

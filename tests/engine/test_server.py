@@ -27,7 +27,8 @@ from engine.supervisor import Supervisor
 from engine.tasks import Task
 from ipc.errors import BadRequest, Busy
 from ipc.frames import MAX_FRAME, encode_frame
-from ipc.messages import Done, Progress, TaskInfo, TaskList, TaskRows
+from ipc.messages.server import Done, Progress, TaskList, TaskRows
+from ipc.messages.status import TaskInfo
 from tests.engine.wire import RawClient, environment, frame
 from tests.stages.rig import make_job
 

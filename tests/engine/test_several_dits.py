@@ -18,7 +18,9 @@ from engine.devices import resolve_devices
 from engine.memory import ROUTES, EngineMemory, capacity, slot_sizes
 from engine.models import CONFIGS, load_model, read_yaml
 from ipc.errors import BadConfig
-from ipc.messages import Reload, Seat, StageStatus
+from ipc.messages.client import Reload
+from ipc.messages.names import Seat
+from ipc.messages.status import StageStatus
 from tests.conftest import Video
 
 Wait = Callable[..., Awaitable[None]]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine import Supervisor, SystemParams, UserParams, process, records
-from ipc.messages import Seat
+from ipc.messages.names import Seat
 from tools.load import children
 
 Wait = Callable[..., Awaitable[None]]

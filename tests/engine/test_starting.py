@@ -12,7 +12,7 @@ from engine.params import SystemParams, bytes_of
 from engine.serve import system_params
 from engine.starting import check_level, exact_plan, fitting, plans_at_start, settings_of, warn_of_host_memory
 from ipc.errors import BadConfig
-from ipc.messages import MemoryPlan
+from ipc.messages.memory import MemoryPlan
 
 MODEL = load_model("wan2.1-t2v-14b")
 LAYERS = MODEL.transformer.num_layers

@@ -23,7 +23,8 @@ from engine import Supervisor, SystemParams, UserParams, crew
 from engine.models import CONFIGS
 from engine.tasks import log_level
 from ipc.errors import _BY_CODE, BadCheckpoint, Busy, Failure, OutputError, StageFailed
-from ipc.messages import Failed, StageName
+from ipc.messages.names import StageName
+from ipc.messages.server import Failed
 
 PROMPT = "a red circle moves left on a black background"
 Wait = Callable[..., Awaitable[None]]

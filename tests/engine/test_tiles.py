@@ -13,7 +13,9 @@ import pytest
 
 from engine import Supervisor, process
 from ipc.errors import Cancelled
-from ipc.messages import Phase, Progress, Span
+from ipc.messages.names import Phase
+from ipc.messages.server import Progress
+from ipc.messages.status import Span
 from tests.conftest import Video
 from tests.engine.reloading import ask, engine, order, vary, video
 from tests.engine.tiles_worker import PARTS, TILE_SECONDS, TILES

@@ -18,17 +18,10 @@ from engine.trace import KEPT_CHANGES, KEPT_QUANTA, Trace, chrome_trace, of_task
 from engine.trace_file import write_trace
 from ipc.errors import Failure, NotFound
 from ipc.frames import MAX_FRAME, encode_frame
-from ipc.messages import (
-    Copied,
-    Done,
-    MemoryChange,
-    MemoryPlan,
-    QuantumDone,
-    QuantumDropped,
-    QuantumFailed,
-    Span,
-    Traced,
-)
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.reports import QuantumDone, QuantumDropped, QuantumFailed
+from ipc.messages.server import Done, Traced
+from ipc.messages.status import Copied, MemoryChange, Span
 from tests.engine.wire import EngineProcess, run_engine
 
 STEPS = 3

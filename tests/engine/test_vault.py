@@ -19,7 +19,7 @@ from engine.systemd import Notify
 from engine.vault import Origin, Vault, identity_of, name_of, parse
 from engine.weights import Placed, WeightStore
 from hotreload.files import stamp
-from ipc.messages import Component, WeightVersion
+from ipc.messages.weights import Component, WeightVersion
 from tests.conftest import Video
 from tests.engine.reloading import FILES, FIRST, SECOND, ask
 from tests.engine.wire import EngineProcess, wait_for

@@ -15,7 +15,8 @@ import pytest
 from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
 from engine.weights import WeightStore
-from ipc.messages import StageName, WeightVersion
+from ipc.messages.names import StageName
+from ipc.messages.weights import WeightVersion
 
 Wait = Callable[..., Awaitable[None]]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ipc.messages import PROTOCOL_VERSION
+from ipc.messages.client import PROTOCOL_VERSION
 
 WAIT = 60.0
 """Seconds after which a wait in a test means that something is broken, also on a busy machine."""

@@ -17,7 +17,7 @@ from hotreload.checkpoint import TOKENIZER_SOURCE, Checkpoint, open_checkpoint
 from hotreload.pth import read_pth
 from hotreload.tables import TransformerTraits, component_table, transformer_traits
 from ipc.errors import BadCheckpoint
-from ipc.messages import Component
+from ipc.messages.weights import Component
 from tests.hotreload.tiny import (
     ALL,
     Tensors,

@@ -17,7 +17,7 @@ from hotreload.names import original_name
 from hotreload.safetensors_file import TensorEntry
 from hotreload.weights import load_weights
 from ipc.errors import BadCheckpoint
-from ipc.messages import Lora
+from ipc.messages.weights import Lora
 from tests.engine.sparse import write_hole
 from tests.hotreload.tiny import Tensors, a_component, build, originals, random_tensors, save
 

@@ -9,7 +9,7 @@ import torch
 
 from hotreload.lora_options import LoraOption, attach_loras, parse_lora
 from ipc.errors import BadCheckpoint, BadConfig
-from ipc.messages import Component, Lora
+from ipc.messages.weights import Component, Lora
 from tests.hotreload.tiny import a_component, build, random_tensors, save
 
 KEY = "blocks.0.attn1.to_q"

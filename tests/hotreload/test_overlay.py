@@ -15,7 +15,7 @@ from hotreload.content import CHUNK
 from hotreload.overlay import Applied, make_overlay, touched
 from hotreload.weights import load_weights
 from ipc.errors import BadCheckpoint
-from ipc.messages import AdapterVersion, Lora
+from ipc.messages.weights import AdapterVersion, Lora
 from tests.hotreload.test_lora import FORMATS, pairs
 from tests.hotreload.tiny import Tensors, a_component, build, random_tensors, save
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hotreload.host_version import HostVersion
 from hotreload.placement import PinnableMap, Placement, Slots, joined, lay_out
-from ipc.messages import WeightVersion
+from ipc.messages.weights import WeightVersion
 
 
 class Net(nn.Module):

@@ -287,7 +287,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path, target: str, merged
     cast, and with a LoRA merged (where a second copy would be 320)."""
     script = (
         "import resource, sys, torch; from torch import nn; from hotreload.weights import load_weights\n"
-        "from ipc.messages import Component, Lora\n"
+        "from ipc.messages.weights import Component, Lora\n"
         "loras = [Lora(file=file, strength=1.0) for file in sys.argv[3:]]\n"
         "def load(file, rows):\n"
         "    module = nn.Module(); module.proj_out = nn.Linear(1024, rows, bias=False, device='meta')\n"

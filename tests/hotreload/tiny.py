@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hotreload.names import to_original
 from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import Component, Lora, Naming
+from ipc.messages.weights import Component, Lora, Naming
 from stages.models import text_encoder
 from stages.models.image_encoder import ImageEncoder
 from stages.models.transformer import WanTransformer

@@ -18,7 +18,7 @@ import msgspec
 
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
-from ipc.messages import QueueSpec, StateSpec
+from ipc.messages.memory import QueueSpec, StateSpec
 from ipc.state import StateSlot, StateSlots
 from ipc.tensor_queue import TensorQueue
 

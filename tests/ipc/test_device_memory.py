@@ -17,7 +17,7 @@ from engine.models import load_model
 from ipc.channel import Channel
 from ipc.device_maker import PATTERN
 from ipc.device_memory import DeviceMemory, DeviceMemoryError, DeviceView
-from ipc.messages import MakeMemory, MemoryReply, ProbeMemory
+from ipc.messages.memory import MakeMemory, MemoryReply, ProbeMemory
 from ipc.payload import DeviceFd, HeldPayload, payload_bytes
 from ipc.state import StateSlots, state_payload_bytes
 from ipc.tensor_queue import TensorQueue
@@ -87,7 +87,7 @@ MAKER = """
 import os, socket, sys
 from ipc.channel import Channel
 from ipc.device_memory import DeviceMemory
-from ipc.messages import MemoryReply
+from ipc.messages.memory import MemoryReply
 memory = DeviceMemory.create(0, int(sys.argv[2]))
 memory.view[:4096] = memoryview(bytes(range(256)) * 16)
 memory.view[-4096:] = memoryview(bytes(reversed(range(256))) * 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipc.channel import Channel
 from ipc.errors import MAX_MESSAGE, BadCheckpoint, Failure, from_failure, to_failure
-from ipc.messages import StartFailed
+from ipc.messages.reports import StartFailed
 
 
 def test_an_error_of_any_length_can_be_sent() -> None:

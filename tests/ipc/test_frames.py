@@ -11,7 +11,8 @@ from hypothesis import given, settings, strategies as st
 
 from ipc.errors import BadRequest, ProtocolError
 from ipc.frames import MAX_FRAME, FrameReader, encode_frame
-from ipc.messages import Accepted, AnyClientMessage, AnyServerMessage, Cancel, GetStatus, Hello, Submit
+from ipc.messages.client import AnyClientMessage, Cancel, GetStatus, Hello, Submit
+from ipc.messages.server import Accepted, AnyServerMessage
 from tests.ipc.conftest import resident_bytes
 
 texts = st.text(max_size=50)

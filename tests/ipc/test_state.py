@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from ipc.memory import PAGE_BYTES, SharedMemory
-from ipc.messages import StateSpec
+from ipc.messages.memory import StateSpec
 from ipc.state import FDS_PER_STATE, StateSlots, StateStatistics, StateTensor
 from tests.ipc.conftest import PeerProcess
 from tests.ipc.peer import WAIT, CommitForEver, DieAt, state_tensors

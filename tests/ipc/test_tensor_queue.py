@@ -10,7 +10,8 @@ import pytest
 
 from ipc.layout import tensor_bytes
 from ipc.memory import SharedMemory
-from ipc.messages import QueueSpec, QueueStatistics
+from ipc.messages.memory import QueueSpec
+from ipc.messages.status import QueueStatistics
 from ipc.tensor_queue import FDS_PER_QUEUE, QueueTimeout, TensorQueue
 from tests.ipc.peer import LONGER, WAIT
 

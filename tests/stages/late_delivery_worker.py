@@ -8,7 +8,8 @@ import threading
 from typing import Any
 
 import stages.vae
-from ipc.messages import Copied, Run
+from ipc.messages.stage import Run
+from ipc.messages.status import Copied
 from stages.leaving import Leaving
 from stages.vae import VaeStage
 from stages.worker import main

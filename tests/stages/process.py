@@ -12,18 +12,9 @@ from typing import Any, Self
 
 from ipc.channel import Channel
 from ipc.counters import ProgressCounter
-from ipc.messages import (
-    AnyStageProcessMessage,
-    AnyStageReport,
-    Chosen,
-    Loading,
-    Placed,
-    PlacingFile,
-    Ready,
-    StageName,
-    Stop,
-    VaeChosen,
-)
+from ipc.messages.names import StageName
+from ipc.messages.reports import AnyStageReport, Chosen, Loading, Placed, PlacingFile, Ready, VaeChosen
+from ipc.messages.stage import AnyStageProcessMessage, Stop
 from tests.stages.rig import STAGES, Rig
 
 ROOT = Path(__file__).parents[2]

@@ -22,19 +22,11 @@ from engine.memory import EngineMemory
 from engine.params import Defaults, Limits, ModelParams
 from engine.weights import WeightStore
 from ipc.architecture import ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from ipc.messages import (
-    STAGE_OF_COMPONENT,
-    Chosen,
-    Component,
-    Job,
-    Parts,
-    Phase,
-    Run,
-    StageName,
-    Start,
-    VaeChosen,
-    WeightVersion,
-)
+from ipc.messages.job import Job
+from ipc.messages.names import STAGE_OF_COMPONENT, Phase, StageName
+from ipc.messages.reports import Chosen, Parts, VaeChosen
+from ipc.messages.stage import Run, Start
+from ipc.messages.weights import Component, WeightVersion
 from stages.models.image_encoder import ImageEncoder
 from stages.models.text_encoder import build as build_text_encoder
 from stages.models.transformer import WanTransformer

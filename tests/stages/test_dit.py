@@ -10,7 +10,8 @@ import torch
 
 from engine.params import ModelParams
 from ipc.errors import BadRequest, NumericalError
-from ipc.messages import Job, Run
+from ipc.messages.job import Job
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import load_tensors, put_tensor, slot_tensor
 from stages import solvers

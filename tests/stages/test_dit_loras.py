@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from hotreload.adapters import place_adapter
-from ipc.messages import Job, JobLora, WeightVersion
+from ipc.messages.job import Job, JobLora
+from ipc.messages.weights import WeightVersion
 from stages.dit import DitStage
 from stages.models.transformer import WanTransformer
 from tests.stages.rig import TWO_EXPERTS, Rig, is_empty, make_checkpoint, make_job

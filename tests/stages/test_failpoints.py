@@ -25,7 +25,9 @@ import stages.dit
 import stages.text
 import stages.vae
 import stages.writer
-from ipc.messages import STAGE_OF_PHASE, Job, Phase, Run, StageName, Start
+from ipc.messages.job import Job
+from ipc.messages.names import STAGE_OF_PHASE, Phase, StageName
+from ipc.messages.stage import Run, Start
 from ipc.slot_table import SlotTable
 from ipc.state import _FIRST_HALF, _HALF_WORDS, StateSlot, StateSlots, StateTensor, _byte, _Half
 from ipc.tensor_queue import TensorQueue

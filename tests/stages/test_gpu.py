@@ -19,7 +19,8 @@ from engine.params import Limits, ModelParams
 from hotreload.checkpoint import open_checkpoint
 from hotreload.reading import BUFFERS
 from hotreload.weights import load_weights
-from ipc.messages import Begin, QuantumDone, Run
+from ipc.messages.reports import QuantumDone
+from ipc.messages.stage import Begin, Run
 from ipc.tensor_queue import TensorQueue
 from stages import kernels
 from stages.attention import choice

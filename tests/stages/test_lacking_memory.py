@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ipc.messages import Job, MemoryPlan, Parts, Run
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.reports import Parts
+from ipc.messages.stage import Run
 from stages.dit import Denoising, DitStage
 from stages.models import vae_plain_tiles
 from stages.models.vae_tiles import Costs, Cut, Tile, tiles

@@ -9,7 +9,7 @@ import pytest
 
 from ipc.channel import Channel
 from ipc.errors import ServerUnavailable
-from ipc.messages import AnyLoaderReport, ReadFailed, ReadLora
+from ipc.messages.loader import AnyLoaderReport, ReadFailed, ReadLora
 from stages.loader import Asked, in_a_process
 from tests.stages.rig import TWO_EXPERTS
 

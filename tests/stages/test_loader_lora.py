@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from hotreload.adapters import attach_adapter
 from ipc.channel import Channel, close_fds
 from ipc.errors import BadCheckpoint, BadConfig
-from ipc.messages import AnyLoaderReport, PlacedLora, ReadLora
+from ipc.messages.loader import AnyLoaderReport, PlacedLora, ReadLora
 from stages.loader import Asked, read_lora
 from tests.stages.rig import TWO_EXPERTS
 

@@ -15,7 +15,9 @@ import torch
 from engine.weight_sizes import transformer_bytes
 from hotreload.placement import lay_out
 from ipc.errors import OutOfMemory
-from ipc.messages import Job, MemoryPlan, Run
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages import weights

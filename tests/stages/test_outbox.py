@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ipc.messages import AnyStageReport, Begin, Drop, Dropped, Job, QuantumDone, QuantumFailed, Run
+from ipc.messages.job import Job
+from ipc.messages.reports import AnyStageReport, Dropped, QuantumDone, QuantumFailed
+from ipc.messages.stage import Begin, Drop, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor
 from stages.leaving import Leaving

@@ -19,7 +19,8 @@ from torch import Tensor
 from engine.memory import QueueName
 from engine.params import ModelParams
 from ipc.architecture import ImageEncoderConfig
-from ipc.messages import Job, Phase, StageName
+from ipc.messages.job import Job
+from ipc.messages.names import Phase, StageName
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages.media import read_frames

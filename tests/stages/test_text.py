@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from engine.models import load_model
 from ipc.architecture import TextEncoderConfig
 from ipc.errors import BadCheckpoint, BadRequest, NumericalError
-from ipc.messages import Job, Run
+from ipc.messages.job import Job
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import slot_tensor
 from stages.models.text_encoder import TextEncoder, build, encode

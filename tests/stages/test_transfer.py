@@ -7,7 +7,7 @@ import torch
 
 from engine.models import load_model
 from engine.weight_sizes import transformer_bytes
-from ipc.messages import AttentionBackend, KernelKind
+from ipc.messages.names import AttentionBackend, KernelKind
 from stages import kernels, transfer
 from stages.attention.backends import Case
 from stages.attention.choice import choose

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from engine.params import ModelParams
 from ipc.errors import BadRequest, NumericalError
-from ipc.messages import Job, MemoryPlan, Run
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
 from stages.models.image_encoder import image_tokens

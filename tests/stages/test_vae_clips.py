@@ -12,7 +12,10 @@ import torch
 from PIL import Image
 
 from engine.params import Limits, ModelParams
-from ipc.messages import Job, MemoryPlan, Parts, Run
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.reports import Parts
+from ipc.messages.stage import Run
 from stages.models import vae_fast_tiles, vae_plain_tiles
 from stages.models.vae_codec import FastCodec, PlainClip, PlainCodec, encode_tiles
 from stages.models.vae_tiles import Costs, Cut, Piece, Tile, tiles

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hotreload.placement import joined
-from ipc.messages import Component
+from ipc.messages.weights import Component
 from stages.dit import DitStage
 from stages.models.blank import blank
 from stages.models.transformer import WanTransformer

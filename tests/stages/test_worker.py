@@ -20,27 +20,23 @@ import torch
 from ipc.channel import Channel
 from ipc.counters import ProgressCounter
 from ipc.errors import BadRequest
-from ipc.messages import (
-    STAGE_OF_PHASE,
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.names import STAGE_OF_PHASE, StageName
+from ipc.messages.reports import (
     AnyStageReport,
-    Begin,
     Chosen,
-    Drop,
     Dropped,
-    Job,
     Loading,
-    MemoryPlan,
     MemorySet,
     QuantumDone,
     QuantumDropped,
     QuantumFailed,
     Ready,
-    Run,
-    SetMemory,
-    StageName,
     StartFailed,
     VaeChosen,
 )
+from ipc.messages.stage import Begin, Drop, Run, SetMemory
 from stages.failures import EXIT_DEVICE_LOST, describe, is_device_lost, summary
 from stages.worker import (
     EXIT_ORPHANED,

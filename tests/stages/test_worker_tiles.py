@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from engine.models import CONFIGS, load_model
-from ipc.messages import Begin, Drop, Dropped, Job, MemoryPlan, Parts, QuantumDone, QuantumDropped, Run
+from ipc.messages.job import Job
+from ipc.messages.memory import MemoryPlan
+from ipc.messages.reports import Dropped, Parts, QuantumDone, QuantumDropped
+from ipc.messages.stage import Begin, Drop, Run
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor
 from tests.engine.tiles_worker import PARTS

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ipc.errors import OutputError
-from ipc.messages import Job, Run
+from ipc.messages.job import Job
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from stages.stage import Stage
 from tests.stages.rig import Rig, is_empty, make_job

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 import stages.writer
 from ipc.errors import BadRequest, OutputError
-from ipc.messages import Job, Run
+from ipc.messages.job import Job
+from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
 from stages.files import Directory
 from stages.media import read_frames
@@ -276,7 +277,7 @@ import errno, os
 import av
 import msgspec
 import numpy as np
-from ipc.messages import Job
+from ipc.messages.job import Job
 from stages.writer import Video, first_error
 
 job = msgspec.json.decode(sys.argv[2], type=Job)

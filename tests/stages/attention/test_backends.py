@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipc.messages import AttentionBackend
+from ipc.messages.names import AttentionBackend
 from stages.attention import attention
 from stages.attention.backends import IMPLEMENTATIONS, Case, Implementation
 from stages.attention.choice import LSE_TOLERANCE, TOLERANCE

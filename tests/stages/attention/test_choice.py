@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.models import load_model
 from ipc.errors import BadConfig
-from ipc.messages import AttentionMeasured, DoctorAsked
+from ipc.messages.doctor import AttentionMeasured, DoctorAsked
 from stages import doctor
 from stages.attention import backends, choice
 from stages.attention.backends import IMPLEMENTATIONS, Case, Implementation
