@@ -23,8 +23,6 @@ from tests.engine.striking import POINTS, strike_at
 from tests.engine.wire import EngineProcess, wait_for
 from tools.chaos import pid_of
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
 COMPONENTS = ("transformer", "text_encoder", "vae")
 LONG = {"steps": 80}
 """The request in hand: it lives longer than a reload."""
@@ -77,6 +75,7 @@ def find(supervisor: Supervisor, victim: str) -> int | None:
     return int(found[0]) if found else None
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(("victim", "point"), CASES)
 async def test_killed_during_a_reload(versioned: Versioned, tmp_path: Path, victim: str, point: str) -> None:
     """A kill of a stage is not seen at all; without who reads, nothing has changed, unless all was read."""

@@ -66,15 +66,15 @@ class Twins:
         return getattr(self.second, name)
 
 
-def test_two_thousand_histories_with_hand_overs() -> None:
+def test_a_thousand_histories_with_hand_overs() -> None:
     """At every seventh event one of two schedulers is replaced by what its encoded state gives: both say the same to
     the end of every history, under both policies, through crashes, rewinds, cancels and deadlines."""
     Twins.replaced.clear()
     counts: collections.Counter[str] = collections.Counter()
-    for seed in range(2000):
+    for seed in range(1000):
         counts.update(simulate(seed, Twins))  # type: ignore[arg-type]
-    assert Twins.replaced["busy"] > 5_000
-    assert Twins.replaced["outstanding"] > 5_000
+    assert Twins.replaced["busy"] > 2_500
+    assert Twins.replaced["outstanding"] > 2_500
     seen = ("finished", "kills", "moves", "StageGone", "Tick", "failed: cancelled", "failed: poisoned_request")
     assert [what for what in seen if not counts[what]] == []
 
