@@ -134,9 +134,9 @@ def connected(path: Path, wait: bool = False) -> socket.socket:
     return connection
 
 
-def hostile(path: Path) -> None:
-    """All of them, in turn, 100 times a second each, for ever."""
-    kinds = [kind for kind, count in HOSTILE.items() for _ in range(count)]
+def hostile(path: Path, of_each: int | None) -> None:
+    """All of them, or so many of each kind, in turn, 100 times a second each, for ever."""
+    kinds = [kind for kind, count in HOSTILE.items() for _ in range(of_each or count)]
     dice = random.Random(1)
     running = [kind(path, dice) for kind in kinds]
     while True:
@@ -149,9 +149,11 @@ def hostile(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def hostile_at(path: Path) -> Iterator[None]:
+def hostile_at(path: Path, of_each: int | None = None) -> Iterator[None]:
     """The hostile clients in a process of their own, at work."""
-    with subprocess.Popen([sys.executable, "-m", "tools.neighbours", "--hostile", str(path)], cwd=ROOT) as process:
+    command = [sys.executable, "-m", "tools.neighbours", "--hostile", str(path)]
+    command += [] if of_each is None else ["--of-each", str(of_each)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             time.sleep(1.0)  # it imports, and fills the sockets
             if process.poll() is not None:
@@ -206,7 +208,7 @@ async def fill(client: AsyncClient, folder: Path) -> None:
 
 
 async def take_turns(
-    client: AsyncClient, other: AsyncClient, folder: Path, rounds: int, seconds: float
+    client: AsyncClient, other: AsyncClient, folder: Path, rounds: int, seconds: float, of_each: int | None = None
 ) -> dict[str, Samples]:
     """The samples of each kind of turn."""
     found: dict[str, Samples] = {turn: defaultdict(list) for turn in TURNS}
@@ -214,7 +216,7 @@ async def take_turns(
         for turn in TURNS[number % 3 :] + TURNS[: number % 3]:
             with contextlib.ExitStack() as stack:
                 if turn != "alone":
-                    stack.enter_context(hostile_at((other if turn == "elsewhere" else client).socket))
+                    stack.enter_context(hostile_at((other if turn == "elsewhere" else client).socket, of_each))
                 for name, samples in (await well_behaved(client, folder, seconds)).items():
                     found[turn][name] += samples
     return found
@@ -323,13 +325,13 @@ def _ask_until_full(connections: list[socket.socket]) -> None:
 # Command line.
 
 
-async def run(rounds: int, seconds: float, deaf_clients: int) -> list[str]:
+async def run(rounds: int, seconds: float, deaf_clients: int, of_each: int | None) -> list[str]:
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         fused = ("--placement", "fused", "--device", "cpu")
         folder = Path(first)
         async with serving(folder, *fused) as client, serving(Path(second), *fused) as other:
             await fill(client, folder)
-            found = await take_turns(client, other, folder, rounds, seconds)
+            found = await take_turns(client, other, folder, rounds, seconds, of_each)
             pid, limits = (await client.server()).pid, Limits()
             cost = await asyncio.to_thread(cost_of_deaf_clients, client.socket, pid, deaf_clients, limits.drain + 30)
     check_answers(found["beside"])
@@ -345,15 +347,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
     parser.add_argument("--deaf", type=int, default=200, help="clients that read nothing, for the memory")
+    parser.add_argument("--of-each", type=int, default=None, help="hostile clients of each kind [a crowd]")
     parser.add_argument("--hostile", type=Path, default=None)
     arguments = parser.parse_args()
     if arguments.hostile is not None:
-        hostile(arguments.hostile)
+        hostile(arguments.hostile, arguments.of_each)
     print(f"$ python -m tools.neighbours {' '.join(sys.argv[1:])}")
     print(f"{os.cpu_count()} cores, Linux {platform.release()}; Python {platform.python_version()}")
     print(f"load average before: {os.getloadavg()[0]:.1f}", flush=True)
     try:
-        print(*asyncio.run(run(arguments.rounds, arguments.seconds, arguments.deaf)), sep="\n")
+        print(*asyncio.run(run(arguments.rounds, arguments.seconds, arguments.deaf, arguments.of_each)), sep="\n")
     except Broken as error:
         print(f"broken: {error}")
         return 1
