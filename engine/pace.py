@@ -6,7 +6,7 @@ import asyncio
 import collections
 
 INTERVAL = 0.001
-"""Seconds between two who go through a turnstile: answering one takes a tenth of that."""
+"""Seconds between two who go through a turnstile, most of which others have."""
 
 
 class Pace:
@@ -37,8 +37,7 @@ class Turnstile:
     """Lets one through every `INTERVAL`, in the order in which they came.
 
     Who asks much goes through it, however many they are. So a client that asks little waits for one message of theirs,
-    not for one of each, and threads that work for it find the interpreter's lock, and a core, free for most of the
-    time.
+    not for one of each, and the threads that work for it find a core free.
     """
 
     def __init__(self) -> None:

@@ -41,12 +41,18 @@ def regular_file(path: Path) -> BinaryIO:
     return os.fdopen(open_regular(path), "rb")
 
 
-def small_json(path: Path, most: int, type_: type[T]) -> T:
-    """What a file of at most so many bytes says. OSError; ValueError for one that is larger, or says something else."""
+def small_file(path: Path, most: int) -> bytes:
+    """A file of at most so many bytes. OSError; ValueError for one that is larger."""
     with regular_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most} bytes")
+    return content
+
+
+def small_json(path: Path, most: int, type_: type[T]) -> T:
+    """What a file of at most so many bytes says. OSError; ValueError for one that is larger, or says something else."""
+    content = small_file(path, most)
     try:
         return msgspec.json.decode(content, type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from hotreload.files import Stamp, path_of_descriptor, regular_file, stamp
+from hotreload.files import Stamp, path_of_descriptor, small_file, stamp
 from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.errors import BadCheckpoint, EngineError, Failure, OutOfMemory, ServerUnavailable, to_failure
 from ipc.lacking import why_not_started
@@ -44,7 +44,7 @@ from stages.worker import (
 FINITE_BYTES = 64 << 20
 """Looked at a time."""
 MAX_MANIFEST = 16 << 20
-"""Bytes of it that are read; a line takes some hundred."""
+"""Bytes of a manifest; a line takes some hundred."""
 NICE = 10
 """Steps of priority below the stages': a tenth of the time of a core that they want too."""
 
@@ -149,11 +149,10 @@ def check_manifest(manifest: Path, components: list[Component]) -> None:
     """`BadCheckpoint` for a file of these components that the manifest, lines of `SHA-256  PATH` with paths relative to
     it, does not name, or whose sum is another."""
     try:
-        with regular_file(manifest) as listed:
-            lines = listed.read(MAX_MANIFEST).decode().splitlines()
+        lines = small_file(manifest, MAX_MANIFEST).decode().splitlines()
     except OSError as error:
         raise BadCheckpoint(f"the manifest {manifest.name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # it is too large, or not UTF-8
         raise BadCheckpoint(f"the manifest {manifest.name} cannot be read: {error}") from error
     sums = {}
     for line in filter(str.strip, lines):

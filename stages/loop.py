@@ -261,6 +261,7 @@ class Worker:
 
 def delivered(report: AnyStageReport, deliveries: Sequence[Delivery]) -> AnyStageReport:
     """The answer to a quantum once what it made is where it is read; of one that failed, nothing is to be delivered."""
+    assert len(deliveries) <= 1, "a quantum has one result"
     if not isinstance(report, QuantumDone):
         return report
     try:

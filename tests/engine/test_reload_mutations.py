@@ -29,7 +29,7 @@ from hotreload.safetensors_file import read_header
 from ipc.channel import Channel, close_fds
 from ipc.errors import BadCheckpoint
 from ipc.messages.loader import AnyLoaderReport, Read
-from stages.loader import read_all
+from stages.loader import MAX_MANIFEST, read_all
 from tests.engine.reloading import FILES, FIRST, engine, order, placed, video
 from tools.load import Footprint, children
 
@@ -281,6 +281,9 @@ def test_a_manifest_must_name_every_file(checkpoint: Path) -> None:
     sums.write_text("\n".join(sums.read_text().splitlines()[1:]))
     with pytest.raises(BadCheckpoint, match=r"text_encoder: model.safetensors is not in the manifest sums"):
         load(checkpoint, "text_encoder", sums)
+    os.truncate(sums, MAX_MANIFEST + 1)
+    with pytest.raises(BadCheckpoint, match=f"sums cannot be read: it has more than {MAX_MANIFEST} bytes"):
+        load(checkpoint, "vae", sums)
     sums.unlink()
     with pytest.raises(BadCheckpoint, match="the manifest sums cannot be read"):
         load(checkpoint, "vae", sums)
