@@ -28,6 +28,7 @@ from engine.loader import Loader, read_of
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.roots import below_root, check_weights_root
 from engine.running import RunningTasks
+from engine.turns import Turns
 from engine.weights import Placed, Source, Versions
 from ipc.errors import (
     BadConfig,
@@ -37,7 +38,6 @@ from ipc.errors import (
     NotFound,
     OutOfMemory,
     StageFailed,
-    Superseded,
 )
 from ipc.freeing import close_memory
 from ipc.messages.client import Canary, Reload, When
@@ -86,9 +86,7 @@ class Reloader:
         what a request raises."""
         self._model, self._params = model, params
         self._crew, self._levels, self._tasks, self._try_weights = crew, levels, tasks, try_weights
-        self._turn = asyncio.Lock()
-        self._turns: set[asyncio.Event] = set()
-        """Of the reloads under way, set when another one overtakes them."""
+        self._turns = Turns()
         self._candidates: set[tuple[str, str]] = set()
         """(component, content hash) of what is to be served and is not yet."""
         self._loader = Loader()
@@ -98,7 +96,7 @@ class Reloader:
     @property
     def is_busy(self) -> bool:
         """A reload is under way, or waits."""
-        return self._turn.locked()
+        return self._turns.is_taken
 
     @property
     def _versions(self) -> Versions:
@@ -107,6 +105,7 @@ class Reloader:
     async def reload(self, asked: Reload) -> Reloaded:
         """What `engine reload --checkpoint` asks for. Raises `BadCheckpoint`, `BadConfig`, `BadRequest`,
         `OutOfMemory`, `CanaryFailed`, `StageFailed`, `Superseded`; nothing has changed then."""
+        arrival = self._turns.arrive()
         directory = Path(asked.checkpoint)
         model, params = self._model, self._params
         if asked.manifest is not None:
@@ -118,19 +117,20 @@ class Reloader:
         else:
             components = await asyncio.to_thread(open_all_components, model, params, directory)
         return await self.carry_out(
-            Order(components, directory.name, asked.when, asked.canary, asked.manifest, asked.dry_run)
+            Order(components, directory.name, asked.when, asked.canary, asked.manifest, asked.dry_run), arrival
         )
 
     async def take(self, component: str, fd: int, when: When) -> Reloaded:
         """Serve the weights that a program gives in memory (`hotreload/given.py`); `fd` stays the caller's. Raises as
         `reload`."""
+        arrival = self._turns.arrive()
         found = await asyncio.to_thread(given_component, self._model, self._params, component, fd)
-        return await self.carry_out(Order({component: found}, GIVEN, when, in_memory={component: fd}))
+        return await self.carry_out(Order({component: found}, GIVEN, when, in_memory={component: fd}), arrival)
 
     async def rollback(self, when: When) -> Reloaded:
         """Serve what was served before; read it again if it is not in memory. Raises `NotFound` if there is nothing to
         return to, and as `reload`."""
-        async with self._my_turn():
+        async with self._turns.take(self._turns.arrive()):
             try:
                 before = self._versions.before()
             except ValueError as error:
@@ -148,7 +148,7 @@ class Reloader:
                             f"the files of the {changed[0]} before have changed since; reload what they are now"
                         )
                     await self._adopt(placed)
-                self._check_not_overtaken()
+                self._turns.check()
                 return self._flip(before, when, placed, seconds)
 
     def _once_more(self, versions: Mapping[str, str], when: When) -> Order:
@@ -161,14 +161,15 @@ class Reloader:
             components[name] = source.component
         return Order(components, self._versions.sources[next(iter(versions.items()))].label, when)
 
-    async def carry_out(self, order: Order) -> Reloaded:
-        """Read, map, try, flip."""
+    async def carry_out(self, order: Order, arrival: int | None = None) -> Reloaded:
+        """Read, map, try, flip. `arrival` is its number in the order of their coming (default: it comes now)."""
         if self._crew.outliving == "no":
             raise BadConfig(
                 "this GPU's driver has no memory that outlives a process, which weights are exchanged through; restart "
                 "the engine with the new checkpoint"
             )
-        async with self._my_turn(overtakes=not order.dry_run):
+        arrival = self._turns.arrive() if arrival is None else arrival
+        async with self._turns.take(arrival, overtakes=not order.dry_run):
             began = time.monotonic()
             with ExitStack() as keeping:
                 async with self._read(order) as placed:
@@ -187,7 +188,7 @@ class Reloader:
                     await self._adopt(fresh)
                 if order.canary is not None:
                     await self._try(order.canary, new)
-                self._check_not_overtaken()
+                self._turns.check()
                 report = self._flip(new, order.when, fresh, seconds)
             return msgspec.structs.replace(report, unchanged=same)
 
@@ -231,29 +232,6 @@ class Reloader:
         places = self._crew.upkeep.places_of(component)
         return all(self._crew.placed.find(place, component, content) is not None for place in places)
 
-    # One after another.
-
-    @asynccontextmanager
-    async def _my_turn(self, overtakes: bool = True) -> AsyncIterator[None]:
-        mine = asyncio.Event()
-        for other in self._turns if overtakes else ():
-            other.set()
-        self._turns.add(mine)
-        try:
-            async with self._turn:
-                self._check(mine)
-                self._current = mine
-                yield
-        finally:
-            self._turns.discard(mine)
-
-    def _check(self, mine: asyncio.Event) -> None:
-        if mine.is_set():
-            raise Superseded("another reload came meanwhile and is carried out in place of this one")
-
-    def _check_not_overtaken(self) -> None:
-        self._check(self._current)
-
     # The steps.
 
     @asynccontextmanager
@@ -271,7 +249,7 @@ class Reloader:
             finally:
                 close_memory(p.fd for p in placed)
             log.info("a memory level has changed: the new weights are read again, to where they are needed now")
-            self._check_not_overtaken()
+            self._turns.check()
 
     async def _read_once(self, order: Order) -> list[Placed]:
         self.loading = {}
@@ -323,11 +301,11 @@ class Reloader:
     async def _load(self, asked: Read, fds: Sequence[int]) -> list[Placed]:
         """Run the loader, until it is done or another reload comes."""
         reading = asyncio.ensure_future(self._loader.read(asked, fds, self._note_loading))
-        overtaken = asyncio.ensure_future(self._current.wait())
+        overtaken = asyncio.ensure_future(self._turns.overtaken())
         try:
             await asyncio.wait({reading, overtaken}, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
-                self._check_not_overtaken()
+                self._turns.check()
             return await reading
         finally:
             overtaken.cancel()

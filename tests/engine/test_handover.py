@@ -92,7 +92,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Loras: ("adapters", "_model _root _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
     Adapters: ("_named _nameless _absent _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),
-    Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turn _turns _loader _candidates loading"),
+    Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
     Journal: ("_ended _claim", "_path _thread _connection _paused"),
     TaskPool: ("_tasks _unfinished _ended finished failed", ""),

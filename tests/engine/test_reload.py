@@ -7,7 +7,8 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from engine import Supervisor, SystemParams
+from engine.checkpoint import open_components
 from engine.loader import Loader
+from engine.params import ModelParams
 from engine.weights import Placed
 from hotreload.given import GivenTensor
 from ipc.errors import (
@@ -289,7 +292,7 @@ async def test_of_reloads_at_once_the_last_wins(supervisor: Supervisor, golden: 
     reading = asyncio.create_task(supervisor.reload(order(other, "transformer", "vae")))
     await until(lambda: bool(supervisor._reloader.loading), "the loader reads")
     waiting = asyncio.create_task(supervisor.reload(order(other)))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it has come, and looks at its files
     done = await supervisor.reload(order())
     for overtaken in (reading, waiting):
         with pytest.raises(Superseded):
@@ -300,6 +303,27 @@ async def test_of_reloads_at_once_the_last_wins(supervisor: Supervisor, golden: 
     dry = await supervisor.reload(order(dry_run=True))
     assert dry.weights == done.weights
     assert list((await reading).weights.values()) == [next(iter(golden))]
+
+
+async def test_the_last_to_come_wins_though_its_files_were_found_first(
+    supervisor: Supervisor, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, found = vary(tmp_path / "other", 1), threading.Event()
+
+    def find_slowly(model: ModelParams, params: SystemParams, directory: Path, names: Sequence[str]) -> object:
+        if directory == other:
+            found.wait(30)
+        return open_components(model, params, directory, names)
+
+    monkeypatch.setattr("engine.reload.open_components", find_slowly)
+    slow = asyncio.create_task(supervisor.reload(order(other)))
+    await asyncio.sleep(0)  # it has come
+    done = await supervisor.reload(order())
+    found.set()
+    with pytest.raises(Superseded):
+        await slow
+    assert list(done.weights.values()) == [list(golden)[1]]
+    assert {v.content for v in supervisor.versions() if v.state == "serving"} >= {list(golden)[1]}
 
 
 def given(file: Path) -> dict[str, GivenTensor]:
