@@ -223,6 +223,9 @@ def reload(
     threads: Annotated[
         int | None, typer.Option(help="With --stage dit, vae or --all: their CPU threads from now on; 0: the default.")
     ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="split or fused: new processes for all stages, one for each or one for all.")
+    ] = None,
     supervisor: Annotated[
         bool, typer.Option("--supervisor", help="The engine's own program, by the one that is on disk now.")
     ] = False,
@@ -238,11 +241,13 @@ def reload(
     if checkpoint is None:
         check_of_weights(of_weights)
     client = Client(socket)
-    if not (stage or every) and (attention_backend, threads) != (None, None):
+    processes = bool(stage or every or placement)
+    if not processes and (attention_backend, threads) != (None, None):
         raise BadConfig("--attention-backend and --threads are of processes: say which, with --stage NAME or --all")
-    if (checkpoint is not None) + bool(stage or every) + supervisor != 1:
+    if (checkpoint is not None) + processes + supervisor != 1:
         raise BadConfig(
-            "say what to reload: --checkpoint DIR for weights, --stage NAME or --all for processes, or --supervisor"
+            "say what to reload: --checkpoint DIR for weights, --stage NAME, --all or --placement for processes, or "
+            "--supervisor"
         )
     if supervisor:
         taken_over = client.reload_supervisor()
@@ -250,8 +255,9 @@ def reload(
         return
     if checkpoint is None:
         replaced = client.replace_stages(
-            read_stages(() if every else stage or ()), attention_backend=attention_backend, threads=threads
-        )
+            read_stages(() if every else stage or ()), attention_backend=attention_backend, threads=threads,
+            placement=placement,
+        )  # fmt: skip
         _print_json(replaced) if as_json else print_replaced(replaced)
         return
     tried = None if canary is None else read_canary(canary)

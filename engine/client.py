@@ -169,12 +169,15 @@ class Client:
             return connection.ask(asked, Reloaded, self._deadlines.reload)
 
     def replace_stages(
-        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None
-    ) -> Replaced:
+        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None,
+        placement: str | None = None,
+    ) -> Replaced:  # fmt: skip
         """Have new processes, with the code now on disk, take the places of these stages' (none: of all), with another
-        attention backend of the dits or other threads of dit or vae, if they are given. Returns when they serve; if it
-        raises, the one that it was about goes on."""
-        asked = ReplaceStages(ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads)
+        attention backend of the dits or other threads of dit or vae, if they are given, or another placement (split,
+        fused) of all. Returns when they serve; if it raises, the one that it was about goes on."""
+        asked = ReplaceStages(
+            ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads, placement=placement
+        )
         with Connection(self.socket, self._deadlines) as connection:
             return connection.ask(asked, Replaced, self._deadlines.reload)
 
@@ -344,12 +347,15 @@ class AsyncClient:
             return await connection.ask(asked, Reloaded, self._deadlines.reload)
 
     async def replace_stages(
-        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None
-    ) -> Replaced:
+        self, stages: Sequence[StageName] = (), *, attention_backend: str | None = None, threads: int | None = None,
+        placement: str | None = None,
+    ) -> Replaced:  # fmt: skip
         """Have new processes, with the code now on disk, take the places of these stages' (none: of all), with another
-        attention backend of the dits or other threads of dit or vae, if they are given. Returns when they serve; if it
-        raises, the one that it was about goes on."""
-        asked = ReplaceStages(ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads)
+        attention backend of the dits or other threads of dit or vae, if they are given, or another placement (split,
+        fused) of all. Returns when they serve; if it raises, the one that it was about goes on."""
+        asked = ReplaceStages(
+            ref=0, stages=list(stages), attention_backend=attention_backend, threads=threads, placement=placement
+        )
         async with AsyncConnection(self.socket, self._deadlines) as connection:
             return await connection.ask(asked, Replaced, self._deadlines.reload)
 

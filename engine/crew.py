@@ -14,6 +14,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from engine.checkpoint import file_bytes
 from engine.devices import compute_tokens, devices_of_seats
 from engine.forks import Forks
@@ -21,9 +23,9 @@ from engine.memory import EngineMemory
 from engine.models import checkpoint_directory
 from engine.params import ModelParams, SystemParams
 from engine.plans import Plans, PlansState
-from engine.posts import Changes, Post, Posts, PostState
+from engine.posts import Changes, Post, Posts, PostState, groups_of
 from engine.process import Body, BodyState, ProcessState, StageProcess, encode_start
-from engine.settings import Settings, computed_with
+from engine.settings import Change, Settings, computed_with
 from engine.spare import Spare
 from engine.start_messages import StartMessages
 from engine.states import Descriptors, State
@@ -35,7 +37,7 @@ from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
 from ipc.errors import BadConfig, Failure, OutOfMemory, StageFailed, from_failure
 from ipc.lacking import PASSING, why_not_started
-from ipc.messages.names import STAGE_OF_COMPONENT, STAGE_OF_PHASE, AttentionChoice, Seat, StageName, stage_of
+from ipc.messages.names import STAGE_OF_COMPONENT, STAGE_OF_PHASE, Placement, Seat, stage_of
 from ipc.messages.reports import (
     Adopted,
     AnyStageReport,
@@ -75,6 +77,7 @@ class Owner(Protocol):
     def handle_report(self, epoch: int, seat: Seat, report: AnyStageReport) -> None: ...
     def handle_lost(self, epoch: int, seat: Seat, outside: bool, asked: bool) -> None: ...
     def handle_gone(self, seat: Seat, error: Failure) -> None: ...
+    def handle_moved(self, placement: Placement) -> None: ...
 
 
 class CrewState(State, frozen=True, kw_only=True):
@@ -122,8 +125,7 @@ class Crew:
         devices = devices_of_seats(device, dit_devices)
         self.tokens = compute_tokens(params, devices)
         """The compute token each seat needs, for the scheduler."""
-        self._posts = Posts(devices, fused=params.placement == "fused")
-        self.groups = self._posts.groups
+        self._posts = Posts(devices, params.placement)
         self.placed = WeightStore()
         self.plans = plans
         self.weights = Versions()
@@ -153,6 +155,11 @@ class Crew:
         self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
     # Life.
+
+    @property
+    def groups(self) -> list[tuple[Seat, ...]]:
+        """The seats of each process."""
+        return self._posts.groups
 
     def start(self, seats: tuple[Seat, ...]) -> None:
         """Spawn the process of these seats, now or when there is what it is made from and a sibling has placed their
@@ -215,6 +222,8 @@ class Crew:
         if group not in self._pending and not self._stopping:
             for post in self._posts.of(group):
                 post.state = "restarting"
+            if self._takeover.moving_to is not None:
+                return  # when all have left
             self._pending[group] = self._loop.call_later(delay, self.start, group)
 
     def declare_failed(self, seat: Seat, error: Failure) -> None:
@@ -387,13 +396,11 @@ class Crew:
         if (process := self._posts[seat].process) is not None:
             process.send_run(run)
 
-    async def replace(
-        self, stages: Sequence[StageName], attention: AttentionChoice | None = None, threads: int | None = None
-    ) -> Replaced:
-        """New processes in the places of these stages' (none: of all), as `Takeover.replace`; and a new spare. Later
-        ones, too, have the code that is on disk now, whether or not all were replaced."""
+    async def replace(self, asked: Change) -> Replaced:
+        """New processes in the places of those that serve, as `Takeover.replace`; and a new spare. Later ones, too,
+        have the code that is on disk now, whether or not all were replaced."""
         try:
-            replaced = await self._takeover.replace(stages, attention, threads)
+            replaced = await self._takeover.replace(asked)
         except BadConfig:
             raise  # nothing was tried: what there is to fork from goes on
         except BaseException:
@@ -484,8 +491,21 @@ class Crew:
                 self._owner.handle_gone(post.name, post.error)
             else:
                 self._owner.handle_lost(process.epoch, post.name, process.outside, process.leaving)
+        if self._takeover.moving_to is not None and not self._posts.processes():
+            self._move(self._takeover.moving_to)
         self._start_held_back()
         self._changes.notify()
+
+    def _move(self, placement: Placement) -> None:
+        """The last process has left: start those of another placement."""
+        self._takeover.moving_to = None
+        log.info("the stages are %s from now on", placement)
+        self._params = msgspec.structs.replace(self._params, placement=placement)
+        self._posts.groups = groups_of([post.name for post in self._posts], placement)
+        self.tokens = compute_tokens(self._params, {post.name: post.device for post in self._posts})
+        self._owner.handle_moved(placement)
+        for seats in self.groups:
+            self.start(seats)
 
     def _can_wait(self, posts: Sequence[Post], seats: tuple[Seat, ...]) -> bool:
         """It did not come up for lack of memory, threads or processes, and was up before, or others with its weights

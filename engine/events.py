@@ -120,13 +120,20 @@ class LevelChanged(msgspec.Struct, frozen=True):
     top: int
 
 
+class TokensChanged(msgspec.Struct, frozen=True):
+    """The seats need other compute tokens from now on (`Capacity.devices`), as the processes to come are others. Said
+    while none is up."""
+
+    devices: dict[Seat, str | None]
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Nothing happened but time: deadlines and ageing are looked at."""
 
 
 Event = (
     Submitted | CancelAsked | StageUp | StageLost | StageGone | QuantumEnded | Placing | TaskDropped | LevelChanged
-    | Tick
+    | TokensChanged | Tick
 )  # fmt: skip
 
 

@@ -133,6 +133,16 @@ class Levels:
             freed={device: level.freed for device, level in self._devices.items()},
         )
 
+    def settle(self, settings: Mapping[str, Setting]) -> None:
+        """What memory depends on is otherwise from now on: the processes are others. ValueError for other devices."""
+        if settings.keys() != self._devices.keys():
+            raise ValueError(f"there are settings of {list(settings)}; expected {list(self._devices)}")
+        for level in self._devices.values():
+            level.setting = settings[level.device]
+            level.account = Account(self._model, level.setting)
+            if level.policy is not None:
+                self._let_choose(level)
+
     def put_back(self, state: LevelsState) -> None:
         """ValueError if it is of other devices."""
         if not state.mode.keys() == state.freed.keys() == self._devices.keys():

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from ipc.architecture import Conditioning, ImageEncoderConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 from ipc.errors import BadConfig
-from ipc.messages.names import AttentionChoice, MemoryLevel, StageName
+from ipc.messages.names import AttentionChoice, MemoryLevel, Placement, StageName
 from ipc.slot_table import MAX_PROCESSES
 
 Solver = Literal["unipc", "dpm++", "euler"]
@@ -158,7 +158,7 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Directory with the weights, in any of the layouts of docs/checkpoints.md; None: what ships with the model."""
     lora: tuple[str, ...] = ()
     """LoRA files merged into the transformer at start, FILE:STRENGTH each; with two experts, HIGH,LOW:STRENGTH."""
-    placement: Literal["split", "fused"] = "split"
+    placement: Placement = "split"
     """split: a process per stage; fused: all stages in one process."""
     device: str = "auto"
     """auto: the first CUDA device, else cpu. Or cpu, cuda, cuda:N. With `dit_devices`, auto is the first of those."""

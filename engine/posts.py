@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -12,7 +12,7 @@ from engine.process import StageProcess
 from engine.states import State
 from ipc.errors import Failure
 from ipc.messages.memory import MemoryPlan
-from ipc.messages.names import Seat, stage_of
+from ipc.messages.names import Placement, Seat, stage_of
 from ipc.messages.status import LoadProgress, StageStatus
 
 StageState = Literal["starting", "up", "restarting", "failed", "stopped"]
@@ -88,13 +88,17 @@ class PostState(State, frozen=True, kw_only=True):
     was_up: bool
 
 
+def groups_of(seats: Iterable[Seat], placement: Placement) -> list[tuple[Seat, ...]]:
+    """The seats of each process. fused: one has all; split: each has its own."""
+    return [tuple(seats)] if placement == "fused" else [(seat,) for seat in seats]
+
+
 class Posts:
     """All seats of one engine, in the order of the stages."""
 
-    def __init__(self, devices: Mapping[Seat, str | None], fused: bool) -> None:
-        """`fused`: one process has all seats; else each has its own."""
+    def __init__(self, devices: Mapping[Seat, str | None], placement: Placement) -> None:
         self._posts = {seat: Post(seat, device) for seat, device in devices.items()}
-        self.groups: list[tuple[Seat, ...]] = [tuple(devices)] if fused else [(seat,) for seat in devices]
+        self.groups = groups_of(devices, placement)
         """Seats that share a process."""
 
     def __iter__(self) -> Iterator[Post]:

@@ -56,6 +56,7 @@ from engine.events import (
     Submitted,
     TaskDropped,
     Tick,
+    TokensChanged,
 )
 from engine.line import Line
 from engine.params import STAGES
@@ -106,8 +107,7 @@ class Scheduler:
         self._line = Line(policy, self._ledger.dits)
         self._stages: dict[Seat, StageRecord] = {seat: StageRecord(seat) for seat in capacity.devices}
         self._seats = {name: [s for s in self._stages.values() if s.stage == name] for name in STAGES}
-        self._devices = self._by_device(capacity)
-        self._sharing = {stage.name: stages for stages in self._devices for stage in stages}
+        self._share()
         self._tasks: dict[str, TaskRecord] = {}
         """All of them, also those that have ended and are not yet forgotten."""
         self._deadlines: list[tuple[float, int, TaskRecord]] = []
@@ -137,6 +137,8 @@ class Scheduler:
                 self.handle_stage_gone(event)
             case LevelChanged():
                 self.handle_level_changed(event)
+            case TokensChanged():
+                self.handle_tokens_changed(event)
             case Tick():
                 pass
         self._expire(now)
@@ -250,6 +252,15 @@ class Scheduler:
             for phase, lack in list(task.short.items()):
                 if not task.ended and task.seat(stage.stage) == stage.name and STAGE_OF_PHASE[phase] == stage.stage:
                     self._find_memory(task, stage, lack)
+
+    def handle_tokens_changed(self, event: TokensChanged) -> None:
+        """Other stages share a process, or none do. Deaths until now say nothing against the processes to come."""
+        assert event.devices.keys() == self._stages.keys(), f"the seats are {list(self._stages)}"
+        assert not any(stage.up for stage in self._stages.values()), "the tokens change while no process is up"
+        self._capacity = msgspec.structs.replace(self._capacity, devices=event.devices)
+        self._share()
+        for stage in self._stages.values():
+            stage.deaths, stage.failed_starts = [], 0
 
     # A task's way.
 
@@ -617,14 +628,15 @@ class Scheduler:
             if not task.ended:
                 self._watch_deadline(task)
 
-    def _by_device(self, capacity: Capacity) -> list[list[StageRecord]]:
-        """Stages that share a compute token, in the order in which a task's next quantum is looked for: nearest to the
-        finished file first, which frees slots soonest."""
+    def _share(self) -> None:
+        """Find the stages that share a compute token, in the order in which a task's next quantum is looked for:
+        nearest to the finished file first, which frees slots soonest."""
         groups: dict[str, list[StageRecord]] = collections.defaultdict(list)
         for stage in [stage for name in reversed(STAGES) for stage in self._seats[name]]:
-            device = capacity.devices[stage.name]
+            device = self._capacity.devices[stage.name]
             groups[device if device is not None else f"none:{stage.name}"].append(stage)
-        return list(groups.values())
+        self._devices = list(groups.values())
+        self._sharing = {stage.name: stages for stages in self._devices for stage in stages}
 
 
 def _died_too_often(stage: StageRecord) -> Failure:

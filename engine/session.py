@@ -25,7 +25,7 @@ from engine.listing import fitting, shortened
 from engine.pace import Pace, Turnstile
 from engine.params import UserParams
 from engine.receiving import Incoming
-from engine.settings import read_attention
+from engine.settings import read_attention, read_placement
 from engine.states import Descriptors, State
 from engine.supervisor import Supervisor
 from engine.version import VERSION
@@ -331,12 +331,13 @@ class Session:
                 self._check_owner("change what it serves")
                 log.info("process %d asked for a reload of %s", self.pid, message.checkpoint)
                 return msgspec.structs.replace(await self._supervisor.reload(message), ref=ref)
-            case ReplaceStages(ref=ref, stages=stages, attention_backend=attention, threads=threads):
+            case ReplaceStages(ref=ref, stages=stages, attention_backend=attention, threads=threads, placement=place):
                 self._check_owner("replace its processes")
                 log.info("process %d asked for new processes of %s", self.pid, ", ".join(stages) or "all stages")
                 replaced = await self._supervisor.replace_stages(
-                    stages, attention_backend=None if attention is None else read_attention(attention), threads=threads
-                )
+                    stages, attention_backend=None if attention is None else read_attention(attention),
+                    threads=threads, placement=None if place is None else read_placement(place),
+                )  # fmt: skip
                 log.info("new processes serve: %s", ", ".join(f"{seat} {pid}" for seat, pid in replaced.pids.items()))
                 return msgspec.structs.replace(replaced, ref=ref)
             case UpdateWeights():

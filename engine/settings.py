@@ -1,15 +1,16 @@
 """What a result depends on beside the request and the weights, stage by stage: what computes attention, the number of
-threads, the libraries. An operator may change the first two while requests run."""
+threads, the libraries. An operator may change the first two while requests run; and which stages share a process,
+which no result depends on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
 from engine.devices import warn_of_threads
 from engine.states import State
 from ipc.errors import BadConfig
-from ipc.messages.names import AttentionChoice, StageName
+from ipc.messages.names import AttentionChoice, Placement, StageName
 
 MAX_THREADS = 1024
 
@@ -29,16 +30,24 @@ class Settings(State, frozen=True, kw_only=True):
     threads: dict[StageName, int]
 
 
-def changed(
-    before: Settings,
-    stages: Sequence[StageName],
-    attention: AttentionChoice | None,
-    threads: int | None,
-    default_threads: Mapping[StageName, int],
-) -> Settings:
-    """The settings with those of `stages` (none: of all) changed; None leaves one as it is, 0 threads are the default.
-    `BadConfig` for a value that is none, or a stage that has no such setting."""
+class Change(NamedTuple):
+    """New processes that are asked for, and what they are to be started with; None leaves a setting as it is."""
+
+    stages: Sequence[StageName] = ()
+    """In whose places; none: in those of all."""
+    attention: AttentionChoice | None = None
+    threads: int | None = None
+    """0: the default."""
+    placement: Placement | None = None
+
+
+def changed(before: Settings, asked: Change, default_threads: Mapping[StageName, int]) -> Settings:
+    """The settings with those of the stages changed. `BadConfig` for a value that is none, or a stage that has no such
+    setting."""
+    stages, attention, threads, placement = asked
     named = stages or get_args(StageName)
+    if placement is not None and set(named) != set(get_args(StageName)):
+        raise BadConfig("placement is which stages share a process, and of all of them; name no stage")
     if attention is not None and "dit" not in named:
         raise BadConfig("attention_backend is what the dit computes with; name the stage dit")
     found = dict(before.threads)
@@ -57,6 +66,13 @@ def read_attention(text: str) -> AttentionChoice:
     if text not in get_args(AttentionChoice):
         raise BadConfig(f"attention_backend is {text[:100]!r}; it must be {', '.join(get_args(AttentionChoice))}")
     return cast(AttentionChoice, text)
+
+
+def read_placement(text: str) -> Placement:
+    """`BadConfig` for what is none."""
+    if text not in get_args(Placement):
+        raise BadConfig(f"placement is {text[:100]!r}; it must be {' or '.join(get_args(Placement))}")
+    return cast(Placement, text)
 
 
 def computed_with(

@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from engine.adapters import AdaptersState, KeptAdapter
 from engine.admission import admit, check_prompt_tokens
 from engine.checkpoint import merged_loras
@@ -46,6 +48,7 @@ from engine.events import (
     Submitted,
     TaskDropped,
     Tick,
+    TokensChanged,
 )  # fmt: skip
 from engine.footprint import RequestSize, Setting
 from engine.journal import Journal, JournalState
@@ -61,6 +64,7 @@ from engine.resident import Resident
 from engine.running import RunningTasks
 from engine.scheduler import Scheduler
 from engine.scheduler_state import SchedulerState
+from engine.settings import Change
 from engine.starting import Opened, limits_of, look_up, make_memory, plans_at_start, queues_on_device, settings_of
 from engine.states import Descriptors, State
 from engine.systemd import Notify
@@ -73,7 +77,7 @@ from ipc.errors import Cancelled, EngineError, Failure, ServerUnavailable, to_fa
 from ipc.messages.client import Reload, When
 from ipc.messages.job import Job
 from ipc.messages.memory import MemoryPlan
-from ipc.messages.names import AttentionChoice, MemoryLevel, Seat, StageName, stage_of
+from ipc.messages.names import AttentionChoice, MemoryLevel, Placement, Seat, StageName, stage_of
 from ipc.messages.reports import AnyStageReport, Dropped, PlacingFile, QuantumDone, QuantumDropped, QuantumFailed, Ready
 from ipc.messages.server import Accepted, Done, Failed, Reloaded, Replaced, TaskEvent, Traced
 from ipc.messages.status import DeviceMemory, EngineStatus, Holding, LoraInfo, MemoryChange, Span, TaskInfo, VersionInfo
@@ -477,14 +481,16 @@ class Supervisor:
         *,
         attention_backend: AttentionChoice | None = None,
         threads: int | None = None,
+        placement: Placement | None = None,
     ) -> Replaced:
         """Put new processes, with the code now on disk, in the places of these stages' (of all, if none is named), one
         after the other; with another attention backend of the dits, or other threads of dit or vae (0: the default), if
-        they are given. Requests in hand go on at their next step, and their metadata says what changed. Raises
+        they are given. With another `placement` all are replaced at once, when the last of the old ones has left.
+        Requests in hand go on at their next step, and their metadata says what changed. Raises
         `StageFailed` for a process that cannot take over: its predecessor goes on; `BadConfig` for what cannot be."""
         self.check_serving()
         await self.ready()
-        return await self._crew.replace(stages, attention_backend, threads)
+        return await self._crew.replace(Change(stages, attention_backend, threads, placement))
 
     async def update_weights(
         self, component: str, tensors: Mapping[str, GivenTensor], when: When = "drain"
@@ -624,6 +630,15 @@ class Supervisor:
     def handle_gone(self, seat: Seat, error: Failure) -> None:
         """The process at a seat cannot be started."""
         self._dispatch(StageGone(seat, error))
+
+    def handle_moved(self, placement: Placement) -> None:
+        """Other stages share a process than before; none is up."""
+        self.params = msgspec.structs.replace(self.params, placement=placement)
+        self._trace.move(self._crew.tokens)
+        settings = self._settings()
+        self._crew.plans.limits = limits_of(self.params, self.model, settings)
+        self._levels.settle(settings)
+        self._dispatch(TokensChanged(self._crew.tokens))
 
     def handle_accepted(self, task: Task) -> None:
         """Tell the scheduler of a task that may be computed from now on."""

@@ -2,26 +2,26 @@
 
 Each first proves itself beside its predecessor (`engine/successor.py`), which then leaves after the quantum in hand;
 the crew starts the new one in its place as it does after a death. Whatever fails before that leaves the old one to go
-on.
+on. Where other stages are to share a process than before, all leave before the first new one is started.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import msgspec
 
-from engine.devices import compute_threads
+from engine.devices import compute_threads, resolve_devices
 from engine.params import SystemParams
-from engine.posts import Posts
+from engine.posts import Posts, groups_of
 from engine.process import Body
-from engine.settings import Settings, changed
+from engine.settings import Change, Settings, changed
 from engine.start_messages import StartMessages
 from engine.successor import successor
 from ipc.errors import StageFailed
-from ipc.messages.names import AttentionChoice, Seat, StageName, stage_of
+from ipc.messages.names import Placement, Seat, stage_of
 from ipc.messages.server import Replaced
 from ipc.messages.stage import Rehearse, Stop
 
@@ -40,40 +40,51 @@ class Takeover:
         self._turn = asyncio.Lock()
         self._successors: dict[tuple[Seat, ...], Body] = {}
         """Processes that have proved themselves, and take over when their predecessor has left."""
+        self.moving_to: Placement | None = None
+        """All processes leave; when the last has, those of this placement are started."""
         self.ended = False
         """The crew stops: nobody takes over any more."""
 
     @property
     def is_busy(self) -> bool:
         """A process is taking the place of another."""
-        return self._turn.locked() or bool(self._successors)
+        return self._turn.locked() or bool(self._successors) or self.moving_to is not None
 
-    async def replace(
-        self, stages: Sequence[StageName], attention: AttentionChoice | None, threads: int | None
-    ) -> Replaced:
-        """New processes in the places of these stages' (none: of all). Raises `StageFailed` for the first that is not
-        fit; its predecessor goes on, and so do the replaced ones.
+    async def replace(self, asked: Change) -> Replaced:
+        """New processes in the places of these stages'. Raises `StageFailed` for the first that is not fit; its
+        predecessor goes on, and so do the replaced ones.
 
-        With other settings (`engine/settings.py`), all of them prove themselves before the first takes over, so that
-        either all have them, or none. Raises `BadConfig` for settings that cannot be."""
-        pids: dict[str, int] = {}
-        seconds: dict[str, float] = {}
+        With other settings (`engine/settings.py`) or another placement, all of them prove themselves before the first
+        takes over, so that either all have them, or none. Raises `BadConfig` for settings that cannot be."""
         default = compute_threads(msgspec.structs.replace(self._params, threads=0), len(self._posts.siblings("dit")))
         async with self._turn, AsyncExitStack() as undo:
-            groups = [g for g in self._posts.groups if not stages or {stage_of(seat) for seat in g} & set(stages)]
-            wanted = changed(self._starts.settings, stages, attention, threads, default)
+            wanted = changed(self._starts.settings, asked, default)
             proven: dict[tuple[Seat, ...], Body] = {}
             undo.callback(_end_all, proven)
+            if asked.placement is not None:
+                resolve_devices(msgspec.structs.replace(self._params, placement=asked.placement))
+                groups = groups_of([post.name for post in self._posts], asked.placement)
+                if groups != self._posts.groups:
+                    for seats in groups:
+                        proven[seats] = await self._prove(seats, wanted)
+                    taken = await self._move(asked.placement, proven, wanted)
+                    return self._replaced({post.name: taken for post in self._posts})
+            stages = set(asked.stages)
+            groups = [g for g in self._posts.groups if not stages or {stage_of(seat) for seat in g} & stages]
             if wanted != self._starts.settings:
                 for seats in groups:
                     proven[seats] = await self._prove(seats, wanted)
                 self._starts.change(wanted)
+            seconds: dict[Seat, float] = {}
             for seats in groups:
                 body = proven.pop(seats) if seats in proven else await self._prove(seats)
-                taken = await self._replace(seats, body)
-                for post in self._posts.of(seats):
-                    assert post.process is not None, f"{post.name} is up"
-                    pids[post.name], seconds[post.name] = post.process.pid, taken
+                seconds |= dict.fromkeys(seats, await self._replace(seats, body))
+            return self._replaced(seconds)
+
+    def _replaced(self, seconds: dict[Seat, float]) -> Replaced:
+        """Of these seats, the new processes."""
+        pids = {seat: process.pid for seat in seconds if (process := self._posts[seat].process) is not None}
+        assert pids.keys() == seconds.keys(), "all are up"
         return Replaced(pids=pids, seconds=seconds)
 
     async def _prove(self, seats: tuple[Seat, ...], wanted: Settings | None = None) -> Body:
@@ -98,6 +109,27 @@ class Takeover:
         for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
             process.leaving = True
             process.send(Stop())
+            await process.exited.wait()
+        loop = asyncio.get_running_loop()
+        left = loop.time()
+        await self._all_up()
+        return loop.time() - left
+
+    async def _move(self, placement: Placement, proven: dict[tuple[Seat, ...], Body], wanted: Settings) -> float:
+        """All processes leave, then the proven ones take their places; what follows the last end is the crew's part, so
+        that it is done whoever waits for it. Seconds from there until all new ones were ready."""
+        await self._all_up()
+        if self.ended:
+            raise StageFailed("the engine is stopping")
+        self._starts.change(wanted)
+        self._successors.update(proven)
+        proven.clear()
+        self.moving_to = placement
+        leaving = self._posts.processes()
+        for process in leaving:
+            process.leaving = True
+            process.send(Stop())
+        for process in leaving:
             await process.exited.wait()
         loop = asyncio.get_running_loop()
         left = loop.time()

@@ -40,6 +40,10 @@ class Trace:
         self._granted: dict[Seat, dict[tuple[str, Phase, int], float]] = {seat: {} for seat in devices}
         """Times of the grants that are not answered, of each seat."""
 
+    def move(self, devices: Mapping[Seat, str | None]) -> None:
+        """The seats need other compute tokens from now on."""
+        self._devices = devices
+
     def grant(self, seat: Seat, identity: str, phase: Phase, index: int, now: float) -> None:
         """The process at this seat was told to run a quantum."""
         self._granted[seat][identity, phase, index] = now

@@ -92,11 +92,13 @@ class Reload(ClientMessage, frozen=True, tag="reload", kw_only=True):
 class ReplaceStages(ClientMessage, frozen=True, tag="replace_stages", kw_only=True):
     """Owner only. Put new processes, with the code that is now on disk, in the places of these stages' (none: of all);
     answered when they serve, or one is not fit and its predecessor goes on. With another attention backend or number of
-    threads (0: the default), if they are given, of the dit and the vae."""
+    threads (0: the default), if they are given, of the dit and the vae; or with another placement (split, fused) of
+    all, which then leave before the new ones begin."""
 
     stages: list[StageName] = []
     attention_backend: str | None = None
     threads: int | None = None
+    placement: str | None = None
 
 
 class UpdateWeights(ClientMessage, frozen=True, tag="update_weights", kw_only=True):

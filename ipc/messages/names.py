@@ -23,6 +23,8 @@ it is written (`stages/attention/backends.py`)."""
 AttentionChoice = Literal["auto", AttentionBackend]
 MemoryLevel = Literal["auto", 0, 1, 2, 3]
 """What an operator may ask for: a level of `MemoryPlan`, or whichever fits best."""
+Placement = Literal["split", "fused"]
+"""A process for each stage, or one for all."""
 KernelKind = Literal["triton", "torch"]
 """How what stands between the matrix products is computed (`stages/kernels/`)."""
 

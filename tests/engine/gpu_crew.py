@@ -37,7 +37,7 @@ class GpuCrew:
         self.placed, self.weights, self.plans = WeightStore(), Versions(), Plans({GPU: MemoryPlan()})
         self.on_gpu, self.dtype = True, "float32"
         self.upkeep = self
-        posts = Posts({"text": GPU, "dit": GPU, "vae": GPU, "writer": None}, fused=True)
+        posts = Posts({"text": GPU, "dit": GPU, "vae": GPU, "writer": None}, "fused")
         places = Upkeep(posts, self.placed, self.plans, Changes(), deadline=60.0)
         self.homes_of, self.places_of, self.needs = places.homes_of, places.places_of, places.needs
         self.adopted: list[tuple[str, str]] = []

@@ -34,6 +34,7 @@ from engine.events import (
     Submitted,
     TaskDropped,
     TaskSpec,
+    TokensChanged,
 )
 from engine.params import STAGES
 from ipc.messages.names import STAGE_OF_PHASE, Phase, Seat, StageName, stage_of
@@ -123,8 +124,11 @@ class Observer:
             "latents": capacity.latents, "frames": capacity.frames,
         }  # fmt: skip
         self.held: dict[str, set[Any]] = {slots: set() for slots in self.limits}
+        self._hear_devices(capacity.devices)
+
+    def _hear_devices(self, devices: dict[Seat, str | None]) -> None:
         groups = collections.defaultdict(list)
-        for seat, device in capacity.devices.items():
+        for seat, device in devices.items():
             groups[device or f"none:{seat}"].append(seat)
         self.groups: list[list[Seat]] = list(groups.values())
 
@@ -163,11 +167,15 @@ class Observer:
                 self.tasks[id].in_place = True
             case StageUp(stage, epoch):
                 self.up[stage] = epoch
-            case StageLost(stage, epoch, outside):
+            case StageLost(stage, epoch, outside, asked):
                 sharing = [s for s in self.up if self.up[s] == epoch]
-                self.forgiven = outside and stage in sharing
+                self.forgiven = (outside or asked) and stage in sharing
                 if stage in sharing:
-                    self._hear_lost(sharing, outside)
+                    self._hear_lost(sharing, outside, asked)
+            case TokensChanged(devices):
+                demand(not self.up, f"{self.up} are up while the tokens change")
+                self._hear_devices(devices)
+                self.restarts = {seat: [] for seat in self.seats}
             case StageGone(stage):
                 self.failed.add(stage)
             case LevelChanged(stage, level, top):
@@ -218,8 +226,8 @@ class Observer:
             seen.errors.append("out_of_memory")
         seen.short[event.phase] = max(level, before)
 
-    def _hear_lost(self, stages: list[Seat], outside: bool) -> None:
-        for grant in [self.outstanding[s][0] for s in stages if self.outstanding[s]]:
+    def _hear_lost(self, stages: list[Seat], outside: bool, asked: bool) -> None:
+        for grant in [self.outstanding[s][0] for s in stages if self.outstanding[s] and not asked]:
             seen, where = self.tasks[grant.id], (grant.phase, grant.index)
             seen.crashes += not outside
             if outside:

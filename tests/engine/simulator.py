@@ -19,6 +19,8 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import msgspec
+
 from engine.estimates import Policy
 from engine.events import (
     Action,
@@ -41,6 +43,7 @@ from engine.events import (
     Submitted,
     TaskSpec,
     Tick,
+    TokensChanged,
 )
 from engine.params import STAGES
 from engine.scheduler import Scheduler
@@ -114,6 +117,8 @@ class World:
         """Reports of dead processes, still to be heard."""
         self._poisonings: collections.Counter[str] = collections.Counter()
         self._denoised_at: dict[str, Seat] = {}
+        self._moving_to: dict[Seat, str | None] | None = None
+        """All processes leave, and those that come need these tokens."""
         for group in self.groups:
             self._start(group)
 
@@ -182,7 +187,7 @@ class World:
                 self._purge(stage, id)
             case Restart(stage, delay):
                 group = next(group for group in self.groups if stage in group)
-                if group not in self._starting:
+                if group not in self._starting and self._moving_to is None:
                     self._starting.add(group)
                     self.at(self.now + delay, self._start, group)
             case RaiseLevel(stage, level):
@@ -302,7 +307,28 @@ class World:
             self.counts["kills"] += 1
             self._die(self.processes[seat], outside=self.random.random() < 0.5)
 
-    def _die(self, process: Process, outside: bool = False) -> None:
+    def move(self, devices: dict[Seat, str | None]) -> None:
+        """Other stages are to share a process: if all are up, all leave, each with what it has in hand."""
+        if self._moving_to is not None or any(not self._is_up(seat) for seat in self.seats):
+            return
+        self.counts["moves of all"] += 1
+        self._moving_to = devices
+        for process in dict.fromkeys(self.processes.values()):
+            self._die(process, asked=True)
+
+    def _is_up(self, seat: Seat) -> bool:
+        return seat in self.processes and self.processes[seat].alive
+
+    def _begin_again(self, devices: dict[Seat, str | None]) -> None:
+        """All have left."""
+        self._moving_to = None
+        self.capacity = msgspec.structs.replace(self.capacity, devices=devices)
+        self.groups = [self.seats] if devices == DEVICES[-1] else [(seat,) for seat in self.seats]
+        self.tell(TokensChanged(devices))
+        for group in self.groups:
+            self._start(group)
+
+    def _die(self, process: Process, outside: bool = False, asked: bool = False) -> None:
         """What it said last is heard before its death, is lost, or comes when its successor is at the same task."""
         if not process.alive:
             return
@@ -313,7 +339,7 @@ class World:
             noticed = max(noticed, process.heard_until)
         process.muted = fate != "heard"
         self.at(noticed, self._hear_last_words, process)
-        self.at(noticed, self._lose, process.seats, process.epoch, outside)
+        self.at(noticed, self._lose, process.seats, process.epoch, outside, asked)
         if fate == "late":
             self._ghosts += process.unheard
 
@@ -327,9 +353,11 @@ class World:
             for id in [id for id, seen in self.observer.live.items() if seen.placing]:
                 self.at(self.now + self.latency(), self.cancel, id)
 
-    def _lose(self, seats: tuple[Seat, ...], epoch: int, outside: bool) -> None:
+    def _lose(self, seats: tuple[Seat, ...], epoch: int, outside: bool, asked: bool = False) -> None:
         for seat in self.random.sample(seats, len(seats)):
-            self.tell(StageLost(seat, epoch, outside))
+            self.tell(StageLost(seat, epoch, outside, asked))
+        if self._moving_to is not None and not self.observer.up:
+            self._begin_again(self._moving_to)
 
     def _start(self, seats: tuple[Seat, ...]) -> None:
         self._starting.discard(seats)
@@ -394,6 +422,8 @@ def random_world(seed: int, scheduler: type[Scheduler] = Scheduler, trace: bool 
         _draw_task(world, f"task{number}", random.uniform(0, spread), quiet)
     for _ in range(0 if quiet else random.choice((0, 0, 0, 3))):
         world.at(random.uniform(0, 10), world.kill, random.choice(world.seats))
+    for _ in range(random.choice((0, 0, 1, 4)) if world.seats == STAGES else 0):
+        world.at(random.uniform(0, 10), world.move, random.choice((DEVICES[-1], random.choice(DEVICES))))
     return world
 
 

@@ -68,13 +68,13 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Trace: ("_spans _changes", "_devices _granted"),
     Crew: (
         "_posts placed weights _source versions _loading _epoch _forks _spare _pending _held_back plans _starts",
-        "_params _model _checkpoint _memory _owner _loop device on_gpu dtype outliving tokens groups _stopping upkeep "
+        "_params _model _checkpoint _memory _owner _loop device on_gpu dtype outliving tokens _stopping upkeep "
         "_takeover _changes _watcher _left_to_start",
     ),
     StartMessages: (
         "chosen vae_chosen settings _memory _posts _placed _weights _plans", "_model _checkpoint dtype outliving",
     ),
-    Takeover: ("", "_params _posts _starts _all_up _turn _successors ended"),
+    Takeover: ("", "_params _posts _starts _all_up _turn _successors ended moving_to"),
     StageProcess: (
         "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
         "_pidfd pid _killed _oom_kills",

@@ -112,6 +112,26 @@ async def test_a_level_that_was_asked_for_stays(watched: Watched) -> None:
     assert watched.plan.level == 3 and watched.levels.status()[0].mode == "auto"
 
 
+async def test_the_stages_share_a_process(watched: Watched) -> None:
+    """Their contexts are fewer: what did not fit beside others' memory fits now, and with a process for each it does
+    not again. Settings of other devices are refused."""
+    one, each = (Setting(queues=False, processes=count) for count in (1, 3))
+    fused, split = (Account(MODEL, setting).need(SIZE, MemoryPlan()).gpu for setting in (one, each))
+    assert fused < split
+    others = TOTAL - int(TOTAL * levels.SLACK) - (fused + split) // 2
+    assert each == SETTING
+    await watched.see(others, 10)
+    assert watched.plan.level > 0
+    watched.levels.settle({GPU: one})
+    await watched.see(others, 30)
+    assert watched.plan == MemoryPlan()
+    watched.levels.settle({GPU: each})
+    await watched.see(others, 10)
+    assert watched.plan.level > 0
+    with pytest.raises(ValueError, match="cuda:7"):
+        watched.levels.settle({"cuda:7": each})
+
+
 async def test_a_failed_allocation_raises_the_level(watched: Watched, wait_until: Wait) -> None:
     """By one; asked twice before it is answered, once. The policy does not come back to what has failed."""
     await watched.see(0, 5)

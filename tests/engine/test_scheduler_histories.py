@@ -21,6 +21,7 @@ from engine.events import (
     StageLost,
     Submitted,
     TaskDropped,
+    TokensChanged,
 )
 from engine.records import PHASES_OF, Key, Quantum, Shortage, StageRecord, TaskRecord
 from engine.scheduler import Scheduler
@@ -38,7 +39,7 @@ MUST_HAPPEN = (
     "finished", "kills", "moves", "poisonings", "hunts", "start failures", "StageGone", "Tick", "failed: cancelled",
     "failed: deadline_exceeded", "failed: numerical_error", "failed: poisoned_request", "failed: stage_failed",
     "failed: out_of_memory", "shortages", "raises", "refused raises", "late cancels", "parts",
-    "cancels after a lost file", "last words",
+    "cancels after a lost file", "last words", "moves of all", "TokensChanged",
 )  # fmt: skip
 
 
@@ -368,6 +369,20 @@ class IdlesAfterACrash(Scheduler):
 
     def _choose(self, stages: list[StageRecord]) -> Any:
         return super()._choose([stage for stage in stages if not stage.deaths])
+
+
+class KeepsTheTokens(Scheduler):
+    """Has the stages take turns as before, whichever share a process now."""
+
+    def handle_tokens_changed(self, event: TokensChanged) -> None:
+        pass
+
+
+class BlamesWhoWasAsked(Scheduler):
+    """Takes a process that was asked to leave for one that died of what it had in hand."""
+
+    def handle_stage_lost(self, event: StageLost, now: float) -> None:
+        super().handle_stage_lost(msgspec.structs.replace(event, asked=False), now)
 
 
 @pytest.mark.parametrize("broken", Scheduler.__subclasses__())

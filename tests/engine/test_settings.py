@@ -14,7 +14,7 @@ from engine import Supervisor, SystemParams
 from engine.admission import admit
 from engine.client import Client
 from engine.models import load_model
-from engine.settings import Settings, changed
+from engine.settings import Change, Settings, changed
 from engine.successor import successor
 from engine.tasks import Task, computed_metadata, task_spec
 from ipc.errors import BadConfig, StageFailed
@@ -135,6 +135,9 @@ def test_the_command_line_and_the_next_program(short_dir: Path) -> None:
             ("--stage", "vae", "--attention-backend", "math"): "name the stage dit",
             ("--stage", "text", "--threads", "2"): "threads are of dit and vae",
             ("--stage", "dit", "--threads", "5000"): "threads is 5000; it must be from 0",
+            ("--placement", "both"): "placement is 'both'; it must be split or fused",
+            ("--placement", "fused", "--stage", "dit"): "name no stage",
+            ("--placement", "fused", "--supervisor"): "say what to reload",
             ("--supervisor", "--threads", "2"): "say which, with --stage NAME or --all",
         }.items():
             assert says in reload(*options)
@@ -145,23 +148,26 @@ def test_what_is_changed() -> None:
     """Only what is named, of the stages that have it; 0 threads are the default; without stages, all."""
     before = Settings(attention="auto", threads={"text": 1, "dit": 1, "vae": 2, "writer": 1})
     default: Any = {"text": 1, "dit": 4, "vae": 8, "writer": 1}
-    assert changed(before, [], None, None, default) == before
-    assert changed(before, ["dit"], "math", 3, default) == Settings(
+    assert changed(before, Change(), default) == before
+    assert changed(before, Change(["dit"], "math", 3), default) == Settings(
         attention="math", threads={"text": 1, "dit": 3, "vae": 2, "writer": 1}
     )
-    assert changed(before, [], None, 0, default).threads == default
-    assert changed(before, ["text", "vae"], None, 5, default).threads == {**before.threads, "vae": 5}
+    assert changed(before, Change(threads=0), default).threads == default
+    assert changed(before, Change(["text", "vae"], threads=5), default).threads == {**before.threads, "vae": 5}
+    assert changed(before, Change(["writer", "vae", "dit", "text"], placement="fused"), default) == before
     with pytest.raises(BadConfig, match="threads is -1"):
-        changed(before, ["dit"], None, -1, default)
+        changed(before, Change(["dit"], threads=-1), default)
+    with pytest.raises(BadConfig, match=r"placement is which stages share a process, .*; name no stage"):
+        changed(before, Change(["dit", "vae"], placement="fused"), default)
 
 
 def test_more_threads_than_cores(caplog: pytest.LogCaptureFixture) -> None:
     """A warning that says how many cores there are; for as many as there are, none."""
     before = Settings(attention="auto", threads={"text": 1, "dit": 1, "vae": 2, "writer": 1})
     cores = len(os.sched_getaffinity(0))
-    assert changed(before, ["dit"], None, cores, before.threads).threads["dit"] == cores
+    assert changed(before, Change(["dit"], threads=cores), before.threads).threads["dit"] == cores
     assert not caplog.records
-    assert changed(before, ["dit"], None, cores + 1, before.threads).threads["dit"] == cores + 1
+    assert changed(before, Change(["dit"], threads=cores + 1), before.threads).threads["dit"] == cores + 1
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert f"threads is {cores + 1}, but the engine may use {cores} core" in record.getMessage()
