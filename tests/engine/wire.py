@@ -76,6 +76,8 @@ class EngineProcess:
         return self._output.read_text()
 
     def open_files(self) -> int:
+        """Descriptors that it has, once its stages are up, whose coming brings more."""
+        self.wait_ready()
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def kill(self) -> None:
