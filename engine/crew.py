@@ -63,6 +63,9 @@ log = logging.getLogger(__name__)
 WATCH_INTERVAL = 1.0
 """Seconds between looks at the progress counters."""
 
+LEAVE_GRACE = 30.0
+"""Seconds a process without a quantum in hand gets to make place: unmapping page-locked memory takes some."""
+
 STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
 
@@ -518,14 +521,19 @@ class Crew:
         return True
 
     def _watch(self) -> None:
-        """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up."""
+        """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up or does
+        not leave."""
         now = self._loop.time()
         for process in self._posts.processes():
-            if process.ready:
-                hung = process.outstanding > 0 and process.silent_for(now) > self._params.stage_deadline
+            if not process.ready:
+                deadline = self._params.start_deadline
+            elif process.outstanding:
+                deadline = self._params.stage_deadline
+            elif process.leaving:
+                deadline = LEAVE_GRACE
             else:
-                hung = process.silent_for(now) > self._params.start_deadline
-            if hung:
+                continue
+            if process.silent_for(now) > deadline:
                 names, silent = ", ".join(process.seats), process.silent_for(now)
                 log.error("process %d of %s has made no progress for %.0f s: killed", process.pid, names, silent)
                 process.kill()

@@ -32,7 +32,7 @@ from ipc.errors import ProtocolError
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.names import Seat, StageName, stage_of
 from ipc.messages.reports import AnyStageReport
-from ipc.messages.stage import AnyStageProcessMessage, Prepare, Run, Start
+from ipc.messages.stage import AnyStageProcessMessage, Prepare, Run, Start, Stop
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +253,13 @@ class StageProcess:
             self._seen = (self.counter.value, self._loop.time())
         self.outstanding += 1
         self.send(run)
+
+    def leave(self) -> None:
+        """Have it end after the quantum in hand. From now on it is expected to make progress."""
+        if not self.outstanding:
+            self._seen = (self.counter.value, self._loop.time())
+        self.leaving = True
+        self.send(Stop())
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows when it is reaped. One that somebody has stopped did nothing to deserve it."""

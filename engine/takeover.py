@@ -23,7 +23,7 @@ from engine.successor import successor
 from ipc.errors import StageFailed
 from ipc.messages.names import Placement, Seat, stage_of
 from ipc.messages.server import Replaced
-from ipc.messages.stage import Rehearse, Stop
+from ipc.messages.stage import Rehearse
 
 
 class Takeover:
@@ -107,8 +107,7 @@ class Takeover:
             raise StageFailed("the engine is stopping")
         self._successors[seats] = body
         for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
-            process.leaving = True
-            process.send(Stop())
+            process.leave()
             await process.exited.wait()
         loop = asyncio.get_running_loop()
         left = loop.time()
@@ -127,8 +126,7 @@ class Takeover:
         self.moving_to = placement
         leaving = self._posts.processes()
         for process in leaving:
-            process.leaving = True
-            process.send(Stop())
+            process.leave()
         for process in leaving:
             await process.exited.wait()
         loop = asyncio.get_running_loop()

@@ -174,6 +174,23 @@ async def test_faults_while_it_changes(tmp_path: Path, monkeypatch: pytest.Monke
         assert not supervisor.check_integrity()
 
 
+@pytest.mark.parametrize("placement", ["fused", None])
+async def test_an_idle_process_that_does_not_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement | None
+) -> None:
+    """Somebody has stopped it: it is killed after a while, and those that come take its place."""
+    monkeypatch.setattr("engine.crew.LEAVE_GRACE", 1.0)
+    async with Supervisor(SystemParams(device="cpu")) as supervisor:
+        golden = Video((await supervisor.generate(ask(tmp_path / "calm.mp4"))).path).sha256
+        old = pids(supervisor)["writer"]
+        assert old is not None
+        os.kill(old, signal.SIGSTOP)
+        asked = supervisor.replace_stages(() if placement else ["writer"], placement=placement)
+        replaced = await asyncio.wait_for(asked, 60)
+        assert replaced.pids["writer"] not in (None, old)
+        assert Video((await supervisor.generate(ask(tmp_path / "v.mp4"))).path).sha256 == golden
+
+
 def test_the_command_line_and_the_next_program(short_dir: Path) -> None:
     """`engine reload --placement` changes it, and a change of programs keeps it."""
     with EngineProcess(short_dir, "--threads", "1") as engine:
