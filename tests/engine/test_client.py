@@ -37,6 +37,8 @@ SMALL: dict[str, Any] = {"prompt": "a red circle", "height": 32, "width": 32, "n
 LONG = {**SMALL, "steps": 1000}
 """Keeps the engine busy until it is cancelled."""
 HASTY = Deadlines(connect=0.5, reply=0.5, submit=0.5, cancel=0.5, probe=0.2)
+PATIENT = Deadlines(connect=10, reply=4, submit=10, cancel=10, probe=0.2)
+"""Of an engine that answers, though it may have to wait for a core."""
 
 
 @pytest.fixture(params=["Client", "AsyncClient"])
@@ -342,7 +344,7 @@ def test_a_server_that_hangs_while_we_wait_is_noticed(short_dir: Path, call: Cal
         progress = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(
-                call, engine.socket, "result", accepted.id, lambda event: progress.set(), deadlines=HASTY
+                call, engine.socket, "result", accepted.id, lambda event: progress.set(), deadlines=PATIENT
             )
             assert progress.wait(30)
             engine.process.send_signal(signal.SIGSTOP)

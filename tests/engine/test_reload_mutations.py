@@ -30,6 +30,7 @@ from ipc.channel import Channel, close_fds
 from ipc.errors import BadCheckpoint
 from ipc.messages.loader import AnyLoaderReport, Read
 from stages.loader import MAX_MANIFEST, read_all
+from tests.conftest import until
 from tests.engine.reloading import FILES, FIRST, engine, order, placed, video
 from tools.load import Footprint, children
 
@@ -237,7 +238,8 @@ async def test_damaged_files(checkpoint: Path, tmp_path: Path, dice: random.Rand
             shutil.copyfile(FIRST / FILES[component], file)
             if number == KEPT_FINISHED:
                 before, stages = footprint(), resident_of_stages()
-        assert supervisor.versions() == [msgspec.structs.replace(v, served=v.served + len(cases)) for v in versions]
+        served = [msgspec.structs.replace(v, served=v.served + len(cases)) for v in versions]
+        await until(lambda: supervisor.versions() == served, "the last video is dropped everywhere")
         after = footprint()
         grown = before.grown(after)
         assert grown.pop("threads", 0) < 8, "those that asyncio keeps for blocking calls"
