@@ -1,6 +1,7 @@
 """What a well-behaved client notices of others that stop reading, flood, send garbage and hang up; what these cost.
 
     python -m tools.neighbours --rounds 8          # raw output: docs/results/neighbours-cpu.txt
+    python -m tools.neighbours --singly            # beside one of them at a time
     python -m tools.neighbours --hostile SOCKET    # the hostile clients alone, until killed; started by the above
 
 Latency: turns of a few seconds, one after the other, each `rounds` times: nobody else; the hostile clients at *another*
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -134,9 +135,15 @@ def connected(path: Path, wait: bool = False) -> socket.socket:
     return connection
 
 
-def hostile(path: Path, of_each: int | None) -> None:
-    """All of them, or so many of each kind, in turn, 100 times a second each, for ever."""
-    kinds = [kind for kind, count in HOSTILE.items() for _ in range(of_each or count)]
+Crowd = dict[str, int]
+"""Hostile clients, by kind."""
+
+CROWD: Crowd = {kind.__name__: count for kind, count in HOSTILE.items()}
+
+
+def hostile(path: Path, crowd: Crowd) -> None:
+    """These clients, in turn, 100 times a second each, for ever."""
+    kinds = [kind for kind in HOSTILE for _ in range(crowd.get(kind.__name__, 0))]
     dice = random.Random(1)
     running = [kind(path, dice) for kind in kinds]
     while True:
@@ -149,10 +156,10 @@ def hostile(path: Path, of_each: int | None) -> None:
 
 
 @contextlib.contextmanager
-def hostile_at(path: Path, of_each: int | None = None) -> Iterator[None]:
+def hostile_at(path: Path, crowd: Crowd = CROWD) -> Iterator[None]:
     """The hostile clients in a process of their own, at work."""
     command = [sys.executable, "-m", "tools.neighbours", "--hostile", str(path)]
-    command += [] if of_each is None else ["--of-each", str(of_each)]
+    command += [f"--crowd={kind}:{count}" for kind, count in crowd.items()]
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
             time.sleep(1.0)  # it imports, and fills the sockets
@@ -208,7 +215,7 @@ async def fill(client: AsyncClient, folder: Path) -> None:
 
 
 async def take_turns(
-    client: AsyncClient, other: AsyncClient, folder: Path, rounds: int, seconds: float, of_each: int | None = None
+    client: AsyncClient, other: AsyncClient, folder: Path, rounds: int, seconds: float, crowd: Crowd = CROWD
 ) -> dict[str, Samples]:
     """The samples of each kind of turn."""
     found: dict[str, Samples] = {turn: defaultdict(list) for turn in TURNS}
@@ -216,7 +223,7 @@ async def take_turns(
         for turn in TURNS[number % 3 :] + TURNS[: number % 3]:
             with contextlib.ExitStack() as stack:
                 if turn != "alone":
-                    stack.enter_context(hostile_at((other if turn == "elsewhere" else client).socket, of_each))
+                    stack.enter_context(hostile_at((other if turn == "elsewhere" else client).socket, crowd))
                 for name, samples in (await well_behaved(client, folder, seconds)).items():
                     found[turn][name] += samples
     return found
@@ -325,21 +332,34 @@ def _ask_until_full(connections: list[socket.socket]) -> None:
 # Command line.
 
 
-async def run(rounds: int, seconds: float, deaf_clients: int, of_each: int | None) -> list[str]:
+async def run(rounds: int, seconds: float, deaf_clients: int, crowds: Sequence[Crowd]) -> list[str]:
+    lines = []
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         fused = ("--placement", "fused", "--device", "cpu")
         folder = Path(first)
         async with serving(folder, *fused) as client, serving(Path(second), *fused) as other:
             await fill(client, folder)
-            found = await take_turns(client, other, folder, rounds, seconds, of_each)
+            for crowd in crowds:
+                found = await take_turns(client, other, folder, rounds, seconds, crowd)
+                check_answers(found["beside"])
+                counts = ", ".join(f"{len(samples)} {name}" for name, samples in found["alone"].items())
+                lines += [
+                    f"hostile: {', '.join(f'{count} {kind}' for kind, count in crowd.items())}; {rounds} turns of "
+                    f"{seconds:g} s of each kind; alone: {counts}; ms per round trip:",
+                    *table(found),
+                ]
             pid, limits = (await client.server()).pid, Limits()
             cost = await asyncio.to_thread(cost_of_deaf_clients, client.socket, pid, deaf_clients, limits.drain + 30)
-    check_answers(found["beside"])
     cost.check(limits.drain)
-    counts = ", ".join(f"{len(samples)} {name}" for name, samples in found["alone"].items())
-    return [
-        f"{rounds} turns of {seconds:g} s of each kind; alone: {counts}; ms per round trip:", *table(found), str(cost)
-    ]  # fmt: skip
+    return [*lines, str(cost)]
+
+
+def read_crowd(text: str) -> tuple[str, int]:
+    """KIND:COUNT."""
+    kind, _, count = text.partition(":")
+    if kind not in CROWD or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:COUNT; the kinds are {', '.join(CROWD)}")
+    return kind, int(count)
 
 
 def main() -> int:
@@ -347,16 +367,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
     parser.add_argument("--deaf", type=int, default=200, help="clients that read nothing, for the memory")
-    parser.add_argument("--of-each", type=int, default=None, help="hostile clients of each kind [a crowd]")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--crowd", type=read_crowd, action="append", help="KIND:COUNT of hostile clients; again for each")
+    who.add_argument("--singly", action="store_true", help="one hostile client at a time, of each kind in its turn")
     parser.add_argument("--hostile", type=Path, default=None)
     arguments = parser.parse_args()
+    crowds = [dict(arguments.crowd) if arguments.crowd else CROWD]
     if arguments.hostile is not None:
-        hostile(arguments.hostile, arguments.of_each)
+        hostile(arguments.hostile, crowds[0])
+    if arguments.singly:
+        crowds = [{kind: 1} for kind in CROWD]
     print(f"$ python -m tools.neighbours {' '.join(sys.argv[1:])}")
     print(f"{os.cpu_count()} cores, Linux {platform.release()}; Python {platform.python_version()}")
     print(f"load average before: {os.getloadavg()[0]:.1f}", flush=True)
     try:
-        print(*asyncio.run(run(arguments.rounds, arguments.seconds, arguments.deaf, arguments.of_each)), sep="\n")
+        print(*asyncio.run(run(arguments.rounds, arguments.seconds, arguments.deaf, crowds)), sep="\n")
     except Broken as error:
         print(f"broken: {error}")
         return 1
