@@ -1,8 +1,7 @@
 """The stage processes of one engine: starting, restarting, watching and ending them, and what they say.
 
 Each has its seats (`engine/posts.py`): the names of its stages, or "dit:1", "dit:2", ... for further dits. Restart
-policy is the scheduler's; this only carries it out. Every second the crew looks for processes that stopped making
-progress and kills them; their end then arrives like any other.
+policy is the scheduler's; this only carries it out.
 
 Resource handling: owns the `StageProcess`es, and the spare (`engine/spare.py`), between `start` and `stop`.
 """
@@ -32,6 +31,7 @@ from engine.states import Descriptors, State
 from engine.takeover import Takeover
 from engine.upkeep import Upkeep
 from engine.vault import Origin
+from engine.watch import Watch
 from engine.weights import PlacedState, Versions, VersionsState, WeightStore
 from hotreload.checkpoint import Checkpoint
 from ipc.channel import close_fds
@@ -59,12 +59,6 @@ from ipc.messages.stage import AnyStageProcessMessage, Run, Stop
 from ipc.messages.status import LoadProgress, StageStatus
 
 log = logging.getLogger(__name__)
-
-WATCH_INTERVAL = 1.0
-"""Seconds between looks at the progress counters."""
-
-LEAVE_GRACE = 30.0
-"""Seconds a process without a quantum in hand gets to make place: unmapping page-locked memory takes some."""
 
 STOP_GRACE = 5.0
 """Seconds a process gets to finish the quantum in hand before it is killed."""
@@ -155,7 +149,8 @@ class Crew:
         self._stopping = False
         self._changes = Changes()
         self.upkeep = Upkeep(self._posts, self.placed, plans, self._changes, params.stage_deadline)
-        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+        self._watch = Watch(self._posts.processes, params.start_deadline, params.stage_deadline)
+        self._watch.begin()
 
     # Life.
 
@@ -255,7 +250,7 @@ class Crew:
     async def stop(self) -> None:
         """End every process: ask, wait, kill, reap."""
         self._stopping = self.upkeep.ended = True
-        self._watcher.cancel()
+        self._watch.end()
         self._spare.end()
         self._forks.end()
         self._takeover.end()
@@ -305,7 +300,7 @@ class Crew:
     def put_back(self, state: CrewState, fds: Descriptors) -> None:
         """Have the processes of the program before this one; they are not touched before `resume`. ValueError if they
         do not fit the seats that there are."""
-        self._watcher.cancel()
+        self._watch.end()
         self._posts.put_back(state.posts)
         self.plans.put_back(state.plans)
         for each in state.processes:
@@ -336,7 +331,7 @@ class Crew:
         self._left_to_start = []
         self._start_held_back()
         self._keep_ready()
-        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
+        self._watch.begin()
 
     @property
     def spare_pid(self) -> int | None:
@@ -519,25 +514,6 @@ class Crew:
         what = "memory" if lack.code == OutOfMemory.code else "threads or processes"
         log.warning("%s could not start for lack of %s (%s); it is tried again", ", ".join(seats), what, lack.message)
         return True
-
-    def _watch(self) -> None:
-        """Kill what has been silent past its deadline: a quantum that hangs, a process that does not come up or does
-        not leave."""
-        now = self._loop.time()
-        for process in self._posts.processes():
-            if not process.ready:
-                deadline = self._params.start_deadline
-            elif process.outstanding:
-                deadline = self._params.stage_deadline
-            elif process.leaving:
-                deadline = LEAVE_GRACE
-            else:
-                continue
-            if process.silent_for(now) > deadline:
-                names, silent = ", ".join(process.seats), process.silent_for(now)
-                log.error("process %d of %s has made no progress for %.0f s: killed", process.pid, names, silent)
-                process.kill()
-        self._watcher = self._loop.call_later(WATCH_INTERVAL, self._watch)
 
 
 async def _wait_exited(processes: list[StageProcess], timeout: float) -> None:

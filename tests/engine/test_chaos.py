@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Supervisor, SystemParams, crew
+from engine import Supervisor, SystemParams, watch
 from tools import chaos, load
 
 SECONDS = 1800
@@ -40,7 +40,7 @@ async def test_thirty_kills_with_three_dits(tmp_path: Path) -> None:
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP of a random stage, 20 times: each is found by its progress counter and replaced, frames are the same."""
-    monkeypatch.setattr(crew, "WATCH_INTERVAL", 0.1)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL", 0.1)
     async with chaos.timed(None) as tally:
         await chaos.kills(tally, tmp_path, 40, 20, SystemParams(stage_deadline=1.0, start_deadline=20.0), stop=True)
     assert sum(tally.faults.values()) == 20

@@ -69,7 +69,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Crew: (
         "_posts placed weights _source versions _loading _epoch _forks _spare _pending _held_back plans _starts",
         "_params _model _checkpoint _memory _owner _loop device on_gpu dtype outliving tokens _stopping upkeep "
-        "_takeover _changes _watcher _left_to_start",
+        "_takeover _changes _watch _left_to_start",
     ),
     StartMessages: (
         "chosen vae_chosen settings _memory _posts _placed _weights _plans", "_model _checkpoint dtype outliving",

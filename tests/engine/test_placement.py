@@ -179,7 +179,7 @@ async def test_an_idle_process_that_does_not_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: Placement | None
 ) -> None:
     """Somebody has stopped it: it is killed after a while, and those that come take its place."""
-    monkeypatch.setattr("engine.crew.LEAVE_GRACE", 1.0)
+    monkeypatch.setattr("engine.watch.LEAVE_GRACE", 1.0)
     async with Supervisor(SystemParams(device="cpu")) as supervisor:
         golden = Video((await supervisor.generate(ask(tmp_path / "calm.mp4"))).path).sha256
         old = pids(supervisor)["writer"]

@@ -19,9 +19,10 @@ import msgspec
 import psutil
 import pytest
 
-from engine import Supervisor, SystemParams, UserParams, crew
+from engine import Supervisor, SystemParams, UserParams
 from engine.models import CONFIGS
 from engine.tasks import log_level
+from engine.watch import WATCH_INTERVAL
 from ipc.errors import _BY_CODE, BadCheckpoint, Busy, Failure, OutputError, StageFailed
 from ipc.messages.names import StageName
 from ipc.messages.server import Failed
@@ -138,7 +139,7 @@ async def test_a_stage_that_hangs(tmp_path: Path, read_video: Any, wait_until: W
         stopped = time.monotonic()
         await wait_until(lambda: pid_of(supervisor, "dit") != pid, "the hang to be found")
         assert not os.path.exists(f"/proc/{pid}"), "it is reaped"
-        assert deadline - crew.WATCH_INTERVAL < time.monotonic() - stopped < deadline + 2 * crew.WATCH_INTERVAL + busy
+        assert deadline - WATCH_INTERVAL < time.monotonic() - stopped < deadline + 2 * WATCH_INTERVAL + busy
         await asyncio.wait_for(task, 120)
     assert read_video(tmp_path / "v.mp4").sha256 == read_video(tmp_path / "calm.mp4").sha256
 
