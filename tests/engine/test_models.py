@@ -179,7 +179,7 @@ async def test_a_stage_that_stops_while_it_loads_is_replaced(monkeypatch: pytest
     """SIGSTOP of the writer, a fresh interpreter, before it is up: when it has shown no progress for the start deadline
     it is replaced, and all stages come up."""
     monkeypatch.setattr(process, "WORKER", "tests.engine.unforkable_worker")
-    async with Supervisor(SystemParams(start_deadline=8.0)) as supervisor:
+    async with Supervisor(SystemParams(start_deadline=20.0)) as supervisor:
 
         def writer() -> int | None:
             return next(stage.pid for stage in supervisor.status().stages if stage.name == "writer")

@@ -297,6 +297,7 @@ def test_no_message_of_a_client_can_name_memory() -> None:
         "blocks",
         "attention_backend",
         "threads",
+        "placement",
     }
     values = {f.name for f in msgspec.structs.fields(UserParams) if "str" in str(f.type)}
     assert values == {"prompt", "negative_prompt", "image", "video", "output", "lora"}
