@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple, TypeVar
 
 import av
@@ -25,8 +25,6 @@ from stages.files import open_regular
 
 Picture = NDArray[np.uint8]
 """[height, width, 3], RGB."""
-Frames = NDArray[np.uint8]
-"""[frames, height, width, 3], RGB."""
 
 FORMATS = "mov,matroska,webm,avi,mpegts,gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 """Containers that carry their own data: no playlists, which would open other files or the network."""
@@ -51,22 +49,24 @@ class Media(NamedTuple):
     frames: int
 
 
-def read_frames(path: str, count: int, height: int, width: int) -> Frames:
-    """The first `count` frames, scaled to cover [height, width] and cropped to its centre; a still image is repeated.
+def read_frames(path: str, count: int, height: int, width: int) -> Generator[Picture]:
+    """The first `count` frames, scaled to cover [height, width] and cropped to its centre; of a still image the same
+    array again and again. Each is decoded when it is asked for: the file is open until the last, or until `close`.
 
-    `BadRequest` names the file, not its directory, and says what is wrong: unreadable, not a picture, too short.
+    `BadRequest` names the file, not its directory, and says what is wrong: unreadable, not a picture, too short, which
+    shows at its end.
     """
-    frames, found = np.empty((count, height, width, 3), np.uint8), 0
+    found = 0
     with _opened(path) as (container, stream):
         for frame in itertools.islice(container.decode(stream), count):
-            frames[found] = fit(frame, height, width)
+            picture = fit(frame, height, width)
             found += 1
+            yield picture
     if found == 1:
-        return np.broadcast_to(frames[0], frames.shape)
-    if found < count:
+        yield from itertools.repeat(picture, count - 1)
+    elif found < count:
         _something(found or None, path)
         raise BadRequest(f"the init video {_name(path)!r} has {found} frames and the request {count}; lower num_frames")
-    return frames
 
 
 def read_image(path: str) -> av.VideoFrame:
@@ -92,7 +92,8 @@ def probe(path: str) -> Media:
 
 
 def fit(frame: av.VideoFrame, height: int, width: int) -> Picture:
-    """One decoded frame -> [height, width, 3]: turned upright, scaled to cover that size, cropped to its centre."""
+    """One decoded frame -> [height, width, 3]: turned upright, scaled to cover that size, cropped to its centre. In
+    memory of its own, so that nothing of what was cropped stays with it."""
     turns = _turns(frame)
     if turns % 2:
         height, width = width, height
@@ -102,7 +103,7 @@ def fit(frame: av.VideoFrame, height: int, width: int) -> Picture:
     scaled_width = max(width, round(frame.width * scale))
     scaled = _rgb(frame, scaled_width, scaled_height)
     top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
-    return np.ascontiguousarray(np.rot90(scaled[top : top + height, left : left + width], turns))
+    return np.rot90(scaled[top : top + height, left : left + width], turns).copy()
 
 
 def upright(frame: av.VideoFrame) -> Picture:

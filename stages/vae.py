@@ -34,7 +34,7 @@ from stages.models.vae import WanVae
 from stages.models.vae_codec import Codec, make_codec
 from stages.offload import Pools
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
-from stages.vae_clips import ChunkDecoding, Decoding, InitChunks, TileDecoding, TileEncoding, check_finite
+from stages.vae_clips import ChunkDecoding, Decoding, TileDecoding, TileEncoding, check_finite, encode_untiled
 from stages.weights import Network, hold
 
 log = logging.getLogger(__name__)
@@ -164,25 +164,17 @@ class VaeStage:
         assert job.init is not None, f"task {job.id} has nothing to encode"
         codec = self._codec_of(job)
         if job.id not in self._encodings and self._plan.level < TILED:
-            self._put_encoded(job, self._encode_untiled(job, codec))
+            self._put_encoded(job, encode_untiled(job, self._chunk, codec, self._device, self._links.beat))
             return None
         encoding = self._encodings.get(job.id)
         if encoding is None:
-            encoding = self._encodings[job.id] = TileEncoding(job, self._chunk, self._links, codec)
+            encoding = self._encodings[job.id] = TileEncoding(job, self._chunk, self._links.beat, codec)
         latents = encoding.part(codec)
         if latents is None:
             return encoding.parts
         self._put_encoded(job, latents)
         del self._encodings[job.id]
         return Parts(encoding.parts.total, encoding.parts.total)
-
-    def _encode_untiled(self, job: Job, codec: Codec) -> Tensor:
-        clip = codec.clip(job.height // codec.config.spatial_stride, job.width // codec.config.spatial_stride)
-        latents = []
-        for chunk in InitChunks(job, self._chunk * codec.config.temporal_stride):
-            latents.append(clip.encode(chunk.to(self._device)))
-            self._links.beat()
-        return torch.cat(latents, dim=2)
 
     def _put_encoded(self, job: Job, latents: Tensor) -> None:
         """Latents [1, z, T, h, w], and the image tokens."""
@@ -203,7 +195,7 @@ class VaeStage:
         decoding = self._decodings.get(identity)
         if decoding is None or not decoding.begun:
             kind = TileDecoding if self._plan.level >= TILED else ChunkDecoding
-            decoding = self._decodings[identity] = kind(self._chunk, self._links, self._device)
+            decoding = self._decodings[identity] = kind(self._chunk, self._links.beat, self._device)
         frames = decoding.chunk(lambda: self._codec_of(self._jobs[identity]), latents, index)
         if frames is not None:
             self._links.deliver(Leaving(self._links.outputs["frames"], identity, index, frames, QUEUE_TIMEOUT))

@@ -7,20 +7,21 @@ level, and the frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipc.errors import NumericalError
 from ipc.messages.job import Job
 from ipc.messages.reports import Parts
-from stages.media import fit, read_frames, read_image
+from stages.media import Picture, fit, read_frames, read_image
 from stages.models.vae_codec import ClipCoder, Codec, Kept
 from stages.models.vae_tiles import TILE_BUDGET, Tile
-from stages.stage import Links
 
 
 class Decoding(Protocol):
@@ -55,7 +56,8 @@ class ChunkDecoding:
 
     size: int
     """Latent frames of a chunk."""
-    links: Links
+    beat: Callable[[], None]
+    """As in `Links`."""
     device: torch.device
     clip: ClipCoder | None = None
     next: int = 0
@@ -69,7 +71,7 @@ class ChunkDecoding:
                 chunk = latents[:, self.next * self.size : (self.next + 1) * self.size]
                 pixels = self.clip.decode(chunk.unsqueeze(0).to(self.device))
                 self.next += 1
-                self.links.beat()
+                self.beat()
             check_finite(pixels, f"chunk {index} of the decoded video has", "the VAE")
             return to_frames(pixels)
         except BaseException:
@@ -100,7 +102,8 @@ class TileDecoding:
 
     size: int
     """Latent frames of a chunk."""
-    links: Links
+    beat: Callable[[], None]
+    """As in `Links`."""
     device: torch.device
     tiles: list[Tile] = field(default_factory=list)
     """Empty: nothing is done yet."""
@@ -141,7 +144,7 @@ class TileDecoding:
     def _begin(self, codec: Codec, latents: Tensor) -> None:
         scale, (count, height, width) = codec.config.spatial_stride, latents.shape[1:]
         tiles = codec.tiles_to_decode(height, width, self.size, TILE_BUDGET)
-        self.kept = codec.decode_lowest(latents.unsqueeze(0).to(self.device), self.size, self.links.beat)
+        self.kept = codec.decode_lowest(latents.unsqueeze(0).to(self.device), self.size, self.beat)
         self.stride = codec.config.temporal_stride
         shape = ((count - 1) * self.stride + 1, height * scale, width * scale, 3)
         self.frames = torch.empty(shape, dtype=torch.uint8)
@@ -153,7 +156,7 @@ class TileDecoding:
             part = to_frames(piece.pixels)
             t, h, w = (slice(at, at + n) for at, n in zip(piece[:3], part.shape[:3], strict=True))
             self.frames[t, h, w] = part.cpu()
-            self.links.beat()
+            self.beat()
         self.next += 1
         if self.next == len(self.tiles):
             self.kept = []
@@ -161,13 +164,14 @@ class TileDecoding:
 
 class TileEncoding:
     """An init file: tile after tile, each of all frames, then the lowest level. A part that fails leaves those before
-    it as they are."""
+    it as they are. The file is read with the first tile, and kept for the others: to read it for each would take
+    longer than a GPU takes for a tile, and mix two files if another took its place meanwhile."""
 
-    def __init__(self, job: Job, size: int, links: Links, codec: Codec) -> None:
-        """Reads the file. size: latent frames of a chunk. Raises `BadRequest`."""
+    def __init__(self, job: Job, size: int, beat: Callable[[], None], codec: Codec) -> None:
+        """size: latent frames of a chunk."""
         stride, scale = codec.config.temporal_stride, codec.config.spatial_stride
-        self._links = links
-        self._chunks = InitChunks(job, size * stride)
+        self._beat = beat
+        self._chunks = InitChunks(job, size * stride, kept=True)
         self._height, self._width = job.height // scale, job.width // scale
         longest = max(1, min(size, (self._chunks.count - 1) // stride))
         self._tiles = codec.tiles_to_encode(self._height, self._width, longest, TILE_BUDGET)
@@ -175,11 +179,11 @@ class TileEncoding:
         self._kept: Kept = []
 
     def part(self, codec: Codec) -> Tensor | None:
-        """Do the next part; after the last, the latents [1, z, T, h, w]."""
+        """Do the next part; after the last, the latents [1, z, T, h, w]. Raises `BadRequest`."""
         if self._next == len(self._tiles):
             return codec.encode_lowest(self._kept)
-        tile, beat = self._tiles[self._next], self._links.beat
-        codec.encode_tile(self._chunks, self._height, self._width, tile, self._kept, beat)
+        tile = self._tiles[self._next]
+        codec.encode_tile(self._chunks, self._height, self._width, tile, self._kept, self._beat)
         self._next += 1
         return None
 
@@ -194,23 +198,35 @@ class TileEncoding:
         return self._chunks.nbytes + nbytes_of(self._kept)
 
 
+def encode_untiled(job: Job, size: int, codec: Codec, device: torch.device, beat: Callable[[], None]) -> Tensor:
+    """An init file, `size` latent frames at a time: the latents [1, z, T, h, w]. Raises `BadRequest`."""
+    clip = codec.clip(job.height // codec.config.spatial_stride, job.width // codec.config.spatial_stride)
+    latents = []
+    for chunk in InitChunks(job, size * codec.config.temporal_stride):
+        latents.append(clip.encode(chunk.to(device)))
+        beat()
+    return torch.cat(latents, dim=2)
+
+
 class InitChunks(Iterable[Tensor]):
     """The clip that `job.init` stands for, [1, 3, frames, H, W] float32 at a time: the first frame, then `size` (a
-    multiple of 4) frames each, which is what `encode_chunk` wants. It can be gone through again; the file is read once.
+    multiple of 4) frames each, which is what `encode_chunk` wants. The file is read as it is gone through: once, so
+    that if it is gone through again, that is what was `kept`.
 
     start: the video, or the image held still. channels: the image, then mid-grey. first_frame: the image alone. All are
     scaled to cover the size and cropped in the centre. (The original does the same for first_frame; for channels it
     squeezes the picture into a size of about its own aspect, so that the crop here is of some pixels at most.)
+
+    Resource handling: the file is open from the first chunk to the last one, or as long as this is there. Error
+    handling: a chunk that cannot be read raises `BadRequest`.
     """
 
-    def __init__(self, job: Job, size: int) -> None:
+    def __init__(self, job: Job, size: int, *, kept: bool = False) -> None:
+        """kept: what is read stays in memory, 3 bytes a pixel, so that it can be gone through again."""
         assert job.init is not None
-        self._job, self._size = job, size
-        if job.init_as == "start":
-            frames = read_frames(job.init, job.num_frames, job.height, job.width)
-        else:
-            frames = fit(read_image(job.init), job.height, job.width)[None]
-        self._frames = frames
+        self._job, self._size, self._keeps = job, size, kept
+        self._unread = init_frames(job)
+        self._kept: list[Picture] = []
 
     @property
     def count(self) -> int:
@@ -219,20 +235,36 @@ class InitChunks(Iterable[Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Of what was read."""
-        return self._frames.nbytes
+        """Of what is kept; a still image is there once."""
+        return sum({id(picture): picture.nbytes for picture in self._kept}.values())
 
     def __iter__(self) -> Iterator[Tensor]:
         job, count = self._job, self.count
-        yield self._pixels(slice(1))
+        yield self._pixels(0, 1)
         for first in range(1, count, self._size):
             if job.init_as == "start":
-                yield self._pixels(slice(first, first + self._size))
+                yield self._pixels(first, min(first + self._size, count))
             else:
                 yield torch.zeros(()).expand(1, 3, min(self._size, count - first), job.height, job.width)
+        self._unread.close()
 
-    def _pixels(self, frames: slice) -> Tensor:
-        return to_pixels(torch.from_numpy(self._frames[frames].copy()))
+    def _pixels(self, first: int, stop: int) -> Tensor:
+        if self._keeps:
+            self._kept += itertools.islice(self._unread, max(0, stop - len(self._kept)))
+            pictures = self._kept[first:stop]
+        else:
+            pictures = list(itertools.islice(self._unread, stop - first))
+        assert len(pictures) == stop - first, "what is not kept can be gone through once"
+        return to_pixels(torch.from_numpy(np.stack(pictures)))
+
+
+def init_frames(job: Job) -> Generator[Picture]:
+    """Those that `job.init` has for the clip, at the request's size, as they are asked for. Raises `BadRequest`."""
+    assert job.init is not None
+    if job.init_as == "start":
+        yield from read_frames(job.init, job.num_frames, job.height, job.width)
+    else:
+        yield fit(read_image(job.init), job.height, job.width)
 
 
 def to_pixels(frames: Tensor) -> Tensor:

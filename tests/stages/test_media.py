@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,10 @@ def video(path: Path, frames: int, width: int = 64, height: int = 32) -> Path:
     return path
 
 
+def frames_of(path: str, count: int, height: int, width: int) -> NDArray[np.uint8]:
+    return np.stack([*read_frames(path, count, height, width)])
+
+
 def close(pixel: NDArray[np.uint8], colour: tuple[int, int, int]) -> bool:
     return bool(np.abs(pixel.astype(int) - colour).max() <= 12)
 
@@ -47,14 +52,14 @@ def close(pixel: NDArray[np.uint8], colour: tuple[int, int, int]) -> bool:
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
 def test_an_image_is_repeated(tmp_path: Path, suffix: str) -> None:
     """A still image of any usual format, twice the size of the request: every frame shows it."""
-    frames = read_frames(str(picture(tmp_path / f"i.{suffix}")), 5, 16, 32)
+    frames = frames_of(str(picture(tmp_path / f"i.{suffix}")), 5, 16, 32)
     assert frames.shape == (5, 16, 32, 3) and frames.dtype == np.uint8
     assert close(frames[4, 8, 4], RED) and close(frames[4, 8, 28], BLUE)
 
 
 def test_another_shape_is_covered_and_cropped_to_the_centre(tmp_path: Path) -> None:
     """A wide image for a square request: full height, the middle of the width, nothing stretched."""
-    frames = read_frames(str(picture(tmp_path / "i.png", 96, 32)), 1, 48, 48)
+    frames = frames_of(str(picture(tmp_path / "i.png", 96, 32)), 1, 48, 48)
     assert close(frames[0, 24, 20], RED) and close(frames[0, 24, 28], BLUE)
 
 
@@ -62,21 +67,49 @@ def test_a_picture_that_was_taken_sideways_is_turned_upright(tmp_path: Path) -> 
     """EXIF orientation 6 (turn clockwise to view): the left half is shown on top."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    frames = read_frames(str(picture(tmp_path / "i.jpg", exif=exif, quality=95)), 1, 64, 32)
+    frames = frames_of(str(picture(tmp_path / "i.jpg", exif=exif, quality=95)), 1, 64, 32)
     assert close(frames[0, 10, 16], RED) and close(frames[0, 54, 16], BLUE)
 
 
 def test_a_video_gives_its_first_frames(tmp_path: Path) -> None:
     """Nine frames of a video of twelve, in order."""
-    frames = read_frames(str(video(tmp_path / "v.mp4", 12)), 9, 32, 64)
+    frames = frames_of(str(video(tmp_path / "v.mp4", 12)), 9, 32, 64)
     means = frames.mean((1, 2, 3))
     assert np.abs(means - 10 * np.arange(9)).max() < 4
+
+
+@pytest.mark.parametrize("asked", [9, 12])
+def test_a_video_is_open_until_its_last_frame(tmp_path: Path, asked: int) -> None:
+    """Frames are decoded as they are asked for; behind the last one, or when no more are wanted, the file is closed."""
+    path = video(tmp_path / "v.mp4", 12)
+    frames = read_frames(str(path), asked, 32, 64)
+    assert not is_open(path)
+    for _ in range(asked):
+        next(frames)
+        assert is_open(path)
+    assert next(frames, None) is None and not is_open(path)
+    frames = read_frames(str(path), asked, 32, 64)
+    next(frames)
+    frames.close()
+    assert not is_open(path)
+
+
+def test_a_still_image_is_read_once(tmp_path: Path) -> None:
+    """However often it is repeated, there is one picture, and its file is closed behind it."""
+    path = picture(tmp_path / "i.png")
+    first, second, third = read_frames(str(path), 3, 32, 64)
+    assert first is second is third and not is_open(path)
+
+
+def is_open(path: Path) -> bool:
+    """In this process."""
+    return any(os.path.realpath(fd) == str(path) for fd in Path("/proc/self/fd").iterdir())
 
 
 def test_a_video_that_is_too_short_is_refused(tmp_path: Path) -> None:
     """Five frames for a request of nine: the message has both numbers and the file's name, not its directory."""
     with pytest.raises(BadRequest, match=r"'v\.mp4' has 5 frames and the request 9") as refused:
-        read_frames(str(video(tmp_path / "v.mp4", 5)), 9, 32, 64)
+        frames_of(str(video(tmp_path / "v.mp4", 5)), 9, 32, 64)
     assert str(tmp_path) not in str(refused.value)
 
 
@@ -91,10 +124,10 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
         content = whole.read_bytes()[:900]
     (tmp_path / "bad.mp4").write_bytes(content)
     with pytest.raises(BadRequest, match=r"'bad\.mp4'"):
-        read_frames(str(tmp_path / "bad.mp4"), 9, 32, 64)
+        frames_of(str(tmp_path / "bad.mp4"), 9, 32, 64)
 
 
-@pytest.mark.parametrize("read", [probe, read_image, lambda path: read_frames(path, 1, 32, 64)])
+@pytest.mark.parametrize("read", [probe, read_image, lambda path: next(read_frames(path, 1, 32, 64))])
 def test_a_missing_file_and_a_huge_picture_are_refused(tmp_path: Path, read: Callable[[str], object]) -> None:
     """A file that is gone, and small files that claim 81 million pixels: an image and a video."""
     with pytest.raises(BadRequest, match=r"'gone\.png' cannot be read: No such file"):
@@ -112,7 +145,7 @@ def test_a_long_line_takes_little_memory(tmp_path: Path) -> None:
     program = (
         "import resource, sys; from stages.media import read_frames\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "frame = read_frames(sys.argv[1], 1, 480, 832)[0]\n"
+        "frame = next(read_frames(sys.argv[1], 1, 480, 832))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, *frame[240, 20], *frame[240, 811])"
     )
     kilobytes, *ends = map(int, run("-c", program, tmp_path / "line.png").stdout.split())

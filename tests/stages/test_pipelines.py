@@ -192,7 +192,7 @@ def image_to_video(checkpoint: Path, model: ModelParams, job: Job) -> Any:
         expand_timesteps=model.conditioning == "first_frame",
         **make_components(checkpoint, model),
     )
-    picture = PIL.Image.fromarray(read_frames(job.init, 1, job.height, job.width)[0])
+    picture = PIL.Image.fromarray(next(read_frames(job.init, 1, job.height, job.width)))
     second = {} if model.boundary is None else {"guidance_scale_2": job.guidance_scale_2}
     return run_diffusers(pipeline, job, model, image=picture, num_frames=job.num_frames, **second)
 

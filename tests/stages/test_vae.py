@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import av
 import msgspec
 import numpy as np
 import pytest
@@ -247,6 +249,76 @@ def test_a_clip_comes_in_chunks(tmp_path: Path, init_as: str) -> None:
         assert torch.equal(chunk[:, :, -1:], first if init_as == "start" or not counts else torch.zeros_like(first))
         counts.append(chunk.shape[2])
     assert counts == ([1] if init_as == "first_frame" else [1] + [8] * 10)
+
+
+def moving(path: Path, frames: int) -> str:
+    """A video of noise, of 64x48."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(frames):
+            picture = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def most_read(chunks: InitChunks) -> int:
+    """Bytes of pictures that there are at once while they are gone through."""
+    tracemalloc.start()
+    try:
+        for chunk in chunks:
+            del chunk
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_video_is_read_while_it_is_encoded(tmp_path: Path) -> None:
+    """Untiled, 81 frames and 161 take the memory of 17, which is that of a chunk. Where they are kept for the tiles,
+    they are what `nbytes` says, and no more."""
+    picture, init = 64 * 48 * 3, moving(tmp_path / "i.mp4", 161)
+    for kept in (False, True):
+        most = {}
+        for frames in (17, 81, 161):
+            chunks = InitChunks(make_job(init=init, num_frames=frames, width=64, height=48), 8, kept=kept)
+            most[frames] = most_read(chunks)
+            assert chunks.nbytes == (frames * picture if kept else 0)
+        for frames in (81, 161):
+            grew, more = most[frames] - most[17], (frames - 17) * picture
+            assert abs(grew - (more if kept else 0)) < 4 * picture, (kept, most)
+
+
+def test_what_is_kept_of_a_video_can_be_gone_through_again(tmp_path: Path) -> None:
+    """The first time ends in the middle of the file, as when a tile fails: what comes then are the bytes of a clip that
+    is gone through once, and again, though the file is gone."""
+    job = make_job(init=moving(tmp_path / "i.mp4", 17), num_frames=17, width=64, height=48)
+    expected = torch.cat(list(InitChunks(job, 8)), dim=2)
+    chunks = InitChunks(job, 8, kept=True)
+    begun = iter(chunks)
+    next(begun), next(begun)
+    (tmp_path / "i.mp4").unlink()
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(chunks), dim=2), expected)
+
+
+def test_an_image_that_is_held_still_is_kept_once(tmp_path: Path) -> None:
+    noise(tmp_path / "i.png", 30, 50)
+    chunks = InitChunks(make_job(init=str(tmp_path / "i.png"), num_frames=81), 8, kept=True)
+    assert sum(chunk.shape[2] for chunk in chunks) == 81 and chunks.nbytes == 32 * 48 * 3
+
+
+def test_a_video_that_ends_in_the_middle_fails_the_request(rig: Rig, tmp_path: Path) -> None:
+    """13 frames, and the request wants 17: `BadRequest`, untiled and in tiles; nothing is put, the stage goes on."""
+    job = make_job(init=moving(tmp_path / "i.mp4", 13), num_frames=17)
+    for level in (0, 1):
+        stage = rig.load("vae", memory=MemoryPlan(level=level))
+        stage.begin(job)
+        with pytest.raises(BadRequest, match=r"'i\.mp4' has 13 frames and the request 17"):
+            stage.step(Run(id=job.id, phase="encode", index=0))
+        stage.drop(job.id)
+        assert is_empty(rig)
+        rig.reclaim("vae")
 
 
 def test_values_of_the_image_encoder_that_are_not_finite(tmp_path: Path) -> None:

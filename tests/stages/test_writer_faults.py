@@ -433,4 +433,4 @@ def test_an_init_file_that_is_swapped_is_not_read(tmp_path: Path, outside: Path,
             case "device":
                 path = Path("/dev/zero")
         with pytest.raises(BadRequest, match=rf"^the init file '{path.name}' cannot be read: "):
-            read_frames(str(path), 1, 16, 16)
+            next(read_frames(str(path), 1, 16, 16))
