@@ -186,9 +186,11 @@ def frames_of(user: UserParams, model: ModelParams) -> int:
 def check_room(size: RequestSize, model: ModelParams, room: Room) -> None:
     """Refuse what can never fit, with the numbers; what does not fit at the moment is another matter."""
     if plan_for(model, size, room.bytes, room.setting, room.bounds) is None:
+        why = refusal(model, size, room.bytes, room.setting, room.bounds)
+        there, what = (room.bounds.host, "host") if why.missing_host else (room.bytes, "GPU")
         raise BadRequest(
-            f"{size.width}x{size.height} with {size.frames} frames does not fit into the {gigabytes(room.bytes)} of "
-            f"GPU memory that this engine may take: {refusal(model, size, room.bytes, room.setting, room.bounds)}"
+            f"{size.width}x{size.height} with {size.frames} frames does not fit into the {gigabytes(there or 0)} of "
+            f"{what} memory that this engine may take: {why}"
         )
 
 

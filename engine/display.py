@@ -277,7 +277,7 @@ def print_models(cards: Sequence[ModelCard], size_asked: str | None = None) -> N
     ]
     print_table(("model", "kind", "parameters", "usual video", "steps", "weights"), rows)
     memory = [
-        (card.name, *(size(need.gpu) for need in card.levels), size(card.levels[-1].host),
+        (card.name, *(size(need.gpu) for need in card.levels), size(card.levels[-1].host_all),
          slowdown(card.levels[-1])) for card in cards if card.levels
     ]  # fmt: skip
     video = "a usual video" if size_asked is None else f"a video of {size_asked}"
@@ -305,7 +305,7 @@ def slowdown(need: Need) -> str:
 
 def print_levels(found: Sequence[Need]) -> None:
     """What one video takes at each memory level."""
-    rows = [(LEVELS[n.level], size(n.gpu), size(n.host) if n.host else "-", slowdown(n)) for n in found]
+    rows = [(LEVELS[n.level], size(n.gpu), size(n.host_all) if n.host_all else "-", slowdown(n)) for n in found]
     print_table(("memory level", "one GPU", "host", "a step"), rows)
 
 

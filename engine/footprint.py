@@ -22,6 +22,7 @@ from engine.weight_sizes import (
     transformer_bytes,
     vae_bytes,
 )
+from ipc.architecture import VaeConfig
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.names import STAGE_OF_COMPONENT, StageName
 
@@ -99,8 +100,15 @@ class Need(msgspec.Struct, frozen=True):
     """Bytes on the device: weights, activations, queues and states, contexts."""
     host: int
     """Bytes of host memory for weights."""
+    clip: int
+    """Bytes of host memory that grow with the request: of its clip, between the tiles."""
     slowdown: float
     """Of a step; 1.0: as if all were resident."""
+
+    @property
+    def host_all(self) -> int:
+        """Bytes of host memory for weights and the clip."""
+        return self.host + self.clip
 
     @property
     def plan(self) -> MemoryPlan:
@@ -111,9 +119,11 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing that is allowed fits."""
 
     least: Need
-    """Of what is allowed, what takes the least of the GPU."""
+    """Of what is allowed, what takes the least of the GPU; if host memory allows nothing, the least of that."""
     missing: int
-    """Bytes that are lacking for it."""
+    """Bytes of the GPU that are lacking for it."""
+    missing_host: int
+    """Bytes of host memory that are."""
     frames: int | None
     """At this size so many would fit; None: not even one."""
     size: tuple[int, int] | None
@@ -121,17 +131,25 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     level: int | None
     """The memory level that would fit, if it is not allowed; None: none would."""
     budget: int
-    """Bytes from which on it fits."""
+    """Bytes of the GPU from which on it fits."""
+    host: int | None
+    """Bytes of host memory from which on it fits, with the GPU as it is; None: with no more of that."""
 
     def __str__(self) -> str:
+        lacks: list[tuple[int, int, str]] = [(self.least.gpu, self.missing, "GPU")] if self.missing else []
+        lacks += [(self.least.host_all, self.missing_host, "host")] if self.missing_host else []
+        takes = [
+            f"{gigabytes(amount)} of {what} memory at memory level {self.least.level}, {gigabytes(missing)} more than "
+            "there is for it"
+            for amount, missing, what in lacks
+        ]
         changes = [] if self.frames is None else [f"{self.frames} frames"]
         changes += [] if self.size is None else [f"{self.size[0]}x{self.size[1]}"]
         changes += [] if self.level is None else [f"memory_level {self.level}"]
-        changes.append(f"{gigabytes(self.budget)} of GPU memory")
-        return (
-            f"it takes {gigabytes(self.least.gpu)} of GPU memory at memory level {self.least.level}, "
-            f"{gigabytes(self.missing)} more than there is for it; what would fit: {', or '.join(changes)}"
-        )
+        changes.append(" and ".join(f"{gigabytes(amount)} of {what} memory" for amount, _, what in lacks))
+        if self.host is not None and (self.missing or self.host != self.least.host_all):
+            changes.append(f"{gigabytes(self.host)} of host memory")
+        return f"it takes {' and '.join(takes)}; what would fit: {', or '.join(changes)}"
 
 
 def gigabytes(amount: int) -> str:
@@ -196,7 +214,8 @@ def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setti
     if plan.level == 3:
         blocks = plan.blocks or 0
         slowdown = step_slowdown(model, size, blocks, setting.dtype) if "dit" in stages else 1.0
-    return Need(plan.level, blocks, beside + resident + max(working.values()), host, slowdown)
+    clip = clip_bytes(model, size, setting.dtype) if plan.level >= 1 and "vae" in stages else 0
+    return Need(plan.level, blocks, beside + resident + max(working.values()), host, clip, slowdown)
 
 
 def allocation_limits(model: ModelParams, plan: MemoryPlan, setting: Setting, budget: int) -> dict[StageName, int]:
@@ -288,6 +307,38 @@ def vae_working_bytes(model: ModelParams, size: RequestSize, setting: Setting, *
     return int(most) + (0 if setting.dtype == "float32" else vae_bytes(model.vae) // 2)
 
 
+def clip_bytes(model: ModelParams, size: RequestSize, dtype: str) -> int:
+    """Of host memory, of a clip that is decoded, or encoded, in tiles (`stages/vae_clips.py`): it grows with the clip,
+    as the tiles come one after another, each through all frames."""
+    decoded = decoded_bytes(model.vae, size, dtype)
+    if model.conditioning == "channels":
+        return max(decoded, encoded_bytes(model.vae, size, dtype, read=1))
+    return max(decoded, encoded_bytes(model.vae, size, dtype, read=size.frames)) if size.image else decoded
+
+
+def decoded_bytes(vae: VaeConfig, size: RequestSize, dtype: str) -> int:
+    """All frames, and what the tiles are made of: what comes out of the lowest level, and with Wan2.2's VAE what went
+    in. In float32, as plain torch keeps it, else as the kernels do."""
+    latents, pixels = latents_of(vae, size)
+    base = vae.base_dim if vae.decoder_base_dim is None else vae.decoder_base_dim
+    risen = (2 * latents - 1 if vae.temporal_downsample[-1] else latents) + (latents if vae.is_residual else 0)
+    return size.frames * 3 * size.width * size.height + risen * pixels * base * vae.dim_mult[-1] * ITEM_BYTES[dtype]
+
+
+def encoded_bytes(vae: VaeConfig, size: RequestSize, dtype: str, *, read: int) -> int:
+    """The frames that are `read`, and what the tiles make: what goes into the lowest level, and for the kernels the
+    norm of it."""
+    latents, pixels = latents_of(vae, size)
+    sunk = latents if dtype == "float32" else 2 * latents
+    return read * 3 * size.width * size.height + sunk * pixels * vae.base_dim * vae.dim_mult[-2] * ITEM_BYTES[dtype]
+
+
+def latents_of(vae: VaeConfig, size: RequestSize) -> tuple[int, int]:
+    """Latent frames, and pixels of each."""
+    scale = vae.spatial_stride
+    return (size.frames - 1) // vae.temporal_stride + 1, (size.width // scale) * (size.height // scale)
+
+
 def forward_flops(model: ModelParams, tokens: int) -> float:
     """Of one forward. Source: the shapes of the products; the 14B at 32,760 tokens: 1,678e12."""
     config = model.transformer
@@ -326,10 +377,10 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     lowest: int = 0
     highest: int = 3
     host: int | None = None
-    """Bytes of host memory that weights may take; None: unlimited."""
+    """Bytes of host memory that weights and a clip may take; None: unlimited."""
 
     def allow(self, found: Need) -> bool:
-        return self.lowest <= found.level <= self.highest and (self.host is None or found.host <= self.host)
+        return self.lowest <= found.level <= self.highest and (self.host is None or found.host_all <= self.host)
 
 
 ALL_LEVELS = Bounds()
@@ -362,18 +413,21 @@ def refusal(
     def fits(other: RequestSize) -> bool:
         return any(n.gpu <= budget and bounds.allow(n) for n in needs(model, other, setting))
 
-    account = needs(model, size, setting)
+    account = [n for n in needs(model, size, setting) if bounds.lowest <= n.level <= bounds.highest]
+    there = [n for n in account if bounds.allow(n)]
     # Of two that take as much the higher level: what it lacks, a lower one lacks, too.
-    least = min([n for n in reversed(account) if bounds.allow(n)] or account[:1], key=lambda n: n.gpu)
+    least = min(reversed(there), key=lambda n: n.gpu) if there else min(account, key=lambda n: n.host_all)
+    missing_host = 0 if there or bounds.host is None else least.host_all - bounds.host
+    enough = [n.host_all for n in account if n.gpu <= budget]
     stride = model.vae.temporal_stride
     fewer = (msgspec.structs.replace(size, frames=f) for f in range(size.frames - stride, 0, -stride))
     frames = next((other.frames for other in fewer if fits(other)), None)
     smaller = next((other for other in smaller_sizes(model, size) if fits(other)), None)
     other_level = plan_for(model, size, budget, setting, Bounds(host=bounds.host))
     return Refusal(
-        least=least, missing=max(0, least.gpu - budget), frames=frames,
+        least=least, missing=max(0, least.gpu - budget), missing_host=missing_host, frames=frames,
         size=None if smaller is None else (smaller.width, smaller.height),
-        level=None if other_level is None else other_level.level, budget=least.gpu,
+        level=None if other_level is None else other_level.level, budget=least.gpu, host=min(enough, default=None),
     )  # fmt: skip
 
 

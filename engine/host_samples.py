@@ -25,18 +25,25 @@ class HostSample(NamedTuple):
 
 
 def host_sample(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> HostSample:
-    memory = psutil.virtual_memory()
-    left = cgroup_left(cgroup)
+    memory, limit, left = psutil.virtual_memory(), cgroup_limit(cgroup), cgroup_left(cgroup)
+    total = memory.total if limit is None else min(memory.total, limit)
     available = memory.available if left is None else min(memory.available, left)
-    return HostSample(memory.total, available, lockable(proc), waiting(proc))
+    return HostSample(total, available, lockable(proc), waiting(proc))
+
+
+def cgroup_limit(cgroup: Path) -> int | None:
+    """Bytes of memory that the control group may have; None: no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((cgroup / "memory.max").read_text())
+    return None
 
 
 def cgroup_left(cgroup: Path) -> int | None:
     """What the control group's limit leaves, the page cache that can be given up counted as free; None: no limit."""
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((cgroup / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = cgroup_limit(cgroup), int((cgroup / "memory.current").read_text())
         cached = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
-        return max(0, limit - used + (int(cached[1]) if cached else 0))
+        return None if limit is None else max(0, limit - used + (int(cached[1]) if cached else 0))
     return None
 
 

@@ -168,9 +168,11 @@ class Levels:
             return None
         there, plan = min(total, self._budget or total), self._crew.plans.held[level.device]
         if level.mode == "fixed":
-            return Room(bytes=there, setting=level.setting, bounds=Bounds(lowest=plan.level, highest=plan.level))
-        highest = max(plan.level, 1) if self.copies.problem else 3
-        return Room(bytes=there, setting=level.setting, bounds=Bounds(highest=highest))
+            bounds = Bounds(lowest=plan.level, highest=plan.level, host=level.sample.host_total)
+        else:
+            highest = max(plan.level, 1) if self.copies.problem else 3
+            bounds = Bounds(highest=highest, host=level.sample.host_total)
+        return Room(bytes=there, setting=level.setting, bounds=bounds)
 
     # By hand.
 

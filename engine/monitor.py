@@ -71,6 +71,7 @@ class Sample(GpuSample, frozen=True, kw_only=True):
     at: float
     """Seconds of the monotonic clock."""
     host_total: int | None = None
+    """Bytes of the machine, or of the control group if that may have less."""
     host_available: int | None = None
     memlock: int | None = None
     """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes. For people to see: NVIDIA's driver does not

@@ -283,6 +283,6 @@ def check_finite(values: Tensor, what: str, network: str) -> None:
 
 
 def nbytes_of(kept: Kept) -> int:
-    """Bytes of the tensors of `kept`, which are entries or in tuples."""
+    """Bytes of the tensors of `kept`, which are entries or in tuples; of one that is there twice, once."""
     fields = (value for entry in kept for value in (entry if isinstance(entry, tuple) else (entry,)))
-    return sum(value.nbytes for value in fields if isinstance(value, Tensor))
+    return sum({id(value): value.nbytes for value in fields if isinstance(value, Tensor)}.values())

@@ -3,7 +3,8 @@
     python -m tools.bench_clips > docs/results/clips-cpu.txt
 
 wan-demo's VAE with random weights at 192x192, on a CPU. Each line is a process of its own. "between quanta" is what the
-vae has of the clip then, by its own account, at most; "resident" by how much the process grew, by the kernel's.
+vae has of the clip then, by its own account, at most; "resident" by how much the process grew, by the kernel's. Then,
+for the models, what `engine/footprint.py` reckons with for a clip in tiles, in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import av
 import numpy as np
 import torch
 
+from engine.footprint import RequestSize, clip_bytes
 from engine.memory import DECODE_LATENTS
-from engine.models import load_model
+from engine.models import list_models, load_model
+from engine.params import ModelParams
 from ipc.messages.job import Job
 from stages.models.vae_check import random_vae
 from stages.models.vae_codec import Codec, PlainCodec
@@ -114,6 +117,15 @@ def measure(way: Way, frames: int) -> None:
     print(f"{way:16} {frames:4} frames: {kept / 2**20:6.1f} MiB between quanta, {grew:6.1f} MiB resident", flush=True)
 
 
+def reckon(model: ModelParams) -> None:
+    """One line: its usual request, started from a video, and the largest that it takes."""
+    usual, limits = model.defaults, model.limits
+    largest = RequestSize(limits.max_pixels // usual.height, usual.height, limits.max_frames, image=True)
+    for size in (RequestSize(usual.width, usual.height, usual.num_frames, image=True), largest):
+        taken = clip_bytes(model, size, "bfloat16") / 2**20
+        print(f"{model.name:20} {size.width}x{size.height}x{size.frames}: {taken:7.1f} MiB of host memory in tiles")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs=2, metavar=("WAY", "FRAMES"), help="one line, in this process")
@@ -127,6 +139,8 @@ def main() -> None:
         for frames in FRAMES:
             command = [sys.executable, "-m", "tools.bench_clips", "--only", way, str(frames)]
             subprocess.run(command, check=True, env=os.environ | GIVING_BACK)
+    for name in list_models():
+        reckon(load_model(name))
 
 
 if __name__ == "__main__":

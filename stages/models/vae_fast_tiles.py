@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     frame: Tensor
     """[h, w, C]."""
     source: Tensor | None
-    """[h, w, C'], the level's input where it is added, of which this is frame `half`."""
+    """[h, w, C'], the level's input where it is added, of which this is frame `half`; the same tensor for both."""
     half: int
 
 
@@ -62,9 +62,11 @@ class TileDecoder:
         for part in decoder.prepare(latents, height, width):
             frames = decoder.lowest(clip, part)
             pool, sources = self._pools(clip)
+            slots = {frame.source for frame in frames} if decoder.levels[0].repeats else set()
+            added = {slot: sources.pixels(slot).to("cpu", copy=True) for slot in slots}
             for frame in frames:
-                source = sources.pixels(frame.source).to("cpu", copy=True) if decoder.levels[0].repeats else None
-                kept.append(Kept(pool.pixels(frame.slot).to("cpu", copy=True), source, frame.half))
+                pixels = pool.pixels(frame.slot).to("cpu", copy=True)
+                kept.append(Kept(pixels, added.get(frame.source), frame.half))
             pool.give([frame.slot for frame in frames])
             sources.give([frame.source for frame in frames if frame.last])
             beat()

@@ -346,6 +346,18 @@ def test_a_fixed_level_is_all_there_can_be(tmp_path: Path) -> None:
         admit(ask(tmp_path), T2V_A14B, SYSTEM, room=room)
 
 
+def test_what_host_memory_can_never_hold_is_refused(tmp_path: Path) -> None:
+    """At a fixed level 2 the weights and the clip between the VAE's tiles take more than the machine has: refused, with
+    what would fit, which is accepted."""
+    plenty, host = 200 * 10**9, need(T2V_A14B, RequestSize(1280, 720, 81), MemoryPlan(level=2)).host_all
+    fits = Bounds(lowest=2, highest=2, host=host)
+    assert admit(ask(tmp_path), T2V_A14B, SYSTEM, room=Room(bytes=plenty, bounds=fits)).num_frames == 81
+    short = Room(bytes=plenty, bounds=msgspec.structs.replace(fits, host=host - 1))
+    with pytest.raises(BadRequest, match=r"of host memory that this engine may take: .* 0\.1 GB more .* 77 frames, or"):
+        admit(ask(tmp_path), T2V_A14B, SYSTEM, room=short)
+    assert admit(ask(tmp_path, num_frames=77), T2V_A14B, SYSTEM, room=short).num_frames == 77
+
+
 def test_guidance_takes_memory_of_its_own(tmp_path: Path) -> None:
     """Room for one branch's keys and values is not enough for two."""
     one = need(T2V_A14B, RequestSize(1280, 720, 81, guided=False), MemoryPlan(level=3, blocks=0)).gpu

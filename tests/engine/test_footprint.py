@@ -16,6 +16,7 @@ from engine.footprint import (
     Setting,
     allocation_limits,
     break_even_tokens,
+    clip_bytes,
     forward_flops,
     measured,
     need,
@@ -73,14 +74,16 @@ def test_a_figure_that_is_missing_or_misspelt_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_levels_of_a_usual_request(name: str) -> None:
-    """Each level takes no more of the GPU than the one below; from level 2 on all weights are in host memory, too;
-    only level 3 can be slower, and not with all blocks resident."""
+    """Each level takes no more of the GPU than the one below; from level 1 on the clip is in host memory between the
+    VAE's tiles, from level 2 on all weights are, too; only level 3 can be slower, and not with all blocks resident."""
     model = load_model(name)
     found = needs(model, usual_size(model))
     assert [n.level for n in found] == [0, 1, 2, 3]
     assert [n.gpu for n in found] == sorted((n.gpu for n in found), reverse=True)
     weights = sum(component_bytes(model, "bfloat16").values())
+    clip = clip_bytes(model, usual_size(model), "bfloat16")
     assert [n.host for n in found] == [0, 0, weights, weights]
+    assert [n.host_all for n in found] == [0, clip, clip + weights, clip + weights] and clip > 0
     assert [n.slowdown for n in found[:3]] == [1.0] * 3 and found[3].slowdown >= 1.0
     everything = need(model, usual_size(model), MemoryPlan(level=3, blocks=model.transformer.num_layers))
     assert everything.slowdown == 1.0
@@ -209,15 +212,26 @@ def test_a_plan_is_the_first_that_fits(size: RequestSize, budget: int) -> None:
     assert plan == (fitting[0] if fitting else None)
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_the_largest_clip_there_can_be(name: str) -> None:
+    """Of what the model's limits allow, started from a video, too: 1.3 GiB of host memory and no more, as
+    docs/memory.md says."""
+    model = load_model(name)
+    largest = RequestSize(
+        model.limits.max_pixels // model.defaults.height, model.defaults.height, model.limits.max_frames, image=True
+    )
+    assert 0 < clip_bytes(model, largest, "bfloat16") <= 1.3 * GIB
+
+
 def test_bounds_keep_levels_out() -> None:
     """A fixed level, and too little host memory for what levels 2 and 3 keep there."""
     model, plenty = load_model(LARGE), 1000 * GIB
     for level in range(4):
         plan = plan_for(model, USUAL, plenty, bounds=Bounds(lowest=level, highest=level))
         assert plan is not None and plan.level == level
-    weights = sum(component_bytes(model, "bfloat16").values())
-    assert plan_for(model, USUAL, 24 * GIB, bounds=Bounds(host=weights)) == plan_for(model, USUAL, 24 * GIB)
-    assert plan_for(model, USUAL, 24 * GIB, bounds=Bounds(host=weights - 1)) is None
+    host = sum(component_bytes(model, "bfloat16").values()) + clip_bytes(model, USUAL, "bfloat16")
+    assert plan_for(model, USUAL, 24 * GIB, bounds=Bounds(host=host)) == plan_for(model, USUAL, 24 * GIB)
+    assert plan_for(model, USUAL, 24 * GIB, bounds=Bounds(host=host - 1)) is None
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -256,6 +270,34 @@ def test_a_refusal_in_words() -> None:
     assert str(said).endswith(f"{footprint.gigabytes(said.budget)} of GPU memory")
     assert footprint.gigabytes(1) == "0.1 GB" and footprint.gigabytes(10**9) == "1.0 GB"
     assert footprint.gigabytes(10**9 + 1) == "1.1 GB"
+
+
+def test_a_refusal_for_want_of_host_memory() -> None:
+    """Nothing fits the GPU but what needs more host memory than there is: that is named, and suffices. At a fixed level
+    it is what is lacking; if the GPU lacks something, too, both are, and suffice together."""
+    model, budget = load_model(LARGE), 24 * GIB
+    host = need(model, USUAL, MemoryPlan(level=3)).host_all
+    said = refusal(model, USUAL, budget, bounds=Bounds(host=host - 1))
+    assert said.missing and not said.missing_host and said.host == host
+    assert plan_for(model, USUAL, budget, bounds=Bounds(host=said.host)) is not None
+    assert str(said).endswith(f", or {footprint.gigabytes(host)} of host memory")
+
+    fixed = Bounds(lowest=3, highest=3, host=host - 1)
+    said = refusal(model, USUAL, budget, bounds=fixed)
+    assert (said.missing, said.missing_host, said.host) == (0, 1, host)
+    assert said.frames == 77 and said.level is None
+    assert plan_for(model, msgspec.structs.replace(USUAL, frames=said.frames), budget, bounds=fixed) is not None
+    text = str(said)
+    assert text.startswith(f"it takes {footprint.gigabytes(host)} of host memory at memory level 3, 0.1 GB more than")
+    assert text.endswith(f", or {footprint.gigabytes(host)} of host memory") and "GPU" not in text
+
+    said = refusal(model, USUAL, GIB, bounds=fixed)
+    assert said.missing and said.missing_host == 1 and said.host is None
+    assert str(said).endswith(
+        f"{footprint.gigabytes(said.budget)} of GPU memory and {footprint.gigabytes(host)} of host memory"
+    )
+    both = msgspec.structs.replace(fixed, host=host)
+    assert plan_for(model, USUAL, said.budget, bounds=both) == MemoryPlan(level=3, blocks=0)
 
 
 def test_an_account_of_an_idle_engine_is_that_of_a_usual_request() -> None:

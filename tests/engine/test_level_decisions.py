@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from engine import levels
 from engine.device_level import rung
-from engine.footprint import Account, RequestSize, Setting
+from engine.footprint import Account, Bounds, RequestSize, Setting
 from engine.levels import Levels
 from engine.models import load_model
 from engine.monitor import Sample
@@ -26,7 +26,8 @@ Wait = Callable[..., Awaitable[None]]
 
 MODEL = load_model("wan2.1-t2v-14b")
 SETTING = Setting(queues=False)
-TOTAL = 80 << 30
+GIB = 1 << 30
+TOTAL = 80 * GIB
 SIZE = RequestSize(832, 480, 81)
 
 
@@ -79,6 +80,19 @@ async def watched() -> AsyncIterator[Watched]:
     yield made
     await made.levels.end()
     made.crew.close()
+
+
+async def test_what_there_can_ever_be_for_a_request(watched: Watched) -> None:
+    """All of the GPU, whatever others have of it now, and all memory of the host, with any level or with the one that
+    was asked for."""
+    assert watched.levels.room() is None, "nothing was seen yet"
+    (level,) = watched.levels._devices.values()
+    watched.levels._look(level, Sample(at=1.0, total=TOTAL, others=GIB, free=GIB, host_total=64 * GIB))
+    room = watched.levels.room()
+    assert room is not None and room.bytes == TOTAL and room.bounds == Bounds(host=64 * GIB)
+    await watched.levels.change(1, None)
+    room = watched.levels.room()
+    assert room is not None and room.bounds == Bounds(lowest=1, highest=1, host=64 * GIB)
 
 
 async def test_the_level_follows_what_others_take(watched: Watched) -> None:

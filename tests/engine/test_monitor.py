@@ -392,14 +392,14 @@ def test_the_hosts_files(tmp_path: Path) -> None:
     assert host_samples.waiting(tmp_path) == 0.125
     for name, text in {"max": "max\n", "current": "700\n", "stat": "anon 100\ninactive_file 200\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert host_samples.cgroup_left(tmp_path) is None
+    assert host_samples.cgroup_left(tmp_path) is None and host_samples.cgroup_limit(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert host_samples.cgroup_left(tmp_path) == 500
     (tmp_path / "self").mkdir()
     (tmp_path / "self" / "status").write_text("CapInh:\t0\nCapEff:\t0000000000004000\n")
     assert host_samples.lockable(tmp_path) is None
     sample = host_samples.host_sample(tmp_path, tmp_path)
-    assert (sample.available, sample.memlock, sample.pressure) == (500, None, 0.125)
+    assert sample == (1000, 500, None, 0.125)
 
 
 def test_moments_of_a_trace() -> None:

@@ -11,20 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.footprint import RequestSize, decoded_bytes, encoded_bytes
 from engine.params import Limits, ModelParams
 from ipc.messages.job import Job
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.reports import Parts
 from ipc.messages.stage import Run
 from stages.models import vae_fast_tiles, vae_plain_tiles
-from stages.models.vae_codec import FastCodec, PlainClip, PlainCodec, encode_tiles
+from stages.models.vae_check import random_vae
+from stages.models.vae_codec import Codec, FastCodec, PlainClip, PlainCodec, encode_tiles
 from stages.models.vae_tiles import Costs, Cut, Piece, Tile, tiles
 from stages.models.vae_walk import TorchOperations
 from stages.stage import Stage
 from stages.vae import VaeStage
-from stages.vae_clips import InitChunks
+from stages.vae_clips import InitChunks, TileDecoding, TileEncoding
 from tests.stages.rig import CHUNK, FIRST_FRAME, MODEL, Rig, finish, is_empty, make_checkpoint, make_job
-from tests.stages.test_vae import FIRST_FRAME_22, put_latents, take, video
+from tests.stages.test_vae import FIRST_FRAME_22, moving, put_latents, take, video
 
 TILED = MemoryPlan(level=1)
 PARTS = 5
@@ -227,3 +229,37 @@ def test_a_successor_begins_with_the_first_part(rig: Rig) -> None:
     stage = load(rig, job)
     assert stage.step(decode(job)) == Parts(1, PARTS)
     assert torch.equal(video(rig, stage, job), expected)
+
+
+VAES = {
+    "tiny 2.1": MODEL.vae,
+    "tiny 2.2": TEXT_22.vae,
+    "deep 2.1": msgspec.structs.replace(MODEL.vae, dim_mult=(1, 1, 2, 3)),
+    "late 2.2": msgspec.structs.replace(TEXT_22.vae, dim_mult=(1, 1, 2, 2), temporal_downsample=(True, True, False)),
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("kind", ["torch", "kernels"])
+@pytest.mark.parametrize("frames", [1, 17, 33])
+@torch.inference_mode()
+def test_what_a_clip_keeps_in_host_memory(name: str, kind: str, frames: int, tmp_path: Path) -> None:
+    """Between its parts, at most, decoded and encoded: to the byte what `engine/footprint.py` reckons with."""
+    config, device = VAES[name], torch.device("cpu")
+    vae = random_vae(config, device)
+    codec: Codec = PlainCodec(vae) if kind == "torch" else FastCodec(vae, TorchOperations(), torch.bfloat16)
+    dtype = "float32" if kind == "torch" else "bfloat16"
+    width, height = 6 * config.spatial_stride, 4 * config.spatial_stride
+    size = RequestSize(width, height, frames)
+
+    decoding, most = TileDecoding(CHUNK, lambda: None, device), 0
+    latents = torch.zeros(config.z_dim, (frames - 1) // config.temporal_stride + 1, 4, 6)
+    while decoding.chunk(lambda: codec, latents, 0) is None:
+        most = max(most, decoding.nbytes)
+    assert most == decoded_bytes(config, size, dtype)
+
+    job = make_job(init=moving(tmp_path / "i.mp4", frames + 1), num_frames=frames, width=width, height=height)
+    encoding, most = TileEncoding(job, CHUNK, lambda: None, codec), 0
+    while encoding.part(codec) is None:
+        most = max(most, encoding.nbytes)
+    assert most == encoded_bytes(config, size, dtype, read=frames)
