@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +20,14 @@ from ipc.errors import EngineError
 T = TypeVar("T", bound=msgspec.Struct)
 
 _SHOWN = 60
+
+KINDS = {
+    "str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list",
+    "object": "a table of named values",
+}  # fmt: skip
+"""What msgspec calls a type -> what people do."""
+
+UNIONS = (types.UnionType, typing.Union)
 
 
 def decode_strictly(type_: type[T], data: object, error: type[EngineError], what: str) -> T:
@@ -54,23 +65,78 @@ def _check_field(name: str, type_: Any, value: object, error: type[EngineError],
     try:
         msgspec.convert(value, type_)
     except msgspec.ValidationError as cause:
-        choices = _choices(type_)
-        if choices:
-            near = _nearest(value, choices) if isinstance(value, str) else ""
-            near = f"; write it as a number: {value}" if value in choices else near
-            raise error(f"{what}: {name} must be one of {', '.join(choices)}; got {_show(value)}{near}") from cause
-        expected = str(cause).split(", got `", 1)[0].split(" - at `", 1)[0].removeprefix("Expected ").replace("`", "")
-        expected = expected.replace(" | null", "")
-        if expected == "array" and isinstance(value, str):
-            raise error(f"{what}: {name} must be a list, also of one: [{_show(value)}]; got {_show(value)}") from cause
-        raise error(f"{what}: {name} must be {expected}; got {_show(value)} ({type(value).__name__})") from cause
+        if isinstance(value, list | tuple) and (found := re.search(r" - at `\$\[(\d+)\]", str(cause))):
+            number = int(found[1])
+            _check_field(f"{name}[{number}]", _item_type(type_, number), value[number], error, what)
+        raise error(f"{what}: {name} must be {_complaint(type_, value, str(cause))}") from cause
+
+
+def _complaint(type_: Any, value: object, cause: str) -> str:
+    """What is expected and what was got, and how to write what may have been meant."""
+    if choices := _choices(type_):
+        near = _nearest(value, choices) if isinstance(value, str) else ""
+        near = f"; write it as a number: {value}" if value in choices else near
+        return f"one of {', '.join(choices)}; got {_show(value)}{near}"
+    got = f"{_show(value)} ({type(value).__name__})"
+    found = re.match(r"Expected `([^`]*)`(.*)", cause.partition(", got ")[0].partition(" - at ")[0])
+    if found is None:
+        return f"something else; got {got}: {cause}"
+    kind, bound = found[1].removesuffix(" | null"), found[2]
+    if said := _said(type_):
+        return f"{said}; got {got}"
+    return f"{KINDS.get(kind, kind)}{bound}{_how_to_write(kind, type_, value)}; got {got}"
+
+
+def _how_to_write(kind: str, type_: Any, value: object) -> str:
+    """A value of another kind than the one that is expected, which YAML or a person has taken it for."""
+    if kind == "array" and _fits([value], type_):
+        return f", also of one: [{_show(value)}]"
+    if kind == "str" and isinstance(value, bool):
+        return ", and words such as yes, no, on and off are text in quotes only"
+    if kind == "str" and isinstance(value, int | float | datetime.date):
+        return f", which it is in quotes: '{value}'"
+    if kind in ("int", "float") and isinstance(value, str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                if _fits(read := number(value), type_):
+                    return f", written without quotes: {read}"
+    return ""
+
+
+def _fits(value: object, type_: Any) -> bool:
+    try:
+        msgspec.convert(value, type_)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _said(type_: Any) -> str:
+    """What the type says of itself (`Meta.description`, and the first of its `examples`), also inside an optional."""
+    for each in getattr(type_, "__metadata__", ()):
+        if isinstance(each, msgspec.Meta) and each.description:
+            return each.description + (f", such as {each.examples[0]}" if each.examples else "")
+    members = typing.get_args(type_) if typing.get_origin(type_) in UNIONS else ()
+    return next((said for member in members if (said := _said(member))), "")
+
+
+def _item_type(type_: Any, number: int) -> Any:
+    """Of an item of a list or tuple; `Any` for what is none."""
+    if typing.get_origin(type_) is typing.Annotated:
+        return _item_type(typing.get_args(type_)[0], number)
+    arguments = typing.get_args(type_)
+    if typing.get_origin(type_) in UNIONS:
+        return next((item for member in arguments if (item := _item_type(member, number)) is not Any), Any)
+    if typing.get_origin(type_) not in (tuple, list) or not arguments:
+        return Any
+    return arguments[0] if len(arguments) == 1 or arguments[-1] is Ellipsis else arguments[number]
 
 
 def _choices(type_: Any) -> tuple[str, ...]:
     """The strings of a `Literal`, also inside an optional."""
     if typing.get_origin(type_) is typing.Literal:
         return tuple(str(choice) for choice in typing.get_args(type_))
-    if typing.get_origin(type_) in (types.UnionType, typing.Union):
+    if typing.get_origin(type_) in UNIONS:
         return tuple(choice for member in typing.get_args(type_) for choice in _choices(member))
     return ()
 

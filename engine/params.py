@@ -137,7 +137,10 @@ class UserParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """A video to start from (with `strength`)."""
     strength: Annotated[float, Meta(gt=0, le=1)] | None = None
     """How much of the schedule is run on the start image or video: 1 ignores it, small values keep it. None: 0.8."""
-    lora: Annotated[tuple[str, ...], Meta(max_length=MAX_LORAS)] = ()
+    lora: Annotated[
+        tuple[Annotated[str, Meta(description="NAME or NAME:STRENGTH", examples=["style:0.8"])], ...],
+        Meta(max_length=MAX_LORAS),
+    ] = ()
     """Adapters that the engine has loaded (`engine lora add`), NAME or NAME:STRENGTH each; the strength is 1 if it is
     left out."""
     priority: Annotated[int, Meta(ge=-10, le=10)] = 0
@@ -156,13 +159,16 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str = "wan-demo"
     checkpoint: str | None = None
     """Directory with the weights, in any of the layouts of docs/checkpoints.md; None: what ships with the model."""
-    lora: tuple[str, ...] = ()
+    lora: tuple[Annotated[str, Meta(description="FILE:STRENGTH", examples=["style.safetensors:0.8"])], ...] = ()
     """LoRA files merged into the transformer at start, FILE:STRENGTH each; with two experts, HIGH,LOW:STRENGTH."""
     placement: Placement = "split"
     """split: a process per stage; fused: all stages in one process."""
-    device: str = "auto"
+    device: Annotated[str, Meta(description="auto, cpu, cuda or cuda:N", examples=["cuda:0"])] = "auto"
     """auto: the first CUDA device, else cpu. Or cpu, cuda, cuda:N. With `dit_devices`, auto is the first of those."""
-    dit_devices: Annotated[tuple[str, ...], Meta(max_length=MAX_PROCESSES)] = ()
+    dit_devices: Annotated[
+        tuple[Annotated[str, Meta(description="cpu or cuda:N", examples=["cuda:0"])], ...],
+        Meta(max_length=MAX_PROCESSES),
+    ] = ()
     """The device of each of several dit stages, which take requests from one queue: one per GPU, or cpu as often as
     there are to be. (): one dit, on `device`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -173,7 +179,7 @@ class SystemParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory_level: MemoryLevel = "auto"
     """How much of the weights stays in the GPU's memory (docs/memory.md). auto: as much as fits beside what other
     programs take, at any time; on a CPU 0. No level changes a result."""
-    gpu_budget: str | None = None
+    gpu_budget: Annotated[str, Meta(description="a number with its unit", examples=["8GiB"])] | None = None
     """What this engine may take of each GPU's memory, all its processes together, such as 8GiB; None: all that is
     free. The level follows from it, so `memory_level` is auto."""
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0

@@ -125,7 +125,7 @@ def test_an_unknown_id_is_not_found(engine_process: EngineProcess, call: Callabl
     ("fields", "says"),
     [
         ({"steps": 0}, "from 1 to"),
-        ({"steps": "many"}, "steps must be int; got 'many'"),
+        ({"steps": "many"}, "steps must be a whole number; got 'many'"),
         ({"hieght": 32}, "did you mean 'height'"),
         ({"num_frames": 6}, "nearest is 5 or 9"),
         ({"output": "/nowhere/v.mp4"}, "does not exist"),
