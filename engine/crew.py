@@ -52,6 +52,7 @@ from ipc.messages.reports import (
     QuantumFailed,
     Ready,
     StartFailed,
+    Unlocked,
     VaeChosen,
 )
 from ipc.messages.server import Replaced
@@ -423,6 +424,8 @@ class Crew:
             case Placed(version=version, device=device):
                 self.placed.keep(device, version, fds.pop())
                 process.knows.add((version.component, version.content, device))
+            case Unlocked(component=component, content=content, why=why):
+                process.unlocked[component, content] = why
             case MemorySet():
                 self.upkeep.handle_memory_set(process, report)
             case Adopted():

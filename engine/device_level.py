@@ -32,6 +32,8 @@ class DeviceLevel:
         self.sampler: Sampler | None = None
         self.sample: Sample | None = None
         self.last: MemoryChange | None = None
+        self.said_slow = False
+        """The log has that pages could not be locked."""
 
 
 def rung(plan: MemoryPlan, model: ModelParams) -> int:

@@ -452,13 +452,16 @@ def print_memory_levels(devices: Sequence[DeviceMemory]) -> None:
 
 
 def print_plans(devices: Sequence[DeviceMemory]) -> None:
-    """A row for each device."""
+    """A row for each device; below them, of whose weights in host memory the pages could not be locked."""
     rows = [
         (d.device, level(d), mode(d), ", ".join(map(str, d.levels)), copies(d), used(d.sample), last_change(d.last))
         for d in devices
     ]
     columns = ("device", "memory level", "mode", "ready levels", "copies on the host", "GPU memory", "last change")
     print_table(columns, rows)
+    for device in devices:
+        if device.slow:
+            print(f"\n{textwrap.fill(f'{device.device}: {device.slow}', 100)}")
 
 
 def level(device: DeviceMemory) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from engine.child import NoAnswer, answer_of
 from engine.devices import compute_dtype, resolve_devices
 from engine.display import print_table
+from engine.host_samples import host_sample
 from engine.models import load_model
+from engine.monitor import how_to_lock
 from engine.params import SystemParams
 from engine.weight_sizes import transformer_bytes
 from ipc.errors import StageFailed
@@ -63,7 +65,10 @@ def streaming(found: TransfersMeasured) -> str:
     """What it costs here, in a line."""
     if found.problem:
         return f"not measured: {found.problem}"
+    rates = f"{found.copy_in / 1e9:.1f} GB/s to the GPU, {found.copy_out / 1e9:.1f} back"
+    if found.unlocked:
+        return f"{rates}; pages cannot be locked ({found.unlocked}): {how_to_lock(host_sample().memlock)}"
     return (
-        f"{found.copy_in / 1e9:.1f} GB/s to the GPU, {found.copy_out / 1e9:.1f} back; "
-        f"page-locking {found.pinning / 1e9:.1f} GB/s; memory level 3 costs no time from {found.break_even:,} tokens on"
+        f"{rates}; page-locking {found.pinning / 1e9:.1f} GB/s, without {found.copy_in_unlocked / 1e9:.1f} to the GPU; "
+        f"memory level 3 costs no time from {found.break_even:,} tokens on"
     )

@@ -57,6 +57,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     vae_tile_pixel_bytes: Coefficient
     text_hidden_bytes: Coefficient
     copy_bytes_per_second: Coefficient
+    copy_unlocked_bytes_per_second: Coefficient
     flops: Coefficient
     read_bytes_per_second: Coefficient
     block_seconds: Coefficient
@@ -104,6 +105,8 @@ class Need(msgspec.Struct, frozen=True):
     """Bytes of host memory that grow with the request: of its clip, between the tiles."""
     slowdown: float
     """Of a step; 1.0: as if all were resident."""
+    slowdown_unlocked: float
+    """The same where the pages of the weights in host memory could not be locked."""
 
     @property
     def host_all(self) -> int:
@@ -210,12 +213,14 @@ def need(model: ModelParams, size: RequestSize, plan: MemoryPlan, setting: Setti
         resident, host = sum(sizes.values()), 0
     else:
         resident, host = resident_dit(model, plan, setting.dtype) if "dit" in stages else 0, sum(sizes.values())
-    blocks, slowdown = None, 1.0
+    blocks, slowdown, unlocked = None, 1.0, 1.0
     if plan.level == 3:
         blocks = plan.blocks or 0
-        slowdown = step_slowdown(model, size, blocks, setting.dtype) if "dit" in stages else 1.0
+    if blocks is not None and "dit" in stages:
+        slowdown = step_slowdown(model, size, blocks, setting.dtype)
+        unlocked = step_slowdown(model, size, blocks, setting.dtype, locked=False)
     clip = clip_bytes(model, size, setting.dtype) if plan.level >= 1 and "vae" in stages else 0
-    return Need(plan.level, blocks, beside + resident + max(working.values()), host, clip, slowdown)
+    return Need(plan.level, blocks, beside + resident + max(working.values()), host, clip, slowdown, unlocked)
 
 
 def allocation_limits(model: ModelParams, plan: MemoryPlan, setting: Setting, budget: int) -> dict[StageName, int]:
@@ -347,17 +352,18 @@ def forward_flops(model: ModelParams, tokens: int) -> float:
     return float(config.num_layers * (products + attention))
 
 
-def step_slowdown(model: ModelParams, size: RequestSize, blocks: int, dtype: str) -> float:
+def step_slowdown(model: ModelParams, size: RequestSize, blocks: int, dtype: str, *, locked: bool = True) -> float:
     """A step at level 3 over a step with all weights resident: blocks are copied while others compute, so that a step
-    takes the longer of the two."""
+    takes the longer of the two; from pages that are not locked one after the other, so that it takes both."""
     figures, transformer = measured(), transformer_bytes(model.transformer, dtype)
-    copied = (transformer.layers - blocks) * transformer.block / figures.copy_bytes_per_second.value
+    rate = figures.copy_bytes_per_second if locked else figures.copy_unlocked_bytes_per_second
+    copied = (transformer.layers - blocks) * transformer.block / rate.value
     computed = max(
         forward_flops(model, tokens_of(model, size)) / figures.flops.value,
         transformer.layers * transformer.block / figures.read_bytes_per_second.value,
         transformer.layers * figures.block_seconds.value,
     )
-    return max(1.0, copied / computed)
+    return max(1.0, copied / computed) if locked else 1.0 + copied / computed
 
 
 def break_even_tokens(model: ModelParams, dtype: str, copy_rate: float, flops: float) -> int:

@@ -19,7 +19,7 @@ from engine.server import ServerState
 from engine.states import Descriptors, State
 from engine.supervisor import SupervisorState
 
-FORMAT = 6
+FORMAT = 7
 
 MAX_DOCUMENT = 1 << 30
 """Bytes. The largest queue with the longest prompts takes less."""

@@ -22,7 +22,7 @@ from engine.crew import Crew
 from engine.device_level import DeviceLevel, named, reason, rung
 from engine.footprint import Account, Bounds, RequestSize, Setting, plans
 from engine.host_copies import HostCopies
-from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler
+from engine.monitor import INTERVAL, SLACK, Limits, Policy, Sample, Sampler, why_slow
 from engine.params import ModelParams, SystemParams, bytes_of
 from engine.plans import HOST
 from engine.starting import LEAST, asked_plan
@@ -156,7 +156,8 @@ class Levels:
             DeviceMemory(
                 device=level.device, plan=self._crew.plans.held[level.device], mode=level.mode,
                 levels=[0, 1, 2, 3] if self.copies.complete else [0, 1], budget=self._budget, copies=copies,
-                last=level.last, sample=None if level.sample is None else msgspec.to_builtins(level.sample),
+                slow=self._why_slow(level), last=level.last,
+                sample=None if level.sample is None else msgspec.to_builtins(level.sample),
             )
             for level in self._devices.values()
         ]  # fmt: skip
@@ -333,6 +334,12 @@ class Levels:
     def _look(self, level: DeviceLevel, sample: Sample) -> None:
         level.sample = sample
         level.looked.notify()
+        slow = self._why_slow(level)
+        if slow and not level.said_slow:
+            log.warning("%s: %s", level.device, slow)
+        level.said_slow = level.said_slow or bool(slow)
+        if level.policy is not None:
+            level.policy.locked = not slow
         if level.policy is None or level.turn.locked():
             return
         plan, held = level.policy.on(sample, self._host.running_size(), sample.at), self._crew.plans.held[level.device]
@@ -340,6 +347,13 @@ class Levels:
             level.policy.held(held)  # they go to host memory only: later
         elif plan is not None:
             self._spawn(self._follow(level, plan, reason(sample, self._budget)), f"memory-{level.device}")
+
+    def _why_slow(self, level: DeviceLevel) -> str:
+        """That pages could not be locked, and what to change; empty if they could."""
+        if (unlocked := self._crew.upkeep.unlocked(level.device)) is None:
+            return ""
+        memlock = None if level.sample is None else level.sample.memlock
+        return why_slow(unlocked.bytes, unlocked.why, memlock)
 
     async def _follow(self, level: DeviceLevel, plan: MemoryPlan, why: str) -> None:
         try:

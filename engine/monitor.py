@@ -14,6 +14,7 @@ from itertools import pairwise
 import msgspec
 import pynvml
 
+from engine.amounts import size
 from engine.footprint import Need, RequestSize
 from engine.gpu_samples import Gpu, GpuSample
 from engine.host_samples import host_sample
@@ -74,8 +75,9 @@ class Sample(GpuSample, frozen=True, kw_only=True):
     """Bytes of the machine, or of the control group if that may have less."""
     host_available: int | None = None
     memlock: int | None = None
-    """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes. For people to see: NVIDIA's driver does not
-    ask for it when it page-locks (`os_lock_user_pages` of its open kernel modules), so no decision depends on it."""
+    """What a process may lock (RLIMIT_MEMLOCK); None: as much as it likes. NVIDIA's driver does not ask for it when it
+    page-locks (`os_lock_user_pages` of its open kernel modules); others may, and a container need not let it. So what
+    counts is whether pages were locked (`Policy.locked`), and this only says what to change if not (`why_slow`)."""
     pressure: float | None = None
     """Of /proc/pressure/memory, "some avg10": the share of ten seconds in which some task waited for memory, 0 to 1."""
 
@@ -104,6 +106,25 @@ def why_no_copies(sample: Sample, amount: int) -> str:
     if sample.pressure is not None and sample.pressure >= HOST_PRESSURE:
         return f"host memory is short: something waited for it in {sample.pressure:.0%} of the last 10 s"
     return ""
+
+
+def why_slow(amount: int, why: str, memlock: int | None) -> str:
+    """For people: that the pages of so many bytes of weights in host memory could not be locked, what it means, and
+    what to change. `why`: what the driver says; `memlock` as in `Sample`."""
+    return (
+        f"the pages of {size(amount)} of weights in host memory cannot be locked ({why}): memory levels 2 and 3 give "
+        f"the same results, but wait for every copy; {how_to_lock(memlock)}"
+    )
+
+
+def how_to_lock(memlock: int | None) -> str:
+    """What to change where pages cannot be locked."""
+    if memlock is None:
+        return "what may be locked is not limited (ulimit -l), so see what the kernel's log says"
+    return (
+        f"a process may lock {size(memlock)} here: set LimitMEMLOCK=infinity in the service's unit, or ulimit -l "
+        "unlimited before `engine serve`, and start the engine again"
+    )
 
 
 class Sampler:
@@ -166,6 +187,8 @@ class Policy:
         """What holds, or will when what was said last has been carried out."""
         self.copies = copies
         """The weights are in host memory, which levels 2 and 3 need."""
+        self.locked = True
+        """So are their pages, so that copies from there cost what they should."""
         self._running: RequestSize | None = None
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
         """Of the last `REST` seconds and one before: when, and what of the device there was for this engine."""
@@ -266,7 +289,8 @@ class Policy:
         return wanted.level < self.plan.level or self._slowdown(self.plan) > self._slowdown(wanted) * (1 + LITTLE)
 
     def _slowdown(self, plan: MemoryPlan) -> float:
-        return self._needs(self._running, plan).slowdown
+        need = self._needs(self._running, plan)
+        return need.slowdown if self.locked else need.slowdown_unlocked
 
     def _allowed(self) -> list[MemoryPlan]:
         return [p for p in self._plans if p.level < 2 or self.copies]

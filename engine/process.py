@@ -61,6 +61,7 @@ class ProcessState(State, frozen=True, kw_only=True):
     outstanding: int
     knows: list[tuple[str, str, str]]
     asked: list[tuple[str, str, str]]
+    unlocked: list[tuple[str, str, str]]
     memory: MemoryPlan
     computes: dict[StageName, dict[str, str]]
     outbox: list[tuple[bytes, list[int]]]
@@ -164,6 +165,8 @@ class StageProcess:
         """(component, content hash, device) of the versions of weights that it has mapped, or was started with."""
         self.asked: set[tuple[str, str, str]] = set()
         """Those that it is to map and has not answered about."""
+        self.unlocked: dict[tuple[str, str], str] = {}
+        """(component, content hash) of versions in host memory whose pages it could not lock -> why."""
         self.memory = MemoryPlan()
         """What it keeps to, as it was started with, or has said."""
         self.computes: dict[StageName, dict[str, str]] = {}
@@ -209,7 +212,8 @@ class StageProcess:
         return ProcessState(
             body=self._body.state(fds), seats=self.seats, epoch=self.epoch, ready=self.ready,
             outstanding=self.outstanding, knows=sorted(self.knows), asked=sorted(self.asked),
-            memory=self.memory, computes=self.computes,
+            unlocked=[(*version, why) for version, why in self.unlocked.items()], memory=self.memory,
+            computes=self.computes,
             killed=self._killed, leaving=self.leaving, oom_kills=self._oom_kills,
             outbox=[(packet, fds.put_all(with_it)) for packet, with_it in self._outbox],
         )  # fmt: skip
@@ -218,6 +222,7 @@ class StageProcess:
         """Be what it was under the program before this one; it is not touched before `resume`."""
         self.ready, self.outstanding, self.knows = state.ready, state.outstanding, set(state.knows)
         self.asked, self.memory = set(state.asked), state.memory
+        self.unlocked = {(component, content): why for component, content, why in state.unlocked}
         self.computes = state.computes
         self._killed, self.leaving, self._oom_kills = state.killed, state.leaving, state.oom_kills
         self._outbox.extend((packet, fds.take_all(with_it)) for packet, with_it in state.outbox)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from engine.plans import HOST, Plans
 from engine.posts import Changes, Post, Posts
@@ -22,6 +23,14 @@ from ipc.messages.reports import Adopted, MemorySet
 from ipc.messages.stage import Adopt, Forget
 
 log = logging.getLogger(__name__)
+
+
+class Unlocked(NamedTuple):
+    """Weights in host memory whose pages could not be locked for a GPU."""
+
+    bytes: int
+    why: str
+    """What the driver says, of the first."""
 
 
 class Upkeep:
@@ -117,6 +126,7 @@ class Upkeep:
 
     def _tell_forget(self, process: StageProcess, component: str, content: str) -> None:
         known = {key for key in process.knows if key[:2] == (component, content)}
+        process.unlocked.pop((component, content), None)
         if known:
             process.knows -= known
             process.send(Forget(component=component, content=content))
@@ -143,6 +153,15 @@ class Upkeep:
                     self._tell_adopt(process, placed)
         if device not in self._plans.coming and process.memory != self._plans.held[device]:
             process.send(self._plans.order(device, self._plans.held[device]))
+
+    def unlocked(self, device: str) -> Unlocked | None:
+        """What of the weights in host memory the processes of a device could not lock; None: nothing."""
+        reasons: dict[tuple[str, str], str] = {}
+        for post in self._posts.on(device):
+            reasons |= {} if post.process is None else post.process.unlocked
+        copies = {(p.version.component, p.version.content): p.version.bytes for p in self._placed if p.device == HOST}
+        size = sum(copies.get(version, 0) for version in reasons)
+        return Unlocked(size, next(iter(reasons.values()))) if reasons else None
 
     def places_of(self, component: str) -> list[str]:
         """Where a version of it is placed: where it is computed with, and where host copies are kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
@@ -26,8 +27,11 @@ class HostVersion:
         return cls(future)
 
     @classmethod
-    def mapping(cls, version: WeightVersion, fd: int, shapes: Shapes, runs: Runs, device: int) -> HostVersion:
-        """Map it, check it and page-lock it for a GPU, in a thread: seconds for 28 GB. The descriptor is duplicated."""
+    def mapping(
+        cls, version: WeightVersion, fd: int, shapes: Shapes, runs: Runs, device: int, unlocked: Callable[[str], None]
+    ) -> HostVersion:
+        """Map it, check it and page-lock it for a GPU, in a thread: seconds for 28 GB. The descriptor is duplicated.
+        `unlocked` is told there why its pages could not be locked, if they could not."""
         future: Future[Placement] = Future()
         own = os.dup(fd)
 
@@ -36,11 +40,14 @@ class HostVersion:
                 torch.cuda.set_device(device)  # else a context is made on the first one
                 placement = Placement.attach(version, own, shapes, runs, pinned=True)
                 placement.close()
-                future.set_result(placement)
             except Exception as error:
                 future.set_exception(error)
+                return
             finally:
                 os.close(own)
+            future.set_result(placement)
+            if placement.unlocked:
+                unlocked(placement.unlocked)
 
         threading.Thread(target=attach, name="map-weights", daemon=True).start()
         return cls(future)

@@ -13,11 +13,11 @@ but for those of a run, which are one right behind the other.
 from __future__ import annotations
 
 import fcntl
-import logging
 import mmap
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import msgspec
@@ -29,8 +29,6 @@ from ipc.layout import tensor_bytes
 from ipc.memory import PAGE_BYTES, SharedMemory, round_up
 from ipc.messages.weights import WeightVersion
 from ipc.tensors import dtype_name, dtype_of
-
-log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 """Bytes; a cache line, and more than any kernel asks for."""
@@ -142,6 +140,11 @@ class Placement:
         """Lock the pages of a placement that was created here, so that a GPU copies from them by itself."""
         self._mapping.pin(read_only=False)
 
+    @property
+    def unlocked(self) -> str:
+        """Why its pages could not be locked; empty if they are, or were not to be."""
+        return self._mapping.unlocked
+
     def fingerprint(self) -> str:
         """xxh3-128 of all data, gaps included, in hex."""
         total = xxhash.xxh3_128()
@@ -158,23 +161,34 @@ class Placement:
 class PinnableMap(mmap.mmap):
     """A mapping that a GPU may be told of, and is told to forget before it goes."""
 
+    unlocked = ""
+    """Why its pages could not be locked; empty if they are, or were not to be."""
     _address = 0
     _device = 0
 
     def pin(self, *, read_only: bool) -> None:
-        """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. Where that cannot be, a copy from it is
-        slower, and waited for, and the log says so."""
-        address = flat_tensor(memoryview(self)).data_ptr()
-        code = int(_cudart().cudaHostRegister(address, len(self), PORTABLE | (READ_ONLY if read_only else 0)))
+        """Page-lock it for all CUDA devices of this process; 4 GiB take 0.2 s. It is tried once: where it cannot be,
+        `unlocked` says why, and a copy from it is slower, and waited for."""
+        address, device = flat_tensor(memoryview(self)).data_ptr(), torch.cuda.current_device()
+        flags = PORTABLE | (READ_ONLY if read_only else 0)
+        # The runtime keeps the error of a failed call for its thread, and torch raises it there after the next kernel.
+        with ThreadPoolExecutor(1, thread_name_prefix="page-lock") as apart:
+            code = apart.submit(_register, address, len(self), flags, device).result()
         if code:
-            log.warning("%.1f GiB of weights cannot be page-locked (CUDA error %d)", len(self) / 2**30, code)
+            self.unlocked = f"CUDA error {code}"
         else:
-            self._address, self._device = address, torch.cuda.current_device()
+            self._address, self._device = address, device
 
     def __del__(self) -> None:
         if self._address:
             with torch.cuda.device(self._device):  # this may be any thread
                 _cudart().cudaHostUnregister(self._address)
+
+
+def _register(address: int, size: int, flags: int, device: int) -> int:
+    """The runtime's error, 0 for none."""
+    torch.cuda.set_device(device)  # else a context is made on the first one
+    return int(_cudart().cudaHostRegister(address, size, flags))
 
 
 def _cudart() -> Any:

@@ -44,6 +44,9 @@ class Links(NamedTuple):
     """Component -> its versions that are in memory already, with their descriptors, which are the caller's."""
     place: Callable[[WeightVersion, str, int], None]
     """Hands the supervisor a component that was read to a device, with its descriptor, which stays the caller's."""
+    unlocked: Callable[[str, str, str], None]
+    """Tells the supervisor, from any thread, of a version of a component in host memory whose pages could not be locked
+    for the GPU, and why."""
     choose: Callable[[Chosen | VaeChosen], None]
     """Tells the supervisor what the dit, or the vae, computes with."""
     placing: Callable[[str], None]
@@ -124,6 +127,7 @@ def attach_links(
     beat: Callable[[], None],
     loading: Callable[[str, int, int], None],
     place: Callable[[WeightVersion, str, int], None],
+    unlocked: Callable[[str, str, str], None],
     choose: Callable[[Chosen | VaeChosen], None],
     placing: Callable[[str], None],
     deliver: Callable[[Delivery], None],
@@ -140,7 +144,7 @@ def attach_links(
     placed: dict[str, list[tuple[WeightVersion, int]]] = collections.defaultdict(list)
     for version, fd in zip(start.placed, fds, strict=True):
         placed[version.component].append((version, fd))
-    return Links(inputs, outputs, states, beat, loading, placed, place, choose, placing, deliver)
+    return Links(inputs, outputs, states, beat, loading, placed, place, unlocked, choose, placing, deliver)
 
 
 def _attach(start: Start, fds: list[int], side: Side, stages: Mapping[str, StageName]) -> dict[str, TensorQueue]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,34 +35,42 @@ def measure(
     if device.type != "cuda":
         return TransfersMeasured(problem="needs a GPU")
     try:
-        pinning, copy_in, copy_out = time_copies(device)
+        copies = time_copies(device)
         seconds = [time_block(config, dtype, device, compute, tokens) for tokens in TOKENS]
     except (RuntimeError, OSError) as error:
         text = (str(error).splitlines() or [""])[0][:200]
         return TransfersMeasured(problem=f"{type(error).__name__}: {text}")
+    timed = list(zip(TOKENS, seconds, strict=True))
     return TransfersMeasured(
-        pinning=pinning, copy_in=copy_in, copy_out=copy_out,
-        block_seconds=dict(zip(TOKENS, seconds, strict=True)),
-        break_even=break_even(list(zip(TOKENS, seconds, strict=True)), block_bytes / copy_in),
-    )  # fmt: skip
+        **copies._asdict(), block_seconds=dict(timed), break_even=break_even(timed, block_bytes / copies.copy_in)
+    )
 
 
-def time_copies(device: torch.device, size: int = PINNED_BYTES) -> tuple[float, float, float]:
-    """Bytes per second of page-locking memory that is there already, of copies to the GPU, and of copies from it. The
-    memory is as that of weights (`hotreload/placement.py`). RuntimeError if it cannot be page-locked."""
+class Copies(NamedTuple):
+    """As in `TransfersMeasured`."""
+
+    pinning: float
+    unlocked: str
+    copy_in: float
+    copy_in_unlocked: float
+    copy_out: float
+
+
+def time_copies(device: torch.device, size: int = PINNED_BYTES) -> Copies:
+    """Of memory as that of weights (`hotreload/placement.py`), which is there already when it is page-locked."""
     placement = Placement.create("engine-doctor", {"weights": (torch.uint8, (size,))})
     try:
         host = placement.flat
         host.fill_(1)
+        there = torch.empty(len(host), dtype=torch.uint8, device=device)
+        before = fastest(lambda: there.copy_(host, non_blocking=True), device)
         began = time.perf_counter()
         placement.pin()
         pinning = size / (time.perf_counter() - began)
-        if not host.is_pinned():
-            raise RuntimeError(f"{size:,} bytes of shared memory cannot be page-locked")
-        there = torch.empty(len(host), dtype=torch.uint8, device=device)
         to = fastest(lambda: there.copy_(host, non_blocking=True), device)
         back = fastest(lambda: host.copy_(there, non_blocking=True), device)
-        return pinning, size / to, size / back
+        why = placement.unlocked
+        return Copies(0.0 if why else pinning, why, size / to, size / before, size / back)
     finally:
         placement.close()
 

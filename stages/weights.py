@@ -4,6 +4,7 @@ it changes between versions of them, with and without LoRA adapters."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -52,14 +53,22 @@ class Network(Generic[M]):
     """
 
     def __init__(
-        self, module: M, name: str, shapes: Shapes, aliases: Mapping[str, str], content: str, device: torch.device
+        self,
+        module: M,
+        name: str,
+        shapes: Shapes,
+        aliases: Mapping[str, str],
+        content: str,
+        device: torch.device,
+        unlocked: Callable[[str, str, str], None] = lambda component, content, why: None,
     ) -> None:
-        """`module` is bound to version `content`; use `load`."""
+        """`module` is bound to version `content`; use `load`. `unlocked`: as in `Links`."""
         self.module = module
         self.bound = Bound(content)
         self.device = device
         self.lane = lane_of(device)
         """Where it computes."""
+        self._unlocked = unlocked
         self._lent = Lent(pinned=device.type == "cuda")
         self._overlays = itertools.count(1)
         self._overlaid: tuple[str, ...] = ()
@@ -105,7 +114,7 @@ class Network(Generic[M]):
         def progress(done: int, total: int) -> None:
             links.loading(name, done, total)
 
-        network = cls(module, name, shapes, aliases, "", where)
+        network = cls(module, name, shapes, aliases, "", where, links.unlocked)
         if placed := links.placed.get(name):
             for version, fd in placed:
                 try:
@@ -145,13 +154,16 @@ class Network(Generic[M]):
                 placement.close()
         elif version.content not in self._on_host:
             self._on_host[version.content] = HostVersion.mapping(
-                version, fd, self._shapes, runs_of(self.module), self.device.index or 0
-            )
+                version, fd, self._shapes, runs_of(self.module), self.device.index or 0,
+                functools.partial(self._unlocked, self._name, version.content),
+            )  # fmt: skip
 
     def _keep(self, version: WeightVersion, placement: Placement | DevicePlacement) -> None:
         if isinstance(placement, Placement):
             if self.device.type == "cuda":
                 placement.pin()
+                if placement.unlocked:
+                    self._unlocked(self._name, version.content, placement.unlocked)
             self._on_host[version.content] = HostVersion.of(placement)
         if isinstance(placement, DevicePlacement) or self.device.type == "cpu":
             self._versions[version.content] = placement.tensors

@@ -11,6 +11,7 @@ because the main one may be in a long quantum.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import select
@@ -28,7 +29,17 @@ from ipc.channel import Channel, ChannelClosed, close_fds
 from ipc.counters import ProgressCounter
 from ipc.errors import EngineError, Failure, StageFailed, to_failure
 from ipc.messages.names import StageName
-from ipc.messages.reports import Chosen, Loading, Placed, PlacingFile, Ready, Rehearsed, StartFailed, VaeChosen
+from ipc.messages.reports import (
+    Chosen,
+    Loading,
+    Placed,
+    PlacingFile,
+    Ready,
+    Rehearsed,
+    StartFailed,
+    Unlocked,
+    VaeChosen,
+)
 from ipc.messages.stage import AnyStageProcessMessage, Prepare, Rehearse, ServeForks, Start
 from ipc.messages.weights import WeightVersion
 from stages.failures import start_failure, summary
@@ -72,6 +83,13 @@ class LoadingReporter:
 def hand_over(channel: Channel[AnyStageProcessMessage], version: WeightVersion, device: str, fd: int) -> None:
     """Give the supervisor a component that was placed on a device."""
     channel.send(Placed(version=version, device=device), [fd], timeout=SEND_TIMEOUT)
+
+
+def tell_unlocked(channel: Channel[AnyStageProcessMessage], component: str, content: str, why: str) -> None:
+    """Tell the supervisor of weights in host memory whose pages could not be locked. In any thread: if the supervisor
+    is gone, others notice."""
+    with contextlib.suppress(ChannelClosed):
+        channel.send(Unlocked(component=component, content=content, why=why), timeout=SEND_TIMEOUT)
 
 
 def tell_choice(channel: Channel[AnyStageProcessMessage], chosen: Chosen | VaeChosen) -> None:
@@ -162,7 +180,7 @@ def rehearse(start: Start, fds: list[int]) -> Failure | None:
     try:
         links = attach_links(
             start, fds, lambda: None, lambda name, done, total: None, lambda version, device, fd: None,
-            lambda chosen: None, lambda identity: None, lambda delivery: None,
+            lambda component, content, why: None, lambda chosen: None, lambda identity: None, lambda delivery: None,
         )  # fmt: skip
         for stage in load_stages(start, links).values():
             stage.rehearse()
@@ -235,8 +253,8 @@ def run(channel: Channel[AnyStageProcessMessage]) -> int:
         loading = LoadingReporter(channel, counter.increment)
         deliveries: list[Delivery] = []
         links = attach_links(
-            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_choice, channel),
-            partial(tell_placing, channel), deliveries.append,
+            start, fds[1:], counter.increment, loading, partial(hand_over, channel), partial(tell_unlocked, channel),
+            partial(tell_choice, channel), partial(tell_placing, channel), deliveries.append,
         )  # fmt: skip
         limit_memory(device, start.stages, start.limits)
         stages = load_stages(start, links)

@@ -82,7 +82,7 @@ class Held:
         self, setup: Setup, module: Any, name: str, shapes: Shapes, host: Placement, aliases: Any = None
     ) -> None:
         self.setup = setup
-        self.network: Network[Any] = Network(module, name, shapes, aliases or {}, "", setup.device)
+        self.network: Network[Any] = Network(module, name, shapes, aliases or {}, "", setup.device, self._unlocked)
         self._host = host
         self.placed = 0
         """Bytes behind descriptors on the device."""
@@ -99,12 +99,15 @@ class Held:
         self.network.onload(self._links(), [], outliving=self.setup.device.type == "cuda")
         return self.network.use("base")
 
+    def _unlocked(self, component: str, content: str, why: str) -> None:
+        self.setup.check(False, f"the pages of the {component} are locked: {why}")
+
     def _links(self) -> Links:
         def place(version: WeightVersion, device: str, fd: int) -> None:
             self.placed += version.bytes
 
         nothing: Any = None
-        return Links({}, {}, None, lambda: None, nothing, {}, place, nothing, nothing, nothing)
+        return Links({}, {}, None, lambda: None, nothing, {}, place, self._unlocked, nothing, nothing, nothing)
 
 
 def fill(setup: Setup, name: str, shapes: Shapes, runs: Any) -> Placement:

@@ -42,9 +42,13 @@ class TransfersMeasured(msgspec.Struct, frozen=True, kw_only=True):
 
     problem: str = ""
     pinning: float = 0.0
-    """Bytes a second of page-locking shared host memory that is there already."""
+    """Bytes a second of page-locking shared host memory that is there already; 0: it cannot be locked."""
+    unlocked: str = ""
+    """Why it cannot."""
     copy_in: float = 0.0
     """Bytes a second from there to the GPU."""
+    copy_in_unlocked: float = 0.0
+    """The same from pages that are not locked."""
     copy_out: float = 0.0
     """Bytes a second back."""
     block_seconds: dict[int, float] = {}

@@ -33,6 +33,16 @@ class Placed(StageReport, frozen=True, tag="placed", kw_only=True):
     """As the processes that compute there are told: cpu, cuda:0."""
 
 
+class Unlocked(StageReport, frozen=True, tag="unlocked", kw_only=True):
+    """The pages of a version in host memory could not be locked for the GPU of this process, which copies from it more
+    slowly, and waits for it."""
+
+    component: str
+    content: str
+    why: str
+    """What the driver says."""
+
+
 class Chosen(StageReport, frozen=True, tag="chosen", kw_only=True):
     """What the dit will compute with, before it reads its weights. Every dit after it is told to use the same, so that
     a result does not depend on which process came to it, or how often one was started."""
@@ -173,6 +183,7 @@ AnyStageReport = (
     | ForkRefused
     | Loading
     | Placed
+    | Unlocked
     | Chosen
     | VaeChosen
     | Ready

@@ -83,6 +83,9 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
     budget: int | None
     """Bytes of the device that the engine may take; None: all that are free."""
     copies: HostCopies
+    slow: str = ""
+    """That the pages of weights in host memory could not be locked for this device, so that copies from there are slow,
+    and what to change; empty if they could."""
     last: MemoryChange | None
     sample: dict[str, Any] | None = None
     """What was last seen of this machine's memory (`engine/monitor.py`); None: it is not looked at."""

@@ -15,7 +15,7 @@ from engine.models import load_model
 from engine.params import SystemParams
 from engine.plans import HOST, Plans
 from engine.posts import Changes, Posts
-from engine.upkeep import Upkeep
+from engine.upkeep import Unlocked, Upkeep
 from engine.weights import Versions, WeightStore
 from ipc.errors import EngineError
 from ipc.messages.memory import MemoryPlan
@@ -41,6 +41,7 @@ class GpuCrew:
         places = Upkeep(posts, self.placed, self.plans, Changes(), deadline=60.0)
         self.homes_of, self.places_of, self.needs = places.homes_of, places.places_of, places.needs
         self.adopted: list[tuple[str, str]] = []
+        self.not_locked: Unlocked | None = None
         self.refusal: EngineError | None = None
         """Of the next change of plan."""
 
@@ -87,6 +88,9 @@ class GpuCrew:
             self.refusal = None
             raise refusal
         self.plans.held[device] = plan
+
+    def unlocked(self, device: str) -> Unlocked | None:
+        return self.not_locked
 
     def pids(self) -> list[int]:
         return [os.getpid()]

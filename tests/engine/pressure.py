@@ -112,18 +112,22 @@ def _roomy(moments: Sequence[Moment]) -> bool:
     return len(recent) > 1 and min(recent) >= account(now.size, now.after).gpu + TOTAL * NOISE / 2
 
 
-def wrong_end(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS) -> list[str]:
+def wrong_end(moments: Sequence[Moment], allowed: Sequence[MemoryPlan] = PLANS, *, locked: bool = True) -> list[str]:
     """After a while without movement the level is not the lowest that fits, allowing for the margin of the policy, or
-    steps are slower than with the most blocks that fit."""
+    steps are slower than with the most blocks that fit. `locked`: the pages of the weights in host memory are."""
+
+    def slowdown(plan: MemoryPlan) -> float:
+        return account(size, plan).slowdown if locked else account(size, plan).slowdown_unlocked
+
     there, plan, size = moments[-1].there, moments[-1].after, moments[-1].size
     roomy = next((p for p in allowed if account(size, p).gpu <= there - MARGIN), allowed[-1])
-    if plan.level > roomy.level or account(size, plan).slowdown > account(size, roomy).slowdown * (1 + LITTLE):
+    if plan.level > roomy.level or slowdown(plan) > slowdown(roomy) * (1 + LITTLE):
         return [f"ends with {plan}, where {roomy} fits into {there / GIB:.1f} GiB"]
     return []
 
 
-def problems(moments: Sequence[Moment]) -> list[str]:
-    return above_budget(moments) + flapping(moments) + wrong_end(moments)
+def problems(moments: Sequence[Moment], *, locked: bool = True) -> list[str]:
+    return above_budget(moments) + flapping(moments) + wrong_end(moments, locked=locked)
 
 
 class Cycle(NamedTuple):

@@ -166,8 +166,12 @@ def test_the_row_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     failed = msgspec.structs.replace(change, error=Failure("out_of_memory", "the slots do not fit"))
     copies = HostCopies(state="none", problem="host memory is short")
     other = msgspec.structs.replace(device, mode="fixed", budget=None, copies=copies, last=failed, sample=None)
-    display.print_plans([device, other])
-    _, first, second = capsys.readouterr().out.splitlines()
+    slow = msgspec.structs.replace(
+        other, device="cuda:1", slow="the pages of some weights cannot be locked: " + "x " * 60
+    )
+    display.print_plans([device, other, slow])
+    _, first, second, _, empty, *said = capsys.readouterr().out.splitlines()
+    assert not empty and " ".join(said).split() == f"cuda:1: {slow.slow}".split() and max(map(len, said)) <= 100
     assert [cell.strip() for cell in first.split("  ") if cell.strip()] == [
         "cuda:0", "3, 5 blocks stay", "auto, budget 12.9 GB", "0, 1", "10.0 GB of 40.0 GB",
         "10.0 GB ours, 60.0 GB others', 1.0 GB free", "0 to 3 in 0.43 s: 9.4 GB free",

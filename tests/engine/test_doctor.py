@@ -44,10 +44,18 @@ def test_what_is_shown(report: DoctorReport, capsys: pytest.CaptureFixture[str])
 
 
 def test_what_is_shown_of_transfers() -> None:
-    found = TransfersMeasured(pinning=7.5e9, copy_in=55.3e9, copy_out=53e9, break_even=9060)
+    found = TransfersMeasured(
+        pinning=7.5e9, copy_in=55.3e9, copy_in_unlocked=5.6e9, copy_out=53e9, break_even=9060
+    )  # fmt: skip
     assert streaming(found) == (
-        "55.3 GB/s to the GPU, 53.0 back; page-locking 7.5 GB/s; memory level 3 costs no time from 9,060 tokens on"
+        "55.3 GB/s to the GPU, 53.0 back; page-locking 7.5 GB/s, without 5.6 to the GPU; memory level 3 costs no time "
+        "from 9,060 tokens on"
     )
+    found = TransfersMeasured(
+        unlocked="CUDA error 2", copy_in=5.6e9, copy_in_unlocked=5.6e9, copy_out=5e9, break_even=1
+    )
+    assert streaming(found).startswith("5.6 GB/s to the GPU, 5.0 back; pages cannot be locked (CUDA error 2): ")
+    assert "ulimit -l" in streaming(found) and "costs no time" not in streaming(found)
 
 
 def test_the_command() -> None:

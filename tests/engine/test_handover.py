@@ -76,8 +76,8 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     ),
     Takeover: ("", "_params _posts _starts _all_up _turn _successors ended moving_to"),
     StageProcess: (
-        "seats epoch ready outstanding knows asked memory computes leaving _outbox _body counter _popen _channel "
-        "_pidfd pid _killed _oom_kills",
+        "seats epoch ready outstanding knows asked unlocked memory computes leaving _outbox _body counter _popen "
+        "_channel _pidfd pid _killed _oom_kills",
         "_on_report _on_exit _loop _writing outside ended_by exited _seen resident",
     ),
     Body: ("counter popen pidfd channel", "vmstat"),
@@ -88,7 +88,7 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Vault: ("_names _stored", "_notify _given _identities"),
     Plans: ("held copies", "coming limits"),
     Levels: ("_devices", "_host _crew _model _tasks _by_hand _mapping _rungs _budget _host_sampler copies"),
-    DeviceLevel: ("device mode last freed", "setting account turn raising looked policy sampler sample"),
+    DeviceLevel: ("device mode last freed", "setting account turn raising looked policy sampler sample said_slow"),
     Loras: ("adapters", "_model _root _known_jobs _keep _turn _closed _taking_back _unfit _to_read"),
     Adapters: ("_named _nameless _absent _parts", "_lent"),
     Versions: ("serving previous pinned sources served", ""),

@@ -16,6 +16,7 @@ from engine.levels import Levels
 from engine.models import load_model
 from engine.monitor import Sample
 from engine.params import SystemParams
+from engine.upkeep import Unlocked
 from ipc.errors import BadRequest, Busy, OutOfMemory
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.names import MemoryLevel, Seat
@@ -80,6 +81,28 @@ async def watched() -> AsyncIterator[Watched]:
     yield made
     await made.levels.end()
     made.crew.close()
+
+
+async def test_pages_that_could_not_be_locked(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so once, the status as long as it is so, and what is chosen is what is fast then: under pressure as
+    many blocks stay as fit."""
+    await watched.see(0, 5)
+    assert watched.levels.status()[0].slow == ""
+    watched.crew.not_locked = Unlocked(28 * 10**9, "CUDA error 2")
+    await watched.see(0, 5)
+    slow = watched.levels.status()[0].slow
+    assert "28.0 GB" in slow and "(CUDA error 2)" in slow
+    assert [message for message in caplog.messages if "locked" in message] == [f"{GPU}: {slow}"]
+    await watched.see(60 * GIB, 1)
+    unlocked = watched.plan
+    assert unlocked.level == 3 and unlocked.blocks
+
+    await watched.see(0, 30)
+    watched.crew.not_locked = None
+    await watched.see(0, 1)
+    assert watched.plan == MemoryPlan() and watched.levels.status()[0].slow == ""
+    await watched.see(60 * GIB, 1)
+    assert watched.plan.level == 3 and watched.plan.blocks is not None and watched.plan.blocks < unlocked.blocks
 
 
 async def test_what_there_can_ever_be_for_a_request(watched: Watched) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import Client, Supervisor, process
+from engine.amounts import size
 from ipc.errors import OutOfMemory
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.server import Progress
@@ -73,6 +74,42 @@ async def test_a_step_that_lacks_memory_fails_where_the_level_is_fixed(said: Pat
         await video(supervisor, said / "v.mp4")
         (device,) = await supervisor.change_memory("auto")
         assert (device.plan, device.mode) == (MemoryPlan(), "auto")
+
+
+async def test_pages_that_could_not_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_until: Wait
+) -> None:
+    """Every process says so of what it maps: the status has it, with all bytes and what to change; requests are done,
+    as ever. It is true of a process that takes the place of one that died, and of new weights, not of those that were
+    let go of."""
+    monkeypatch.setattr(process, "WORKER", "tests.engine.unlocked_worker")
+    async with engine() as supervisor:
+
+        def unlocked() -> int:
+            (device,) = supervisor.memory_levels()
+            found = supervisor._crew.upkeep.unlocked("cpu")
+            assert (found is None) == (device.slow == "")
+            if found is None:
+                return 0
+            assert device.slow.startswith(
+                f"the pages of {size(found.bytes)} of weights in host memory cannot be locked"
+            )
+            assert "(CUDA error 2)" in device.slow and "ulimit -l" in device.slow
+            return found.bytes
+
+        def in_memory() -> int:
+            return sum(holding.bytes for holding in supervisor.memory() if holding.state == "placed")
+
+        assert unlocked() == in_memory() > 0
+        await video(supervisor, tmp_path / "v.mp4")
+        killed = supervisor.status().stages[2]
+        assert killed.name == "vae" and killed.pid is not None
+        os.kill(killed.pid, signal.SIGKILL)
+        await wait_until(lambda: unlocked() < in_memory(), "the end of the vae")
+        await wait_until(lambda: unlocked() == in_memory(), "its successor")
+        await supervisor.reload(order())
+        await video(supervisor, tmp_path / "v.mp4")
+        await wait_until(lambda: unlocked() == in_memory(), "the end of the old version")
 
 
 def let_choose(supervisor: Supervisor) -> None:

@@ -186,6 +186,68 @@ def test_a_version_is_unmapped_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     wait(2)
 
 
+class Runtime:
+    """CUDA's, on a machine that cannot lock pages."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        """Thread and size of each call."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked.append((threading.get_ident(), size))
+        return 2
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    monkeypatch.setattr("hotreload.placement._cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return made
+
+
+def test_pages_that_cannot_be_locked(runtime: Runtime) -> None:
+    """It is tried once, in a thread of its own, which takes the runtime's error with it; the memory is as good as
+    before, and says why it is not locked. Nothing is unlocked when it goes."""
+    placement, version = placed()
+    assert placement.unlocked == ""
+    placement.pin()
+    assert placement.unlocked == "CUDA error 2"
+    ((thread, size),) = runtime.asked
+    assert thread != threading.get_ident() and size == version.bytes
+    assert all(torch.equal(placement.tensors[name], tensor) for name, tensor in contents().items())
+    del placement
+
+
+def test_a_copy_whose_pages_cannot_be_locked(runtime: Runtime) -> None:
+    """A version that is mapped in the background is used all the same, and who maps it is told why; once."""
+    placement, version = placed()
+    told: list[str] = []
+    host = HostVersion.mapping(version, placement.fd, SHAPES, (), 0, told.append)
+    mapped = host.placement()
+    assert all(torch.equal(mapped.tensors[name], tensor) for name, tensor in contents().items())
+    deadline = time.monotonic() + 10
+    while not told:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert told == ["CUDA error 2"] and len(runtime.asked) == 1
+
+
+@pytest.mark.gpu
+def test_what_is_computed_after_pages_could_not_be_locked() -> None:
+    """Memory that is locked already cannot be locked again: that error is nobody else's, least of all that of the next
+    kernel."""
+    placement, _ = placed()
+    torch.cuda.set_device(0)
+    placement.pin()
+    assert placement.unlocked == ""
+    placement.pin()
+    assert placement.unlocked == "CUDA error 712"
+    assert float(torch.ones(4, device="cuda").sum()) == 4.0
+    assert torch.equal(placement.flat.to("cuda", non_blocking=True).cpu(), placement.flat)
+
+
 def test_the_table_does_not_overlap() -> None:
     """Odd sizes and dtypes: every tensor starts aligned, after the end of the one before it."""
     table = lay_out({"a": (torch.bfloat16, (3,)), "b": (torch.float32, (5, 7)), "c": (torch.float16, (1,))})

@@ -153,6 +153,8 @@ class Rig:
         """What the stages have placed; a stage that is loaded again without other fields binds to it."""
         self.loaded: dict[str, tuple[int, int]] = {}
         """Component -> the bytes read last and all there are."""
+        self.unlocked: list[tuple[str, str, str]] = []
+        """What the stages said of pages that could not be locked."""
         self.chosen: list[Chosen | VaeChosen] = []
         """What the dits and the vaes said they compute with."""
         self._epoch = 0
@@ -185,8 +187,8 @@ class Rig:
 
     def links(self, start: Start) -> Links:
         return attach_links(
-            start, self.fds(start), self._beat, self._loading, self._place, self.chosen.append, self.placing.append,
-            self._deliver,
+            start, self.fds(start), self._beat, self._loading, self._place, self._note_unlocked, self.chosen.append,
+            self.placing.append, self._deliver,
         )  # fmt: skip
 
     def load(self, name: StageName, **fields: Any) -> Stage:
@@ -207,6 +209,9 @@ class Rig:
 
     def _placed(self, stages: Collection[StageName]) -> list[tuple[WeightVersion, int]]:
         return self.weights.of("cpu", [name for name, stage in STAGE_OF_COMPONENT.items() if stage in stages])
+
+    def _note_unlocked(self, component: str, content: str, why: str) -> None:
+        self.unlocked.append((component, content, why))
 
     def _beat(self) -> None:
         self.beats += 1
