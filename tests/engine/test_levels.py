@@ -110,6 +110,8 @@ async def test_pages_that_could_not_be_locked(
         await supervisor.reload(order())
         await video(supervisor, tmp_path / "v.mp4")
         await wait_until(lambda: unlocked() == in_memory(), "the end of the old version")
+        known = {version for each in supervisor._crew._posts.processes() for version in each.unlocked}
+        assert known == {(h.name, h.generation) for h in supervisor.memory() if h.state == "placed"}
 
 
 def let_choose(supervisor: Supervisor) -> None:
