@@ -90,7 +90,7 @@ def generate(
         locals(), leave_out=("out", "model", "checkpoint", "lora", "placement", "trace_to", "socket", "as_json")
     )
     from engine.decode import decode_strictly
-    from engine.display import progress_view, summary
+    from engine.display.progress import progress_view, summary
     from engine.generate import Order, run, suggestions
     from engine.params import UserParams
     from engine.trace_file import check_target, write_trace
@@ -178,7 +178,7 @@ def status(
 ) -> None:
     """What the engine is doing: its stages and queues."""
     from engine.client import Client
-    from engine.display import print_memory, print_status
+    from engine.display.status import print_memory, print_status
 
     if memory:
         held = Client(socket).memory()
@@ -234,7 +234,7 @@ def reload(
 ) -> None:
     """Serve other weights, or run the code now on disk, without a restart and without failing a request."""
     from engine.client import Client
-    from engine.display import print_reloaded, print_replaced, print_taken_over
+    from engine.display.changes import print_reloaded, print_replaced, print_taken_over
     from engine.operator import check_of_weights, read_canary, read_components, read_stages, read_when
 
     of_weights = {"component": component, "when": when, "canary": canary, "manifest": manifest, "dry_run": dry_run}
@@ -274,7 +274,7 @@ def rollback(
 ) -> None:
     """Serve again the weights from before the last reload."""
     from engine.client import Client
-    from engine.display import print_reloaded
+    from engine.display.changes import print_reloaded
     from engine.operator import read_when
 
     done = Client(socket).rollback(read_when(when))
@@ -285,7 +285,7 @@ def rollback(
 def versions(socket: Socket = None, as_json: Json = False) -> None:
     """The versions of weights: what is served, what was before, what requests still use."""
     from engine.client import Client
-    from engine.display import print_versions
+    from engine.display.changes import print_versions
 
     found = Client(socket).versions()
     _print_json(found) if as_json else print_versions(found)
@@ -307,7 +307,7 @@ def lora_add(
 ) -> None:
     """Load an adapter for requests to come: `engine generate --lora NAME:0.8`."""
     from engine.client import Client
-    from engine.display import print_loras
+    from engine.display.changes import print_loras
     from engine.operator import read_lora_files
 
     added = Client(socket).add_lora(name, *read_lora_files(files))
@@ -318,7 +318,7 @@ def lora_add(
 def lora_list(socket: Socket = None, as_json: Json = False) -> None:
     """The adapters that requests can name, and those that unfinished ones still use."""
     from engine.client import Client
-    from engine.display import print_loras
+    from engine.display.changes import print_loras
 
     found = Client(socket).loras()
     _print_json(found) if as_json else print_loras(found)
@@ -337,7 +337,7 @@ def lora_remove(name: Annotated[str, typer.Argument(help="See `engine lora list`
 def list_tasks(socket: Socket = None, as_json: Json = False) -> None:
     """Unfinished requests and the latest finished ones."""
     from engine.client import Client
-    from engine.display import print_tasks
+    from engine.display.status import print_tasks
 
     found = Client(socket).tasks()
     _print_json(found) if as_json else print_tasks(found)
@@ -375,7 +375,7 @@ def models(
 ) -> None:
     """The models this engine knows, whether their weights are here, and what they take at each memory level."""
     from engine.catalogue import describe_models
-    from engine.display import print_models
+    from engine.display.models import print_models
 
     found, problems = describe_models(size)
     _print_json(found) if as_json else print_models(found, size)
@@ -394,7 +394,7 @@ def check(
 ) -> None:
     """What a checkpoint holds, what is missing or wrong in it, and how much memory it needs. Loads no weights."""
     from engine.check import check_checkpoint
-    from engine.display import print_check
+    from engine.display.models import print_check
 
     report = check_checkpoint(directory, model, size)
     _print_json(report) if as_json else print_check(report)
@@ -457,7 +457,7 @@ def memory(
 ) -> None:
     """How much of the weights is in GPU memory, and why; or change it. Requests go on, with the same results."""
     from engine.client import Client
-    from engine.display import print_memory_levels
+    from engine.display.status import print_memory_levels
     from engine.operator import read_level
 
     client = Client(socket)

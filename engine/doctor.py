@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.child import NoAnswer, answer_of
 from engine.devices import compute_dtype, resolve_devices
-from engine.display import print_table
+from engine.display.tables import print_table
 from engine.host_samples import host_sample
 from engine.models import load_model
 from engine.monitor import how_to_lock

@@ -21,7 +21,7 @@ import uvloop
 from engine.client import AsyncClient, absolute_params
 from engine.connection import NotListening
 from engine.decode import decode_strictly
-from engine.display import ProgressView, shown_path
+from engine.display.progress import ProgressView, shown_path
 from engine.params import SystemParams, UserParams
 from engine.requests import Requests
 from engine.supervisor import Supervisor

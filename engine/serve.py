@@ -174,7 +174,7 @@ class Service:
         """Show what is loaded, then say that the engine is ready; once, whatever the programs."""
         if self.announced:
             return
-        from engine.display import progress_view  # a third of the time in which the next program is loaded
+        from engine.display.progress import progress_view  # a third of the time in which the next program is loaded
 
         started = time.monotonic()
         with progress_view(quiet=False) as view:

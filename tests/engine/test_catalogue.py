@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from engine import cli, models
+from engine.amounts import count
 from engine.catalogue import describe_models, transformer_parameters
 from engine.checkpoint import identify
-from engine.display import count, print_models
+from engine.display.models import print_models
 from engine.footprint import RequestSize, needs
 from engine.models import list_models, load_model
 from ipc.errors import BadConfig

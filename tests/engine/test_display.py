@@ -7,9 +7,10 @@ import shlex
 import msgspec
 import pytest
 
-from engine import display
-from engine.amounts import said_blocks, size
-from engine.display import LoadMeter, PlainView, seconds, state, summary
+from engine.amounts import said_blocks, seconds, size
+from engine.display import progress, status
+from engine.display.progress import LoadMeter, PlainView, summary
+from engine.display.status import state
 from engine.generate import Order, Outcome, suggestions
 from engine.monitor import Sample
 from engine.params import UserParams
@@ -44,7 +45,7 @@ def test_blocks() -> None:
 def test_the_rate_of_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """MB, where GB would be 0.00."""
     now = 100.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     meter = LoadMeter()
     meter.update(loads(("vae", 1, 9_600_000)))
     now = 102.0
@@ -111,7 +112,7 @@ def loads(*rows: tuple[str, int, int]) -> list[LoadProgress]:
 def test_the_meter_adds_up_components(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two components at once: their names, their bytes together, and the rate since the first byte."""
     now = 100.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     meter = LoadMeter()
     meter.update(loads(("text_encoder", 0, 10), ("transformer", 0, 20)))
     assert (meter.what, meter.rate, meter.complete) == ("loading", "", False)
@@ -128,7 +129,7 @@ def test_the_meter_adds_up_components(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_lines_of_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where stderr is no terminal: a line every few seconds while weights are read, and one when all are there."""
     now = 0.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     view = PlainView()
     for time, done in ((0.5, 1), (1.0, 1_000), (6.0, 11_000_000_000), (7.0, 12_000_000_000), (10.5, 20_000_000_000)):
         now = time
@@ -169,7 +170,7 @@ def test_the_row_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     slow = msgspec.structs.replace(
         other, device="cuda:1", slow="the pages of some weights cannot be locked: " + "x " * 60
     )
-    display.print_plans([device, other, slow])
+    status.print_plans([device, other, slow])
     _, first, second, _, empty, *said = capsys.readouterr().out.splitlines()
     assert not empty and " ".join(said).split() == f"cuda:1: {slow.slow}".split() and max(map(len, said)) <= 100
     assert [cell.strip() for cell in first.split("  ") if cell.strip()] == [

@@ -209,7 +209,7 @@ async def test_a_hundred_random_adds_removes_and_requests(
 
 
 def test_infos_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    from engine.display import print_loras
+    from engine.display.changes import print_loras
 
     info = LoraInfo(
         name="style", state="draining", files=["h.safetensors", "l.safetensors"], rank=16, tensors=480, bytes=2**20,

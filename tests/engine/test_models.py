@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from engine import Supervisor, SystemParams, UserParams, process
 from engine.checkpoint import check_paths
-from engine.display import print_status
+from engine.display.status import print_status
 from engine.models import CONFIGS, load_model
 from hotreload.checkpoint import Layout
 from ipc.errors import BadCheckpoint, BadConfig, BadRequest

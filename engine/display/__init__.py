@@ -1,0 +1,1 @@
+"""What the command line shows. Results go to stdout, progress to stderr."""
