@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from ipc.errors import BadRequest
-from stages.files import open_regular
+from ipc.files import open_regular
 
 Picture = NDArray[np.uint8]
 """[height, width, 3], RGB."""

@@ -3,7 +3,7 @@
 Frames are compressed as they come into an unnamed spool file in the output's directory, so a full disk is found early,
 a killed process leaves nothing, and memory does not grow with the video. The last chunk copies the compressed stream
 into the final file with its metadata, under a temporary name that is synced and then renamed. All of that happens in
-one open directory (`stages/files.py`), so that whoever swaps a part of its path leads nothing astray.
+one open directory (`ipc/files.py`), so that whoever swaps a part of its path leads nothing astray.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from numpy.typing import NDArray
 
 from ipc.errors import OutputError
+from ipc.files import Directory
 from ipc.messages.job import Job
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.stage import Run, Start
-from stages.files import Directory
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
 
 CODEC: Final = "libx264"

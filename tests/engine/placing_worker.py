@@ -7,20 +7,20 @@ import os
 import signal
 from collections.abc import Mapping
 
-import stages.files
+import ipc.files
 import stages.worker
 
-place = stages.files.Directory.place
+place = ipc.files.Directory.place
 
 
-def place_and_die(directory: stages.files.Directory, files: Mapping[str, str]) -> None:
+def place_and_die(directory: ipc.files.Directory, files: Mapping[str, str]) -> None:
     place(directory, files)
     if os.path.exists(os.environ["PLACING"]):
         os.unlink(os.environ["PLACING"])
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-stages.files.Directory.place = place_and_die  # type: ignore[method-assign]
+ipc.files.Directory.place = place_and_die  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     stages.worker.main()

@@ -25,6 +25,7 @@ import stages.dit
 import stages.text
 import stages.vae
 import stages.writer
+from ipc.files import Directory
 from ipc.messages.job import Job
 from ipc.messages.names import STAGE_OF_PHASE, Phase, StageName
 from ipc.messages.stage import Run, Start
@@ -32,7 +33,6 @@ from ipc.slot_table import SlotTable
 from ipc.state import _FIRST_HALF, _HALF_WORDS, StateSlot, StateSlots, StateTensor, _byte, _Half
 from ipc.tensor_queue import TensorQueue
 from ipc.tensors import put_tensor, slot_tensor
-from stages.files import Directory
 from stages.stage import CONSUMERS
 from stages.worker import load_stage
 from tests.stages.rig import CHUNK, STAGES, Rig, is_empty, make_job, quanta

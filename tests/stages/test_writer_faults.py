@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 import stages.writer
 from ipc.errors import BadRequest, OutputError
+from ipc.files import Directory
 from ipc.messages.job import Job
 from ipc.messages.stage import Run
 from ipc.tensor_queue import TensorQueue
-from stages.files import Directory
 from stages.media import read_frames
 from stages.stage import Stage
 from stages.writer import WholeWrites

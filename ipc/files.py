@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO
+from typing import IO, BinaryIO
 
 NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 """What a file system says that has no (more) hard links."""
@@ -36,10 +36,14 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
     """As `opener` of `open`: the regular file at an absolute path without symbolic links; OSError for anything else."""
     directory = open_directory(os.path.dirname(path))
     try:
-        # O_NONBLOCK: a FIFO in the file's place would be waited for.
-        fd = os.open(os.path.basename(path), flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        return _open_regular(directory, os.path.basename(path), flags)
     finally:
         os.close(directory)
+
+
+def _open_regular(directory: int, name: str, flags: int) -> int:
+    # O_NONBLOCK: a FIFO in the file's place would be waited for.
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "Not a regular file")
@@ -74,6 +78,10 @@ class Directory:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(name, flags, 0o666, dir_fd=self._fd)
 
+    def open(self, name: str) -> BinaryIO:
+        """A regular file, for reading; OSError for anything else."""
+        return os.fdopen(_open_regular(self._fd, name, os.O_RDONLY), "rb")
+
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._fd)
@@ -90,7 +98,7 @@ class Directory:
                 old = self._keep(final, f"{temporary}.old")
                 os.replace(temporary, final, src_dir_fd=self._fd, dst_dir_fd=self._fd)
                 placed.append((final, old))
-            os.fsync(self._fd)
+            self.sync()
         except BaseException:
             for final, old in placed:
                 with contextlib.suppress(OSError):
@@ -100,6 +108,10 @@ class Directory:
             if old is not None:
                 with contextlib.suppress(OSError):  # the files are in place: what is left over makes no error of it
                     self.remove(old)
+
+    def sync(self) -> None:
+        """The names of the files in it are on the disk."""
+        os.fsync(self._fd)
 
     def _keep(self, final: str, old: str) -> str | None:
         """A second name for what is there; None if nothing is, or a second name cannot be had."""
