@@ -2,8 +2,9 @@
 
 Frames are compressed as they come into an unnamed spool file in the output's directory, so a full disk is found early,
 a killed process leaves nothing, and memory does not grow with the video. The last chunk copies the compressed stream
-into the final file with its metadata, under a temporary name that is synced and then renamed. All of that happens in
-one open directory (`ipc/files.py`), so that whoever swaps a part of its path leads nothing astray.
+into the final file with its metadata and a sum of it all (`ipc/result.py`), under a temporary name that is synced and
+then renamed. All of that happens in one open directory (`ipc/files.py`), so that whoever swaps a part of its path leads
+nothing astray.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ipc.files import Directory
 from ipc.messages.job import Job
 from ipc.messages.memory import MemoryPlan
 from ipc.messages.stage import Run, Start
+from ipc.result import clean, json_name, seal, write_json
 from stages.stage import QUEUE_TIMEOUT, AnyNetwork, Left, Links, StageState
 
 CODEC: Final = "libx264"
@@ -172,8 +174,8 @@ class Video:
         files = {}
         try:
             if job.metadata_json:
-                write_text(self._directory.create(f"{partial}.json"), text)
-                files[f"{partial}.json"] = os.path.splitext(name)[0] + ".json"
+                write_json(self._directory.create(f"{partial}.json"), text)
+                files[f"{partial}.json"] = json_name(job)
             copy_stream(self._spool, self._directory.create(partial), text)
             placing()
             self._directory.place({**files, partial: name})
@@ -189,12 +191,6 @@ class Video:
         with contextlib.suppress(OSError):  # what was buffered, then too; the file is closed all the same
             self._spool.close()
         self._directory.close()
-
-
-def clean(directory: Directory, job: Job) -> None:
-    """Remove what an unfinished attempt has left."""
-    for path in job.temporaries:
-        directory.remove(os.path.basename(path))
 
 
 def tag_colours(context: av.VideoCodecContext) -> None:
@@ -216,7 +212,7 @@ def to_yuv(frame: NDArray[np.uint8]) -> av.VideoFrame:
 
 
 def copy_stream(source: IO[bytes], target: int, comment: str) -> None:
-    """Copy the compressed video in `source` to an mp4 whose index is in front and whose comment is `comment`.
+    """Copy the compressed video in `source` to an mp4 whose index is in front and whose comment is `comment`, sealed.
 
     `target`: descriptor of an empty file; synced and closed. To move the index to the front libavformat reads the file
     again: through descriptors of ours, because it loses its own when the disk is full.
@@ -236,6 +232,7 @@ def copy_stream(source: IO[bytes], target: int, comment: str) -> None:
                 if packet.dts is not None:  # the demuxer ends with an empty packet
                     packet.stream = stream
                     final.mux(packet)
+        seal(file)
         os.fsync(target)
 
 
@@ -247,14 +244,6 @@ class WholeWrites(io.FileIO):
         while written < view.nbytes:
             written += super().write(view[written:]) or 0
         return written
-
-
-def write_text(target: int, text: str) -> None:
-    """Write and sync a file; its descriptor is closed."""
-    with open(target, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(target)
 
 
 def first_error(error: OSError | av.FFmpegError) -> OSError | av.FFmpegError:

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+import ipc.result
 import stages.dit
 import stages.text
 import stages.vae
@@ -46,8 +47,8 @@ POINTS: frozenset[CodeType] = frozenset(
         stages.dit.DitStage._advance, stages.dit.DitStage.drop, stages.vae.VaeStage.step, stages.vae.VaeStage.drop,
         stages.writer.WriterStage.step,
         stages.writer.WriterStage.drop, stages.writer.Video.add, stages.writer.Video.complete,
-        stages.writer.copy_stream, stages.writer.write_text, stages.writer.clean, Directory.create, Directory.remove,
-        Directory.place,
+        stages.writer.copy_stream, ipc.result.seal, ipc.result.write_json, ipc.result.clean, Directory.create,
+        Directory.remove, Directory.place, Directory.sync,
     )
 )  # fmt: skip
 """Where the shared memory, the state or the file changes hands; a point is before and after each."""

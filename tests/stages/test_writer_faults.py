@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import ipc.result
 import stages.writer
 from ipc.errors import BadRequest, OutputError
 from ipc.files import Directory
@@ -83,7 +84,7 @@ class Faults:
         with (
             mock.patch.multiple(os, fdopen=binary, **calls),
             mock.patch.multiple(stages.writer, WholeWrites=whole),
-            mock.patch.object(stages.writer, "open", text, create=True),
+            mock.patch.object(ipc.result, "open", text, create=True),
         ):
             yield
 
