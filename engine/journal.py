@@ -1,7 +1,8 @@
-"""The journal: what was accepted is on disk before the client hears of it, and stays until it has ended.
+"""The journal: what was accepted is on disk before the client hears of it, and how it ended before anybody hears that.
 
 SQLite in WAL mode with synchronous=FULL. Everything runs on the journal's own thread, so that the event loop never
-waits for a disk. A task that has ended leaves the journal at once; its metadata is in its file.
+waits for a disk. How the last tasks have ended stays in it until the engine is stopped: one that is killed has perhaps
+not told everybody.
 
 Resource handling: one connection and one thread from `open` to `close`. Error handling: what SQLite reports becomes
 `BadConfig` at start and `OutputError` where a client waits for it.
@@ -15,17 +16,19 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from engine.adapters import KeptAdapter
 from engine.states import Descriptors, State
+from engine.tasks import KEPT_FINISHED
 from ipc.errors import BadConfig, OutputError
 from ipc.messages.job import Job
+from ipc.messages.server import Done, Failed, Progress
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,12 @@ CREATE TABLE IF NOT EXISTS tasks (
     id TEXT PRIMARY KEY,
     submitted_at REAL NOT NULL,
     entry BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS ended (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    entry BLOB NOT NULL,
+    how BLOB NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS rejected (id TEXT, submitted_at REAL, entry BLOB) STRICT;
 CREATE TABLE IF NOT EXISTS adapters (model TEXT NOT NULL, kept BLOB NOT NULL) STRICT;
@@ -53,29 +62,50 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     deadline_at: float | None
 
 
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How a task ended, and how far it was."""
+
+    event: Done | Failed
+    progress: Progress
+
+
+class Ended(NamedTuple):
+    """A task that has ended, as the journal has it."""
+
+    entry: Entry
+    ending: Ending
+
+
 class JournalState(State, frozen=True, kw_only=True):
     """A `Journal` that is closed, but not given up. `claim` is the place of its descriptor."""
 
-    ended: list[str]
-    """Tasks that are still to be taken off the disk."""
+    ended: dict[str, bytes | None]
+    """As `Journal._ended`."""
     claim: int
 
 
 class Journal:
-    """Accepted and unfinished tasks, on disk."""
+    """Accepted tasks on disk: those that have not ended, and how the last ones have.
+
+    What is on disk of one request is there of all that were over before it was accepted, too.
+    """
 
     def __init__(self, directory: Path, state: JournalState | None = None, fds: Descriptors | None = None) -> None:
         """`state`: what the program before this one, whose journal it was, has left to be done."""
         self._path = directory / "journal.sqlite3"
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._connection: sqlite3.Connection | None = None
-        self._ended: set[str] = set()
-        """Tasks that have ended and are not known to be off the disk."""
+        self._ended: dict[str, bytes | None] = {}
+        """Tasks of which it is not known to be on the disk that they have ended, how (an `Ending`), or, None, that they
+        were not accepted after all."""
         self._claim = -1
         """A descriptor of the directory, locked: the right to this journal, also while the file is closed."""
         self._paused = False
+        self._goes_on = asyncio.Event()
+        """Not set from `pause` to `resume`."""
+        self._goes_on.set()
         if state is not None and fds is not None:
-            self._ended, self._claim = set(state.ended), fds.take(state.claim)
+            self._ended, self._claim = dict(state.ended), fds.take(state.claim)
 
     async def open(self) -> list[Entry]:
         """Open or make the journal; returns what an earlier run left unfinished, oldest first.
@@ -101,29 +131,24 @@ class Journal:
             await self.resume()
         row = (entry.job.id, entry.submitted_at, msgspec.msgpack.encode(entry))
         try:
-            await self._on_thread(self._insert, row)
+            await self._on_thread(self._write, row)
         except sqlite3.Error as error:
             raise OutputError(f"the request was not accepted, because it could not be journalled: {error}") from error
 
-    async def remove(self, identity: str) -> None:
+    async def end(self, identity: str, ending: Ending) -> None:
         """The task has ended; returns when that is on disk. `OutputError` if it cannot be written; the next call and
         `close` try again."""
-        self._ended.add(identity)
-        if self._paused:
-            return
-        try:
-            await self._on_thread(self._remove_ended)
-        except sqlite3.Error as error:
-            raise OutputError(f"the journal cannot be written: {error}") from error
+        await self._take_out(identity, msgspec.msgpack.encode(ending))
+
+    async def ended(self) -> list[Ended]:
+        """How the last `KEPT_FINISHED` tasks have ended, since an engine was last stopped; the latest last. One that
+        cannot be read is logged. `BadConfig` if the file cannot."""
+        return await self._read(self._read_ended)
 
     async def adapters(self, model: str) -> list[KeptAdapter]:
         """The adapters that `keep_adapters` was last given for a model. One that cannot be read is logged. `BadConfig`
         if the file cannot."""
-        try:
-            return await self._on_thread(self._adapters, model)
-        except sqlite3.Error as error:
-            await self.close()
-            raise self._unusable(error) from error
+        return await self._read(self._adapters, model)
 
     async def keep_adapters(self, model: str, adapters: Sequence[KeptAdapter]) -> None:
         """Returns when these are on disk, in the place of all that were kept for this model. `OutputError` or
@@ -137,14 +162,14 @@ class Journal:
             raise OutputError(f"nothing was changed, because it could not be journalled: {error}") from error
 
     async def withdraw(self, identity: str, adding: asyncio.Task[None]) -> None:
-        """Remove an entry that `adding` is still writing."""
+        """Remove an entry that `adding` is still writing: the request is not accepted. Raises as `end`."""
         await asyncio.wait([adding])
-        await self.remove(identity)
+        await self._take_out(identity, None)
 
-    async def close(self) -> None:
-        """Finish what was asked for and close the file."""
+    async def close(self, *, forget: bool = False) -> None:
+        """Finish what was asked for and close the file. `forget` how tasks have ended: all who asked were told."""
         if self._connection is not None:
-            await self._on_thread(self._close, self._connection)
+            await self._on_thread(self._close, self._connection, forget)
             self._connection = None
         if self._claim >= 0:
             os.close(self._claim)
@@ -155,10 +180,12 @@ class Journal:
         """Close the file, and nothing else: the next program is to open it. What ends meanwhile is kept for that."""
         assert self._connection is not None, "the journal is not open"
         self._paused = True
+        self._goes_on.clear()
         try:
             await self._on_thread(self._close, self._connection)
         except Exception:
             self._paused = False
+            self._goes_on.set()
             raise
         self._connection = None
 
@@ -173,10 +200,30 @@ class Journal:
             await self._on_thread(self._open)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from error
-        self._paused = False
+        else:
+            self._paused = False
+        finally:
+            self._goes_on.set()
 
     def state(self, fds: Descriptors) -> JournalState:
-        return JournalState(ended=sorted(self._ended), claim=fds.put(self._claim))
+        return JournalState(ended=dict(self._ended), claim=fds.put(self._claim))
+
+    async def _take_out(self, identity: str, how: bytes | None) -> None:
+        self._ended[identity] = how
+        await self._goes_on.wait()
+        if self._paused:
+            raise OutputError("the journal could not be opened again")
+        try:
+            await self._on_thread(self._write)
+        except sqlite3.Error as error:
+            raise OutputError(f"the journal cannot be written: {error}") from error
+
+    async def _read(self, call: Callable[..., T], *args: Any) -> T:
+        try:
+            return await self._on_thread(call, *args)
+        except sqlite3.Error as error:
+            await self.close()
+            raise self._unusable(error) from error
 
     async def _on_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
@@ -192,7 +239,7 @@ class Journal:
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.executescript(_SCHEMA)
-        self._remove_ended()
+        self._write()
         rows = self._connection.execute("SELECT id, entry FROM tasks ORDER BY submitted_at, rowid").fetchall()
         return [entry for row in rows if (entry := self._decode(*row)) is not None]
 
@@ -204,6 +251,17 @@ class Journal:
             self._execute("INSERT INTO rejected SELECT * FROM tasks WHERE id = ?", (identity,))
             self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
             return None
+
+    def _read_ended(self) -> list[Ended]:
+        assert self._connection is not None, "the journal is not open"
+        found = []
+        for identity, entry, how in self._connection.execute("SELECT id, entry, how FROM ended ORDER BY number"):
+            try:
+                decode = msgspec.msgpack.decode
+                found.append(Ended(decode(entry, type=Entry), decode(how, type=Ending)))
+            except msgspec.MsgspecError as error:
+                log.error("how request %s has ended cannot be read and is forgotten: %s", identity, error)
+        return found
 
     def _adapters(self, model: str) -> list[KeptAdapter]:
         assert self._connection is not None, "the journal is not open"
@@ -217,33 +275,48 @@ class Journal:
 
     def _keep_adapters(self, model: str, rows: Sequence[tuple[str, bytes]]) -> None:
         assert self._connection is not None, "the journal is not open"
-        self._execute("BEGIN IMMEDIATE", ())
-        try:
+        with self._all_or_nothing():
             self._execute("DELETE FROM adapters WHERE model = ?", (model,))
             self._connection.executemany("INSERT INTO adapters VALUES (?, ?)", rows)
+
+    def _write(self, row: tuple[Any, ...] | None = None) -> None:
+        """A new entry, and what has ended: one that writes to the same file as one that has ended must not be there
+        beside it."""
+        ended = dict(self._ended)
+        if row is None and not ended:
+            return
+        with self._all_or_nothing():
+            if row is not None:
+                self._execute("INSERT INTO tasks VALUES (?, ?, ?)", row)
+            for identity, how in ended.items():
+                if how is not None:
+                    move = "INSERT INTO ended (id, entry, how) SELECT id, entry, ? FROM tasks WHERE id = ?"
+                    self._execute(move, (how, identity))
+                self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
+            self._execute("DELETE FROM ended WHERE number <= (SELECT max(number) FROM ended) - ?", (KEPT_FINISHED,))
+        for identity in ended:
+            del self._ended[identity]
+
+    def _close(self, connection: sqlite3.Connection, forget: bool = False) -> None:
+        try:
+            self._write()
+            if forget:
+                self._execute("DELETE FROM ended", ())
+        except sqlite3.Error as error:
+            log.error("what has ended of late could not be journalled (%d requests): %s", len(self._ended), error)
+        connection.close()
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A transaction."""
+        self._execute("BEGIN IMMEDIATE", ())
+        try:
+            yield
             self._execute("COMMIT", ())
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):  # the disk is full: SQLite has done so already
                 self._execute("ROLLBACK", ())
             raise
-
-    def _insert(self, row: tuple[Any, ...]) -> None:
-        self._execute("INSERT INTO tasks VALUES (?, ?, ?)", row)
-        if self._ended:
-            with contextlib.suppress(sqlite3.Error):  # this entry is safe; the others have time
-                self._remove_ended()
-
-    def _remove_ended(self) -> None:
-        for identity in list(self._ended):
-            self._execute("DELETE FROM tasks WHERE id = ?", (identity,))
-            self._ended.discard(identity)
-
-    def _close(self, connection: sqlite3.Connection) -> None:
-        try:
-            self._remove_ended()
-        except sqlite3.Error as error:
-            log.error("%d ended requests stay in the journal and will run again: %s", len(self._ended), error)
-        connection.close()
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> None:
         assert self._connection is not None, "the journal is not open"

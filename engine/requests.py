@@ -1,5 +1,5 @@
 """The unfinished requests of an engine, from when one is asked for to its end: none is accepted that is not in the
-journal, none ends that is not taken out of it, and no two write to the same file.
+journal, of none the end is told before the journal has it, and no two write to the same file.
 
 How they are computed is for the scheduler to say, how far they are for `engine/running.py`.
 """
@@ -11,19 +11,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
-from engine.adapters import KeptAdapter
 from engine.admission import resolved_params
-from engine.journal import Entry, Journal
+from engine.journal import Ended, Ending, Entry, Journal
+from engine.left import Left
 from engine.loras import Loras
 from engine.params import ModelParams, SystemParams, UserParams
 from engine.scheduler import Scheduler
 from engine.tasks import Task, TaskPool, log_level, task_spec
-from ipc.errors import BadRequest, Busy, ServerUnavailable, StageFailed, to_failure
+from ipc.errors import BadRequest, Busy, OutputError, ServerUnavailable, StageFailed, to_failure
 from ipc.messages.job import Job
 from ipc.messages.server import Accepted, Done, Failed
+
+LONGEST_WRITE = 4.0
+"""Seconds for which the end of a request waits for the journal's disk before it is told all the same: less than a
+client waits for the answer to a cancel."""
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +76,11 @@ class Requests:
         self._pool, self._scheduler, self._journal, self._loras = pool, scheduler, journal, loras
         self._on_gpu = on_gpu
         self._loop = asyncio.get_running_loop()
-        self._outputs = {task.job.output for task in pool.unfinished()}
-        """That are being written, or will be."""
+        self._outputs = {task.job.output for task in (*pool.unfinished(), *pool.ending())}
+        """That are being written, or will be, or were by a request whose end the journal does not have yet."""
         self.idle = asyncio.Event()
         """Set while no request is unfinished."""
-        if not self._outputs:
+        if not pool.unfinished():
             self.idle.set()
         self._admitting = 0
         self._no_admissions = asyncio.Event()
@@ -143,7 +147,7 @@ class Requests:
             self._in_background(journal.withdraw(entry.job.id, adding))
             raise
         if not self._host.is_serving:
-            await journal.remove(entry.job.id)
+            await journal.withdraw(entry.job.id, adding)
 
     def take_trial(self, user: UserParams, job: Job, weights: dict[str, str]) -> None:
         """Accept a request that is not journalled and has no deadline, to be computed with these versions. Raises
@@ -153,13 +157,16 @@ class Requests:
         self._host.check_serving()
         self._take_up(entry, weights)
 
-    def take_back(self, entries: Sequence[Entry], adapters: Sequence[KeptAdapter]) -> None:
+    def take_back(self, left: Left) -> None:
         """Take up what an earlier run has left in the journal; what needs an adapter waits until it is read again."""
-        mine = [entry for entry in entries if entry.model == self._model.name]
+        for ended in left.ended:
+            if ended.entry.model == self._model.name:
+                self._know(ended)
+        mine = [entry for entry in left.entries if entry.model == self._model.name]
         if mine:
             log.info("taking up %d unfinished requests of the journal", len(mine))
-        self._loras.take_back(adapters, [entry.job for entry in mine], self._schedule_waiting)
-        for entry in entries:
+        self._loras.take_back(left.adapters, [entry.job for entry in mine], self._schedule_waiting)
+        for entry in left.entries:
             if entry.model == self._model.name:
                 self._take_up(entry)
             else:
@@ -168,18 +175,26 @@ class Requests:
     def _take_up(self, entry: Entry, weights: dict[str, str] | None = None) -> None:
         """A new task, or one from the journal; to be computed with these `weights`, or those that are served when it
         begins."""
-        job = entry.job
-        self._outputs.add(job.output)
+        self._outputs.add(entry.job.output)
         self.idle.clear()
+        task = self._task(entry)
+        task.weights = weights or {}
+        self._pool.add(task)
+        if not (self._loras.is_taking_back and self._loras.adapters.missing(entry.job)):
+            self._schedule(task)
+
+    def _know(self, ended: Ended) -> None:
+        """A task that had ended when the engine was killed; who followed it may not have heard."""
+        task = self._task(ended.entry)
+        task.progress = ended.ending.progress
+        self._pool.know(task, ended.ending.event)
+
+    def _task(self, entry: Entry) -> Task:
         deadline = None
         if entry.deadline_at is not None:
             deadline = self._loop.time() + entry.deadline_at - time.time()
-        spec = task_spec(job, self._model, entry.priority, deadline, self._on_gpu)
-        task = Task(job, spec, entry.params, entry.submitted_at)
-        task.weights = weights or {}
-        self._pool.add(task)
-        if not (self._loras.is_taking_back and self._loras.adapters.missing(job)):
-            self._schedule(task)
+        spec = task_spec(entry.job, self._model, entry.priority, deadline, self._on_gpu)
+        return Task(entry.job, spec, entry.params, entry.submitted_at)
 
     def _schedule(self, task: Task) -> None:
         """To be run from now on; or it fails, if its adapters are lost."""
@@ -196,19 +211,41 @@ class Requests:
         self._loras.let_go()
 
     def end(self, task: Task, event: Done | Failed) -> None:
-        """Tell those who follow a task how it ended, and let go of all that it had."""
+        """Let go of all that a task had; tell those who follow it how it ended, once the journal has that. If the
+        engine is killed before, it has not ended, and they have heard nothing else."""
         self._pool.end(task, event)
-        why = f": {event.error.message}" if isinstance(event, Failed) else ""
-        log.log(log_level(event), "%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
-        self._outputs.discard(task.job.output)
         if isinstance(event, Failed):
             _unlink(task.job)
         if self._journal is not None and not _is_ours(event):
-            self._in_background(self._journal.remove(task.id))
+            self._in_background(self._write_end(self._journal, task, event))
+        else:
+            self._tell(task, event)
         self._loras.let_go()
         if not self._pool.unfinished():
             self.idle.set()
             self._host.handle_idle()
+
+    async def _write_end(self, journal: Journal, task: Task, event: Done | Failed) -> None:
+        try:
+            async with asyncio.timeout(LONGEST_WRITE):
+                await journal.end(task.id, Ending(event=event, progress=task.progress))
+        except (OutputError, TimeoutError) as error:
+            why = str(error) or f"the journal's disk has not answered for {LONGEST_WRITE:g} s"
+            log.error("%s; tried again with the next request", why)
+        finally:
+            self._tell(task, event)
+
+    def _tell(self, task: Task, event: Done | Failed) -> None:
+        self._pool.tell(task)
+        why = f": {event.error.message}" if isinstance(event, Failed) else ""
+        log.log(log_level(event), "%s %s after %.1f s%s", task.id, task.state, time.time() - task.submitted_at, why)
+        self._outputs.discard(task.job.output)
+
+    def resume(self) -> None:
+        """Under the next program: go on telling how tasks have ended."""
+        for task in self._pool.ending():
+            assert self._journal is not None and task.ended is not None, "only the journal is waited for"
+            self._in_background(self._write_end(self._journal, task, task.ended))
 
     def abandon(self) -> None:
         """The engine stops: for those who follow them, all tasks end. The journal keeps them."""
@@ -216,11 +253,12 @@ class Requests:
         for task in self._pool.unfinished():
             error = ServerUnavailable(f"the engine stopped before this request was finished; {kept}")
             self._pool.end(task, Failed(id=task.id, error=to_failure(error)))
+            self._pool.tell(task)
         self.idle.set()
 
     async def close(self) -> None:
         """No stage lives any more. Remove what they have left of files; return when nobody waits for an answer to
-        `submit`, and the journal is up to date."""
+        `submit`, the journal is up to date, and every end is told."""
         for task in self._pool:
             _unlink(task.job)
         await self._no_admissions.wait()

@@ -52,6 +52,7 @@ from engine.events import (
 )  # fmt: skip
 from engine.footprint import RequestSize, Setting
 from engine.journal import Journal, JournalState
+from engine.left import Left, take_stock
 from engine.levels import Levels, LevelsState
 from engine.listing import Row
 from engine.loras import Loras
@@ -147,11 +148,11 @@ class Supervisor:
         assert self._phase == "new", "a supervisor is started once"
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(Path(self.params.state_dir)) if self.params.state_dir is not None else None
-        entries = await self._journal.open() if self._journal is not None else []
-        adapters = await self._journal.adapters(self.model.name) if self._journal is not None else []
+        left = Left()
         async with contextlib.AsyncExitStack() as undo:
             if self._journal is not None:
                 undo.push_async_callback(self._journal.close)
+                left = await take_stock(self._journal, self.model)
             self._memory = await make_memory(self.params, self.model, self.device, self.dit_devices)
             undo.callback(self._memory.close)
             undo.callback(self._loras.close)
@@ -172,7 +173,7 @@ class Supervisor:
                 self._crew.start(seats)
             self._levels.start()
             undo.pop_all()
-        self._requests.take_back(entries, adapters)
+        self._requests.take_back(left)
 
     def _make_crew(self, settings: Mapping[str, Setting], held: Mapping[str, MemoryPlan]) -> Crew:
         """The stages, none of them started; each device keeps to the plan that it has in `held`."""
@@ -248,7 +249,7 @@ class Supervisor:
                 self._memory.close()
                 self._loras.close()
                 if self._journal is not None:
-                    await self._journal.close()
+                    await self._journal.close(forget=True)
                 self._phase = "closed"
                 self._closed.set()
 
@@ -350,6 +351,7 @@ class Supervisor:
             lost = {task.id for task in self._pool.unfinished()} - {entry.job.id for entry in entries}
             if lost:
                 log.error("integrity: %d unfinished requests are not in the journal", len(lost))
+        self._requests.resume()
         self._crew.resume()
         self._levels.start()
         self._dispatch(Tick())
@@ -394,14 +396,17 @@ class Supervisor:
             raise
 
     async def cancel(self, identity: str) -> None:
-        """Stop a task at its next step; its listeners get `Failed(cancelled)` at once, and no file is left. Too late,
-        and without effect, once the writer has the last chunk. `NotFound` if there is no such task."""
+        """Stop a task at its next step; its listeners get `Failed(cancelled)` as soon as the journal has it, which is
+        waited for, and no file is left. Too late, and without effect, once the writer has the last chunk. `NotFound` if
+        there is no such task."""
         if (task := self._pool.get(identity)).ended is None:
             failure = to_failure(Cancelled("the request was cancelled"))
             if identity in self._scheduler:
                 self._dispatch(CancelAsked(identity, failure))
             else:  # it waits for its adapters
                 self._requests.end(task, Failed(id=identity, error=failure))
+        if self._pool.find(identity) is None:  # it has ended
+            await task.until_told()
 
     def tasks(self) -> list[TaskInfo]:
         """Unfinished tasks and the latest finished ones, oldest first."""
@@ -412,7 +417,7 @@ class Supervisor:
         return [task.row() for task in self._pool]
 
     def status(self) -> EngineStatus:
-        unfinished = self._pool.unfinished()
+        unfinished = self._pool.unfinished() + self._pool.ending()
         waiting = sum(task.state == "queued" for task in unfinished)
         return EngineStatus(
             engine=VERSION, model=self.model.name, pid=os.getpid(), uptime_seconds=time.time() - self._started_at,

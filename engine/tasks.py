@@ -57,6 +57,8 @@ class Task:
         self.computed: dict[Phase, list[Computed]] = {}
         """What its quanta so far were computed with: at first, and from each on with which that changed."""
         self.ended: Done | Failed | None = None
+        self.told = False
+        """Those who follow it may know that it has ended: it will not be done again."""
         self._changed = asyncio.Event()
         self._row: Row | None = None
         """Its row in `list`, once that was asked for after its end."""
@@ -74,11 +76,12 @@ class Task:
 
     @property
     def state(self) -> Literal["queued", "running", "done", "failed", "cancelled"]:
+        """For those who follow it."""
+        if self.ended is None or not self.told:
+            return "queued" if self.progress.phase == "queued" else "running"
         if isinstance(self.ended, Done):
             return "done"
-        if self.ended is not None:
-            return "cancelled" if self.ended.error.code == "cancelled" else "failed"
-        return "queued" if self.progress.phase == "queued" else "running"
+        return "cancelled" if self.ended.error.code == "cancelled" else "failed"
 
     @property
     def versions(self) -> frozenset[tuple[str, str]]:
@@ -96,9 +99,20 @@ class Task:
         self._notify()
 
     def end(self, event: Done | Failed) -> None:
+        """Nothing becomes of it any more but this, of which nobody is told yet."""
         assert self.ended is None, "a task ends once"
         self.ended = event
+
+    def tell(self) -> None:
+        """Those who follow it hear how it has ended."""
+        assert self.ended is not None, "a task has ended before anybody is told"
+        self.told = True
         self._notify()
+
+    async def until_told(self) -> None:
+        """Return when they do."""
+        while not self.told:
+            await self._changed.wait()
 
     async def events(self) -> AsyncIterator[TaskEvent]:
         """Progress, coalesced to the newest, then `Done` or `Failed`. Memory per listener: one event."""
@@ -108,7 +122,7 @@ class Task:
             if self.progress is not seen:
                 seen = self.progress
                 yield seen
-            if self.ended is not None:
+            if self.told and self.ended is not None:
                 yield self.ended
                 return
             if self.progress is seen:
@@ -124,7 +138,7 @@ class Task:
         raise AssertionError("a task's events end with Done or Failed")
 
     def info(self) -> TaskInfo:
-        error: Failure | None = self.ended.error if isinstance(self.ended, Failed) else None
+        error: Failure | None = self.ended.error if self.told and isinstance(self.ended, Failed) else None
         return TaskInfo(
             id=self.id, state=self.state, phase=self.progress.phase, step=self.progress.step, steps=self.progress.steps,
             priority=self.params["priority"], submitted_at=self.submitted_at, prompt=self.job.prompt,
@@ -132,7 +146,7 @@ class Task:
         )  # fmt: skip
 
     def row(self) -> Row:
-        """`info` on the wire; once it has ended, always the same."""
+        """`info` on the wire; once it was told that it has ended, always the same."""
         if self._row is not None:
             return self._row
         row = row_of(self.info())
@@ -173,10 +187,11 @@ class PooledTask(State, frozen=True, kw_only=True):
     changes: list[WeightChange]
     computed: dict[Phase, list[Computed]]
     ended: Done | Failed | None
+    told: bool
 
 
 class PoolState(State, frozen=True, kw_only=True):
-    """A `TaskPool`. `ended`: ids, in the order of their ends."""
+    """A `TaskPool`. `ended`: ids, in the order in which their ends were told."""
 
     tasks: list[PooledTask]
     ended: list[str]
@@ -185,11 +200,13 @@ class PoolState(State, frozen=True, kw_only=True):
 
 
 class TaskPool:
-    """All tasks this supervisor knows; unfinished ones and the last `KEPT_FINISHED` that ended."""
+    """All tasks this supervisor knows: those that have not ended, those whose end nobody was told yet, and the last
+    `KEPT_FINISHED` others."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, Task] = {}
         self._unfinished: dict[str, Task] = {}
+        self._ending: dict[str, Task] = {}
         self._ended: collections.deque[str] = collections.deque()
         self.finished = 0
         self.failed = 0
@@ -198,6 +215,8 @@ class TaskPool:
         self._tasks[task.id] = task
         if task.ended is None:
             self._unfinished[task.id] = task
+        elif not task.told:
+            self._ending[task.id] = task
 
     def get(self, identity: str) -> Task:
         """`NotFound` if no task has this id (any more)."""
@@ -211,16 +230,36 @@ class TaskPool:
         return self._unfinished.get(identity)
 
     def end(self, task: Task, event: Done | Failed) -> None:
-        """Record the end of a task and forget the oldest finished one beyond the bound."""
+        """A task has ended; nobody is told yet."""
         task.end(event)
         del self._unfinished[task.id]
-        if isinstance(event, Done):
+        self._ending[task.id] = task
+
+    def tell(self, task: Task) -> None:
+        """Tell how a task has ended, and forget the oldest finished one beyond the bound."""
+        task.tell()
+        del self._ending[task.id]
+        if isinstance(task.ended, Done):
             self.finished += 1
         else:
             self.failed += 1
+        self._remember(task)
+
+    def know(self, task: Task, event: Done | Failed) -> None:
+        """A task that has ended under an engine before this one."""
+        task.end(event)
+        task.tell()
+        self._tasks[task.id] = task
+        self._remember(task)
+
+    def _remember(self, task: Task) -> None:
         self._ended.append(task.id)
         if len(self._ended) > KEPT_FINISHED:
             del self._tasks[self._ended.popleft()]
+
+    def ending(self) -> list[Task]:
+        """Those that have ended, of which nobody is told yet."""
+        return list(self._ending.values())
 
     def unfinished(self) -> list[Task]:
         return list(self._unfinished.values())
@@ -241,7 +280,7 @@ class TaskPool:
             PooledTask(
                 job=t.job, spec=t.spec, params=t.params, submitted_at=t.submitted_at, progress=t.progress,
                 seconds=dict(t.seconds), metadata=t.metadata, weights=t.weights, changes=t.changes, computed=t.computed,
-                ended=t.ended,
+                ended=t.ended, told=t.told,
             )
             for t in self
         ]  # fmt: skip
@@ -251,7 +290,8 @@ class TaskPool:
         """Know what the program before this one knew."""
         for known in state.tasks:
             task = Task(known.job, known.spec, known.params, known.submitted_at)
-            task.progress, task.metadata, task.ended = known.progress, known.metadata, known.ended
+            task.progress, task.metadata = known.progress, known.metadata
+            task.ended, task.told = known.ended, known.told
             task.seconds.update(known.seconds)
             task.weights, task.changes, task.computed = known.weights, known.changes, known.computed
             self.add(task)
@@ -261,16 +301,21 @@ class TaskPool:
 
 def task_spec(job: Job, model: ModelParams, priority: int, deadline: float | None, on_gpu: bool) -> TaskSpec:
     """What the scheduler needs to know of a job; `deadline` is on its clock."""
-    latent_frames = (job.num_frames - 1) // model.vae.temporal_stride + 1
     return TaskSpec(
         id=job.id,
         encode=job.init is not None,
         denoise=job.steps - job.start_step,
-        chunks=-(-latent_frames // DECODE_LATENTS),
+        chunks=chunks_of(job, model),
         priority=priority,
         deadline=deadline,
         cost=estimated_cost(job, model, on_gpu),
     )
+
+
+def chunks_of(job: Job, model: ModelParams) -> int:
+    """In which the video is decoded and written."""
+    latent_frames = (job.num_frames - 1) // model.vae.temporal_stride + 1
+    return -(-latent_frames // DECODE_LATENTS)
 
 
 def estimated_cost(job: Job, model: ModelParams, on_gpu: bool) -> dict[Phase, float]:

@@ -49,7 +49,7 @@ from engine.vault import Vault
 from engine.weights import Versions, WeightStore
 from ipc.errors import ServerUnavailable
 from ipc.frames import FrameReader
-from ipc.messages.server import AnyServerMessage, Status
+from ipc.messages.server import AnyServerMessage, Failed, Status
 from tests.conftest import until
 from tests.engine.adapters import ask, write_adapter
 from tests.engine.wire import RawClient, frame
@@ -94,9 +94,11 @@ HANDED_OVER: dict[type, tuple[str, str]] = {
     Versions: ("serving previous pinned sources served", ""),
     Reloader: ("", "_model _params _crew _levels _tasks _try_weights _turns _loader _candidates loading"),
     EngineMemory: ("on_device queues state", ""),
-    Journal: ("_ended _claim", "_path _thread _connection _paused"),
-    TaskPool: ("_tasks _unfinished _ended finished failed", ""),
-    Task: ("job spec params submitted_at progress seconds metadata weights changes computed ended", "_changed _row"),
+    Journal: ("_ended _claim", "_path _thread _connection _paused _goes_on"),
+    TaskPool: ("_tasks _unfinished _ending _ended finished failed", ""),
+    Task: (
+        "job spec params submitted_at progress seconds metadata weights changes computed ended told", "_changed _row",
+    ),
     Scheduler: (
         "_capacity _policy _line _stages _tasks _deadlines _arrivals _ledger", "_seats _devices _sharing _actions",
     ),
@@ -237,6 +239,46 @@ async def test_a_document_survives_and_a_damaged_one_does_not(service: Service, 
         with pytest.raises(ValueError):
             decode(raw[: chance.randrange(len(raw))])
     client.close()
+
+
+async def test_an_end_that_is_not_told_goes_over(service: Service, short_dir: Path, wait_until: Any) -> None:
+    """A request ends when the journal is closed for the hand-over: nobody hears of it, and the next program writes it
+    down and tells it; so does this one, if there is no next one."""
+    supervisor = service.supervisor
+    identity = (await supervisor.submit(UserParams(prompt="x", output=str(short_dir / "v.mp4")))).id
+    await supervisor.pause()
+    cancelling = asyncio.create_task(supervisor.cancel(identity))
+    await wait_until(lambda: bool(supervisor._pool.ending()), "the end")
+    await asyncio.sleep(0.05)
+    assert not cancelling.done()
+    fds = Descriptors()
+    document = decode(encode(service.state(fds, 1.0)))
+    (task,) = document.supervisor.pool.tasks
+    assert isinstance(task.ended, Failed) and not task.told
+    assert document.supervisor.journal is not None and document.supervisor.journal.ended.keys() == {identity}
+
+    taken = Descriptors([os.dup(fd) for fd in fds.fds])
+    journal = Journal(short_dir / "state", document.supervisor.journal, taken)
+    pool = TaskPool()
+    pool.put_back(document.supervisor.pool)
+    requests = Requests(
+        supervisor, supervisor.params, supervisor.model, pool, supervisor._scheduler, journal, supervisor._loras, False
+    )  # fmt: skip
+    assert requests._outputs == {task.job.output} and requests.idle.is_set()
+    assert await journal.open() == []
+    requests.resume()
+    await asyncio.wait_for(pool.get(identity).until_told(), 10)
+    assert (pool.failed, pool.get(identity).state, requests._outputs) == (1, "cancelled", set())
+    assert [ended.ending.event for ended in await journal.ended()] == [task.ended]
+    await requests.close()
+    await journal.close()
+    for place, fd in enumerate(taken.fds):
+        if place != document.supervisor.journal.claim:
+            os.close(fd)
+
+    await supervisor.unpause()
+    await asyncio.wait_for(cancelling, 10)
+    assert supervisor._pool.get(identity).state == "cancelled"
 
 
 async def test_what_is_unsent_goes_over(service: Service, short_dir: Path, wait_until: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import resource
 import shutil
@@ -15,10 +16,12 @@ import msgspec
 import pytest
 
 from engine.admission import admit, resolved_params
-from engine.journal import Entry, Journal
+from engine.journal import Ended, Ending, Entry, Journal
 from engine.models import load_model
 from engine.params import SystemParams, UserParams
+from engine.tasks import KEPT_FINISHED
 from ipc.errors import BadConfig, OutputError
+from ipc.messages.server import Done, Progress
 from tests.disks import run_on_small_disk, unsynced_bytes
 
 MODEL = load_model("wan-demo")
@@ -37,18 +40,30 @@ def entry(tmp_path: Path, name: str) -> Entry:
     )
 
 
+def ending(of: Entry) -> Ending:
+    """It was done."""
+    done = Done(id=of.job.id, path=of.job.output, metadata={"task": of.job.id, "seconds": {"denoise": 0.1}})
+    return Ending(event=done, progress=Progress(id=of.job.id, phase="write", step=2, steps=2))
+
+
 async def test_unfinished_entries_come_back_in_order(tmp_path: Path) -> None:
-    """Three are added, one ends: a second journal on the same directory finds the other two, oldest first."""
+    """Three are added, one ends: a second journal on the same directory finds the other two, oldest first, and how the
+    one has ended, until that is to be forgotten."""
     entries = [entry(tmp_path, name) for name in ("a", "b", "c")]
     journal = Journal(tmp_path / "state")
     assert await journal.open() == []
     for e in entries:
         await journal.add(e)
-    await journal.remove(entries[1].job.id)
+    await journal.end(entries[1].job.id, ending(entries[1]))
     await journal.close()
     again = Journal(tmp_path / "state")
     assert await again.open() == [entries[0], entries[2]]
-    await again.close()
+    assert await again.ended() == [Ended(entries[1], ending(entries[1]))]
+    await again.close(forget=True)
+    last = Journal(tmp_path / "state")
+    assert await last.open() == [entries[0], entries[2]]
+    assert await last.ended() == []
+    await last.close()
     assert (tmp_path / "state" / "journal.sqlite3").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
 
@@ -70,8 +85,76 @@ async def test_a_row_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
         assert connection.execute("SELECT id FROM rejected").fetchall() == [("bad",)]
 
 
-async def test_what_could_not_be_removed_is_removed_later(tmp_path: Path) -> None:
-    """The end of a task cannot be written (the table is gone): the next chance removes it."""
+async def test_the_latest_ends_are_kept(tmp_path: Path) -> None:
+    """Of three more than there is room for, the first three are forgotten."""
+    example = entry(tmp_path, "x")
+    entries = [with_id(example, f"{number}") for number in range(KEPT_FINISHED + 3)]
+    journal = Journal(tmp_path)
+    await journal.open()
+    await journal._on_thread(journal._execute, "PRAGMA synchronous=OFF", ())
+    for e in entries:
+        await journal.add(e)
+        await journal.end(e.job.id, ending(e))
+    assert await journal.ended() == [Ended(e, ending(e)) for e in entries[3:]]
+    await journal.close()
+
+
+def with_id(of: Entry, identity: str) -> Entry:
+    return msgspec.structs.replace(of, job=msgspec.structs.replace(of.job, id=identity))
+
+
+async def test_a_request_that_is_not_accepted_leaves_nothing(tmp_path: Path) -> None:
+    """Its entry is withdrawn while it is being written."""
+    journal = Journal(tmp_path)
+    await journal.open()
+    e = entry(tmp_path, "x")
+    adding = asyncio.create_task(journal.add(e))
+    await journal.withdraw(e.job.id, adding)
+    await journal.close()
+    again = Journal(tmp_path)
+    assert (await again.open(), await again.ended()) == ([], [])
+    await again.close()
+
+
+async def test_an_end_of_another_format_is_forgotten(tmp_path: Path) -> None:
+    """One that cannot be read among good ones: the good ones come back."""
+    good = entry(tmp_path, "good")
+    journal = Journal(tmp_path)
+    await journal.open()
+    await journal.add(good)
+    await journal.end(good.job.id, ending(good))
+    await journal._on_thread(journal._execute, "INSERT INTO ended VALUES (NULL, 'bad', x'80', x'80')", ())
+    assert await journal.ended() == [Ended(good, ending(good))]
+    await journal.close()
+
+
+async def test_no_entry_is_there_beside_one_that_had_ended_before(tmp_path: Path) -> None:
+    """The end of a request cannot be written. The next one, which may write to the same file, is not accepted while
+    that is so; once it is, the first one is over on the disk as well: the two are never taken up together."""
+    first, second = entry(tmp_path, "same"), entry(tmp_path, "same")
+    journal = Journal(tmp_path)
+    await journal.open()
+    await journal.add(first)
+    trap = "CREATE TRIGGER trap BEFORE INSERT ON ended BEGIN SELECT RAISE(ABORT, 'the disk fails'); END"
+    await journal._on_thread(journal._execute, trap, ())
+    with pytest.raises(OutputError, match="the disk fails"):
+        await journal.end(first.job.id, ending(first))
+    with pytest.raises(OutputError, match="not accepted"):
+        await journal.add(second)
+    shutil.copytree(tmp_path, tmp_path.with_name("killed"), ignore=shutil.ignore_patterns("*.mp4"))
+    await journal._on_thread(journal._execute, "DROP TRIGGER trap", ())
+    await journal.add(second)
+    shutil.copytree(tmp_path, tmp_path.with_name("killed-later"))
+    await journal.close()
+    for name, expected in (("killed", [first]), ("killed-later", [second])):
+        again = Journal(tmp_path.with_name(name))
+        assert await again.open() == expected
+        assert await again.ended() == ([] if name == "killed" else [Ended(first, ending(first))])
+        await again.close()
+
+
+async def test_an_end_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
+    """The end of a task cannot be written (the table is gone): the next chance writes it."""
     first, second = entry(tmp_path, "first"), entry(tmp_path, "second")
     journal = Journal(tmp_path)
     await journal.open()
@@ -79,7 +162,7 @@ async def test_what_could_not_be_removed_is_removed_later(tmp_path: Path) -> Non
     await journal.add(second)
     await journal._on_thread(journal._execute, "ALTER TABLE tasks RENAME TO away", ())
     with pytest.raises(OutputError, match="cannot be written"):
-        await journal.remove(first.job.id)
+        await journal.end(first.job.id, ending(first))
     await journal._on_thread(journal._execute, "ALTER TABLE away RENAME TO tasks", ())
     await journal.close()
     again = Journal(tmp_path)
@@ -120,20 +203,21 @@ async def test_what_is_added_is_on_the_disk(tmp_path: Path) -> None:
 
 
 async def test_what_is_added_outlives_the_process(tmp_path: Path) -> None:
-    """The files as they are when `add` returns, copied without closing anything, hold every entry added and none that
-    was removed."""
+    """The files as they are when `add` returns, copied without closing anything, hold every entry added, as one that
+    has ended if that was said."""
     journal = Journal(tmp_path / "state")
     await journal.open()
     entries = [entry(tmp_path, f"{number}") for number in range(8)]
     for number, e in enumerate(entries):
         await journal.add(e)
         if number % 3 == 0:
-            await journal.remove(e.job.id)
+            await journal.end(e.job.id, ending(e))
         shutil.copytree(tmp_path / "state", tmp_path / f"copy{number}")
     await journal.close()
     for number in range(8):
         copy = Journal(tmp_path / f"copy{number}")
         assert await copy.open() == [e for i, e in enumerate(entries[: number + 1]) if i % 3]
+        assert [each.entry for each in await copy.ended()] == entries[: number + 1 : 3]
         await copy.close()
 
 
@@ -147,8 +231,8 @@ def file_limit() -> Iterator[Callable[[int], None]]:
 
 async def test_a_write_that_fails_anywhere(tmp_path: Path, file_limit: Callable[[int], None]) -> None:
     """No file may grow beyond so many bytes, in small steps from nothing to enough: an entry is there afterwards if,
-    and only if, `add` said so; the journal is whole; with room again the next entry is added, and what could not be
-    removed is removed."""
+    and only if, `add` said so; the journal is whole; with room again the next entry is added, and what has ended has
+    ended."""
     first, second, third = (entry(tmp_path, name) for name in ("first", "second", "third"))
     outcomes = set()
     for limit in range(0, 60_000, 3000):
@@ -163,7 +247,7 @@ async def test_a_write_that_fails_anywhere(tmp_path: Path, file_limit: Callable[
             assert "could not be journalled" in str(error) and str(tmp_path) not in str(error)
             kept = []
         with contextlib.suppress(OutputError):
-            await journal.remove(first.job.id)
+            await journal.end(first.job.id, ending(first))
         file_limit(resource.RLIM_INFINITY)
         outcomes.add(bool(kept))
         await journal.add(third)
@@ -173,6 +257,7 @@ async def test_a_write_that_fails_anywhere(tmp_path: Path, file_limit: Callable[
         for directory in (f"{limit}-copy", f"{limit}"):
             again = Journal(tmp_path / directory)
             assert await again.open() == [*kept, third]
+            assert await again.ended() == [Ended(first, ending(first))]
             await again.close()
     assert outcomes == {False, True}
 
@@ -180,7 +265,7 @@ async def test_a_write_that_fails_anywhere(tmp_path: Path, file_limit: Callable[
 async def test_opening_where_nothing_can_be_written(tmp_path: Path, file_limit: Callable[[int], None]) -> None:
     """A new journal on a full disk is a `BadConfig`, wherever the writing stops; later it is opened, and is whole."""
     refused = 0
-    for limit in range(0, 36_000, 1000):
+    for limit in range(0, 60_000, 1000):
         file_limit(limit)
         journal = Journal(tmp_path / f"{limit}")
         try:
@@ -192,18 +277,19 @@ async def test_opening_where_nothing_can_be_written(tmp_path: Path, file_limit: 
         again = Journal(tmp_path / f"{limit}")
         assert await again.open() == []
         await again.close()
-    assert 0 < refused < 36
+    assert 0 < refused < 60
 
 
 FULL_DISK = """
 import asyncio, os
 from pathlib import Path
 import msgspec
-from engine.journal import Entry, Journal
+from engine.journal import Ending, Entry, Journal
 from ipc.errors import BadConfig, OutputError
 from tests.disks import run_on_small_disk, unsynced_bytes
 
 entry = msgspec.json.decode(sys.argv[2], type=Entry)
+ending = msgspec.json.decode(sys.argv[3], type=Ending)
 
 def another(name):
     return msgspec.structs.replace(entry, job=msgspec.structs.replace(entry.job, id=name))
@@ -227,7 +313,7 @@ async def main():
             assert "full" in str(error), error
             break
     try:
-        await journal.remove("before")
+        await journal.end("before", ending)
         raise AssertionError("there was room")
     except OutputError:
         pass
@@ -243,6 +329,7 @@ async def main():
     remount("rw")
     journal = Journal(state)
     print(*[e.job.id for e in await journal.open()])
+    assert [e.entry.job.id for e in await journal.ended()] == ["before"]
     await journal.close()
 
 asyncio.run(main())
@@ -252,7 +339,8 @@ asyncio.run(main())
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """A tmpfs of 1 MiB is filled up: entries are refused until there is room again, what was added before and after is
     there, and what ended meanwhile is not. Read-only, the journal is a `BadConfig`."""
-    example = msgspec.json.encode(entry(tmp_path, "example")).decode()
-    printed = run_on_small_disk(tmp_path, FULL_DISK, example)
+    example = entry(tmp_path, "example")
+    given = [msgspec.json.encode(each).decode() for each in (example, ending(example))]
+    printed = run_on_small_disk(tmp_path, FULL_DISK, *given)
     accepted = printed[: printed.index("after") // 2]
     assert printed == [*accepted, *accepted, "after"]

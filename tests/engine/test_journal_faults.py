@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.journal import Entry, Journal
+from engine.journal import Ended, Entry, Journal
 from ipc.errors import BadConfig, OutputError
-from tests.engine.test_journal import ask, entry
+from tests.engine.test_journal import ask, ending, entry
 from tests.power import Recorder
 
 FULL, WRITE, FSYNC, TRUNCATE = 13, 778, 1034, 1546
@@ -63,15 +63,21 @@ async def added(journal: Journal, wanted: Entry) -> list[Entry]:
 
 
 async def entries_of(directory: Path) -> list[Entry]:
+    entries, _ = await all_of(directory)
+    return entries
+
+
+async def all_of(directory: Path) -> tuple[list[Entry], list[Ended]]:
+    """Those that have not ended, and those that have."""
     journal = Journal(directory)
     try:
-        return await journal.open()
+        return await journal.open(), await journal.ended()
     finally:
         await journal.close()
 
 
 async def sweep(disk: FailingDisk, directory: Path, lasting: bool, kind: type[Journal] = Journal) -> tuple[int, int]:
-    """Two entries are added and one removed with a fault at the 1st, 2nd, 3rd, ... thing that is done, over
+    """Two entries are added and one ends with a fault at the 1st, 2nd, 3rd, ... thing that is done, over
     checkpoints; then another is added on a disk that works. What was added is there, and nothing else, for who comes
     after a kill and for who comes after an end; the file is whole. How many faults there were, and refusals."""
     first, second, third, last = (entry(directory, name) for name in ("first", "second", "third", "last"))
@@ -84,7 +90,7 @@ async def sweep(disk: FailingDisk, directory: Path, lasting: bool, kind: type[Jo
         disk.fail(nth, lasting)
         kept = await added(journal, second)
         with contextlib.suppress(OutputError):
-            await journal.remove(first.job.id)
+            await journal.end(first.job.id, ending(first))
         kept += await added(journal, third)
         fired = disk.fired
         disk.fail(None)
@@ -94,7 +100,8 @@ async def sweep(disk: FailingDisk, directory: Path, lasting: bool, kind: type[Jo
         shutil.copytree(directory / f"{nth}", directory / f"{nth}-killed")
         await journal.close()
         for left in (f"{nth}-killed", f"{nth}"):
-            assert await entries_of(directory / left) == [*kept, last], f"fault {nth}"
+            found = await all_of(directory / left)
+            assert found == ([*kept, last], [Ended(first, ending(first))]), f"fault {nth}"
         if not fired:
             return nth - 1, refused
     raise AssertionError("the faults do not end")
@@ -143,9 +150,9 @@ async def test_a_start_may_fail_at_anything_that_is_written(tmp_path: Path, full
 class Careless(Journal):
     """Takes what could not be written for written."""
 
-    def _insert(self, row: tuple[Any, ...]) -> None:
+    def _write(self, row: tuple[Any, ...] | None = None) -> None:
         with contextlib.suppress(sqlite3.Error):
-            super()._insert(row)
+            super()._write(row)
 
 
 async def test_an_entry_that_is_lost_is_found(tmp_path: Path) -> None:

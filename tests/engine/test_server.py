@@ -340,7 +340,8 @@ def test_a_list_is_cut_to_one_frame() -> None:
 
 
 def test_the_row_of_an_ended_task_is_made_once() -> None:
-    """While the task goes on, the row tells how far it is; from its end on it is the same object."""
+    """While the task goes on, the row tells how far it is, also when it has ended and nobody is told yet; from then on
+    it is the same object."""
     job = make_job()
     spec = TaskSpec(id=job.id, encode=False, denoise=4, chunks=1, cost={})
     task = Task(job, spec, {"priority": 0}, 0.0)
@@ -350,6 +351,8 @@ def test_the_row_of_an_ended_task_is_made_once() -> None:
         assert not row.finished
         assert msgspec.msgpack.decode(row.encoded, type=TaskInfo) == task.info()
     task.end(Done(id=job.id, path=job.output, metadata={}))
+    assert not task.row().finished and task.row().encoded == row.encoded
+    task.tell()
     ended = task.row()
     assert ended.finished and task.row() is ended
     assert msgspec.msgpack.decode(ended.encoded, type=TaskInfo) == task.info()
