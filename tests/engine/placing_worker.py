@@ -1,11 +1,12 @@
-"""`stages.worker` whose writer is killed when it has put a file in place, before it can say so, if the file $PLACING is
-there, which it removes."""
+"""`stages.worker` whose writer, when it has put a file in place and before it can say so, kills a process, if the file
+$PLACING is there, which it removes: the one whose pid that says, or itself."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 
 import ipc.files
 import stages.worker
@@ -13,14 +14,16 @@ import stages.worker
 place = ipc.files.Directory.place
 
 
-def place_and_die(directory: ipc.files.Directory, files: Mapping[str, str]) -> None:
+def place_and_kill(directory: ipc.files.Directory, files: Mapping[str, str]) -> None:
     place(directory, files)
-    if os.path.exists(os.environ["PLACING"]):
-        os.unlink(os.environ["PLACING"])
-        os.kill(os.getpid(), signal.SIGKILL)
+    order = Path(os.environ["PLACING"])
+    if order.exists():
+        victim = int(order.read_text() or os.getpid())
+        order.unlink()
+        os.kill(victim, signal.SIGKILL)
 
 
-ipc.files.Directory.place = place_and_die  # type: ignore[method-assign]
+ipc.files.Directory.place = place_and_kill  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     stages.worker.main()
