@@ -22,7 +22,9 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -50,6 +52,7 @@ from tools.load import (
     timed,
 )
 from tools.overload import check_ends, overload
+from tools.placements import Placements
 from tools.reloads import reloads
 from tools.soak import soak
 
@@ -204,8 +207,9 @@ async def _fill_the_thread_pool() -> None:
 
 
 async def restarts(tally: Tally, folder: Path, count: int) -> None:
-    """SIGKILL of the supervisor at a random moment, `count` times: its stages leave, and with them the GPU memory, and
-    the next one does what was accepted, once."""
+    """SIGKILL of the supervisor at a random moment, or just when a video is put in its place, `count` times: its stages
+    leave, and with them the GPU memory, and the next one does what was accepted and is not done; each video is put in
+    its place once."""
     dice = random.Random(tally.seed)
     device = resolve_device("auto")
     unused = gpu_memory_used(device)
@@ -217,39 +221,67 @@ async def restarts(tally: Tally, folder: Path, count: int) -> None:
     await listening(client)
     load = Load(client, videos, tally)
     await load.calm()
-    slowest = 0.0
-    for number in range(count):
-        accepted: dict[int, Path] = {}
-        ids: set[str] = set()
-        for kind in dice.sample(range(len(KINDS)), 3):
-            path = videos / f"{number}-{kind}.mp4"
-            ids.add((await client.submit(ask(kind, path, load.source))).id)
-            accepted[kind] = path
-        await asyncio.sleep(dice.uniform(0, 3.0))
-        orphans = server.kill()
-        tally.faults["SIGKILL of the supervisor"] += 1
-        slowest = max(slowest, await _gone(orphans, device, unused))
-        server.start()
-        await listening(client)
-        await _finished(client)
-        check_taken_up([task.id for task in await client.tasks()], ids, (await client.status()).finished)
-        for kind, path in accepted.items():
-            if (got := digest(path)) != load.golden[kind]:
-                raise Broken(f"{path.name} gave {got[:12]}, undisturbed it gives {load.golden[kind][:12]}")
-            path.unlink()
-            tally.requests += 1
-        if rest := [p.name for p in videos.iterdir() if not p.name.startswith("calm-")]:
-            raise Broken(f"left in the output directory: {rest}")
+    slowest, between = 0.0, 0
+    with Placements(videos) as placements:
+        for number in range(count):
+            accepted: dict[str, tuple[int, Path]] = {}
+            for kind in dice.sample(range(len(KINDS)), 3):
+                path = videos / f"{number}-{kind}.mp4"
+                accepted[(await client.submit(ask(kind, path, load.source))).id] = kind, path
+            names = {path.name for _, path in accepted.values()}
+            await _moment(dice, placements, names)
+            orphans = server.kill()
+            tally.faults["SIGKILL of the supervisor"] += 1
+            slowest = max(slowest, await _gone(orphans, device, unused))
+            placed = names & placements.times().keys()
+            unheard = journalled(folder / "state") & accepted.keys()
+            between += sum(accepted[identity][1].name in placed for identity in unheard)
+            server.start()
+            await listening(client)
+            await _finished(client)
+            ran = {span.task for span in (await client.trace()).spans}
+            check_taken_up(ran, unheard, (await client.status()).finished)
+            for identity, (kind, path) in accepted.items():
+                if (await client.result(identity)).metadata["task"] != identity:
+                    raise Broken(f"{identity} was done, it is said, with the metadata of another request")
+                if (got := digest(path)) != load.golden[kind]:
+                    raise Broken(f"{path.name} gave {got[:12]}, undisturbed it gives {load.golden[kind][:12]}")
+                path.unlink()
+                tally.requests += 1
+            placements.check_once(names)
+            if rest := [p.name for p in videos.iterdir() if not p.name.startswith("calm-")]:
+                raise Broken(f"left in the output directory: {rest}")
     await server.stop()
-    tally.notes.append(f"stages left {slowest:.2f} s after their supervisor at the latest")
+    tally.notes += [
+        f"stages left {slowest:.2f} s after their supervisor at the latest",
+        f"each video was put in its place once; {between} were there before the journal had that",
+    ]
 
 
-def check_taken_up(taken_up: list[str], accepted: set[str], finished: int) -> None:
-    """A supervisor has taken up what the one before it had accepted and not finished, and has done that once."""
-    if strangers := set(taken_up) - accepted:
+async def _moment(dice: random.Random, placements: Placements, names: set[str]) -> None:
+    """Wait for any moment, or for the few milliseconds in which a video is in its place and the journal does not have
+    that yet."""
+    if dice.random() < 0.5:
+        await asyncio.sleep(dice.uniform(0, 3.0))
+    else:
+        await placements.until(names, dice.randint(1, len(names)))
+        await asyncio.sleep(dice.uniform(0, 0.003))
+
+
+def journalled(directory: Path) -> set[str]:
+    """Ids of the requests that have not ended, by the journal of a dead engine, which is left as it is."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(directory, copy, dirs_exist_ok=True)
+        with contextlib.closing(sqlite3.connect(Path(copy, "journal.sqlite3"))) as journal:
+            return {identity for (identity,) in journal.execute("SELECT id FROM tasks")}
+
+
+def check_taken_up(ran: set[str], unfinished: set[str], finished: int) -> None:
+    """A supervisor has computed what the journal had as not ended, no more than that, and each once."""
+    if strangers := ran - unfinished:
         raise Broken(f"{len(strangers)} requests that had ended were taken up again")
-    if finished != len(taken_up):
-        raise Broken(f"{len(taken_up)} requests were taken up, {finished} finished")
+    if finished != len(ran):
+        raise Broken(f"{len(ran)} requests were taken up, {finished} finished")
 
 
 async def _finished(client: AsyncClient) -> None:

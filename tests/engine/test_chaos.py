@@ -13,6 +13,7 @@ import pytest
 
 from engine import Supervisor, SystemParams, watch
 from tools import chaos, load
+from tools.placements import Placements
 
 SECONDS = 1800
 
@@ -48,8 +49,8 @@ async def test_twenty_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.timeout(SECONDS)
 async def test_twenty_kills_of_the_supervisor(tmp_path: Path) -> None:
-    """SIGKILL of `engine serve` at a random moment, 20 times: stages leave within 5 s, and after a restart what was
-    accepted is done, once, with the same frames."""
+    """SIGKILL of `engine serve` at a random moment, or when a video is put in its place, 20 times: stages leave within
+    5 s, and after a restart what was accepted is done, with the same frames; each video was put in its place once."""
     async with chaos.timed(None) as tally:
         await chaos.restarts(tally, tmp_path, 20)
     assert tally.requests == 60
@@ -123,12 +124,25 @@ def test_growth_is_found() -> None:
 
 def test_a_request_that_runs_twice_is_found() -> None:
     """One that had ended is taken up at the next start, or one that is taken up ends twice, or not at all."""
-    chaos.check_taken_up(["b", "c"], {"a", "b", "c"}, 2)
+    chaos.check_taken_up({"b", "c"}, {"a", "b", "c"}, 2)
     with pytest.raises(chaos.Broken, match="1 requests that had ended were taken up again"):
-        chaos.check_taken_up(["b", "z"], {"a", "b", "c"}, 2)
+        chaos.check_taken_up({"b", "z"}, {"a", "b", "c"}, 2)
     for finished in (1, 3):
         with pytest.raises(chaos.Broken, match=f"2 requests were taken up, {finished} finished"):
-            chaos.check_taken_up(["b", "c"], {"a", "b", "c"}, finished)
+            chaos.check_taken_up({"b", "c"}, {"a", "b", "c"}, finished)
+
+
+def test_a_video_that_is_written_twice_is_found(tmp_path: Path) -> None:
+    """Or not at all, or under another name only."""
+    with Placements(tmp_path) as placements:
+        for name in ("once", "twice", "twice"):
+            (tmp_path / ".part").touch()
+            (tmp_path / ".part").rename(tmp_path / name)
+        placements.check_once({"once"})
+        with pytest.raises(chaos.Broken, match=r"expected once: \{'twice': 2\}"):
+            placements.check_once({"once", "twice"})
+        with pytest.raises(chaos.Broken, match=r"expected once: \{'never': 0\}"):
+            placements.check_once({"once", "never"})
 
 
 async def test_a_stage_that_outlives_its_supervisor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
