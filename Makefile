@@ -48,6 +48,7 @@ chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.chaos soak --minutes 60
 	$(BIN)/python -m tools.chaos reloads --reloads 60 --requests 300
 	$(BIN)/python -m tools.neighbours --rounds 8
+	$(BIN)/python -m tools.neighbours --rounds 8 --singly
 	$(BIN)/python -m tools.fuzz --frames 10000000 --live 1000000
 
 gpu-test: $(VENV)/.installed-dev

@@ -333,7 +333,8 @@ def _ask_until_full(connections: list[socket.socket]) -> None:
 
 
 async def run(rounds: int, seconds: float, deaf_clients: int, crowds: Sequence[Crowd]) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    together: dict[str, Samples] = {turn: defaultdict(list) for turn in TURNS}
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         fused = ("--placement", "fused", "--device", "cpu")
         folder = Path(first)
@@ -348,9 +349,14 @@ async def run(rounds: int, seconds: float, deaf_clients: int, crowds: Sequence[C
                     f"{seconds:g} s of each kind; alone: {counts}; ms per round trip:",
                     *table(found),
                 ]
+                for turn, samples in found.items():
+                    for name, values in samples.items():
+                        together[turn][name] += values
             pid, limits = (await client.server()).pid, Limits()
             cost = await asyncio.to_thread(cost_of_deaf_clients, client.socket, pid, deaf_clients, limits.drain + 30)
     cost.check(limits.drain)
+    if len(crowds) > 1:
+        lines += [f"all {len(crowds)} series together:", *table(together)]
     return [*lines, str(cost)]
 
 
