@@ -109,10 +109,7 @@ class Takeover:
         for process in {post.process for post in self._posts.of(seats) if post.process is not None}:
             process.leave()
             await process.exited.wait()
-        loop = asyncio.get_running_loop()
-        left = loop.time()
-        await self._all_up()
-        return loop.time() - left
+        return await self._seconds_until_up()
 
     async def _move(self, placement: Placement, proven: dict[tuple[Seat, ...], Body], wanted: Settings) -> float:
         """All processes leave, then the proven ones take their places; what follows the last end is the crew's part, so
@@ -129,10 +126,14 @@ class Takeover:
             process.leave()
         for process in leaving:
             await process.exited.wait()
+        return await self._seconds_until_up()
+
+    async def _seconds_until_up(self) -> float:
+        """How long it took from now until every stage was up."""
         loop = asyncio.get_running_loop()
-        left = loop.time()
+        began = loop.time()
         await self._all_up()
-        return loop.time() - left
+        return loop.time() - began
 
     def has(self, seats: tuple[Seat, ...]) -> bool:
         """A process waits to take these seats."""

@@ -164,8 +164,8 @@ class TileDecoding:
 
 class TileEncoding:
     """An init file: tile after tile, each of all frames, then the lowest level. A part that fails leaves those before
-    it as they are. The file is read with the first tile, and kept for the others: to read it for each would take
-    longer than a GPU takes for a tile, and mix two files if another took its place meanwhile."""
+    it as they are. The file is read with the first tile, and kept for the others: to read it for each would mix two
+    files if another took its place meanwhile."""
 
     def __init__(self, job: Job, size: int, beat: Callable[[], None], codec: Codec) -> None:
         """size: latent frames of a chunk."""

@@ -32,6 +32,7 @@ from ipc.messages.job import Job
 from stages.models.vae_check import random_vae
 from stages.models.vae_codec import Codec, PlainCodec
 from stages.vae_clips import ChunkDecoding, Decoding, TileDecoding, TileEncoding, encode_untiled
+from tools.machine import host_line
 
 SIDE = 192
 FRAMES = (17, 81, 321)
@@ -134,7 +135,7 @@ def main() -> None:
         measure(arguments.only[0], int(arguments.only[1]))
         return
     print("$ python -m tools.bench_clips", flush=True)
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}; {SIDE}x{SIDE}, wan-demo's VAE", flush=True)
+    print(f"{host_line()}, torch {torch.__version__}; {SIDE}x{SIDE}, wan-demo's VAE", flush=True)
     for way in get_args(Way):
         for frames in FRAMES:
             command = [sys.executable, "-m", "tools.bench_clips", "--only", way, str(frames)]

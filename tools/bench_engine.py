@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tools.machine import cpu_name
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red circle moves left on a black background"
 REQUESTS = 10
@@ -214,13 +216,6 @@ def report(turns: int, threads: int, folder: Path) -> list[str]:
 
 def spread(values: list[float]) -> str:
     return f"median {statistics.median(values):.3f} (min {min(values):.3f}, max {max(values):.3f})"
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def main() -> None:

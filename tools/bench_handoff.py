@@ -40,6 +40,7 @@ from ipc.messages.memory import QueueSpec
 from ipc.payload import DeviceFd, payload_bytes
 from ipc.tensor_queue import Slot, TensorQueue
 from ipc.tensors import put_tensor, room_tensor, slot_tensor
+from tools.machine import cpu_name
 
 SIZES = {"64 KB": 64 * 1024, "1 MB": 1024**2, "8 MB": 8 * 1024**2, "16 MB": 16 * 1024**2}
 WARMUP_ROUNDS = 10
@@ -291,8 +292,7 @@ def report(
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(0)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return cpu_name()
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from hotreload.shards import weight_files
 from hotreload.tables import component_table
 from hotreload.weights import load_weights
 from ipc.messages.weights import Component
+from tools.machine import host_line
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 1_000_000_000
@@ -174,12 +174,7 @@ def table_of(files: list[Path], stored: str, rounds: int) -> list[str]:
 
 def system() -> str:
     """CPU, cores and versions."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}; load average before: {os.getloadavg()[0]:.1f}"
-    )
+    return f"{host_line()}, torch {torch.__version__}; load average before: {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:

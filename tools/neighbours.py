@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import random
 import select
 import socket
@@ -45,6 +44,7 @@ from ipc.messages.client import PROTOCOL_VERSION, Cancel, ClientMessage, GetStat
 from ipc.messages.server import Accepted, Ok, ServerMessage, Status, TaskList
 from tools.fuzz import chance_of, live_conversation
 from tools.load import Broken, serving
+from tools.machine import host_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PACE = 0.04
@@ -384,7 +384,7 @@ def main() -> int:
     if arguments.singly:
         crowds = [{kind: 1} for kind in CROWD]
     print(f"$ python -m tools.neighbours {' '.join(sys.argv[1:])}")
-    print(f"{os.cpu_count()} cores, Linux {platform.release()}; Python {platform.python_version()}")
+    print(host_line())
     print(f"load average before: {os.getloadavg()[0]:.1f}", flush=True)
     try:
         print(*asyncio.run(run(arguments.rounds, arguments.seconds, arguments.deaf, crowds)), sep="\n")
